@@ -1,0 +1,168 @@
+"""What the stages hand to each other. Plain data: no I/O, no methods that decide anything.
+
+Letters in shapes: T tokens, K input channels of a group, N output channels (stacked over the group's linears where said),
+R rank, E routed experts, G quantization groups along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Modality(IntEnum):
+    """What a token is, which decides how its error is reported (and, in MBQ, weighted)."""
+
+    TEXT = 0
+    """System, user text and template tokens."""
+    IMAGE = 1
+    """Placeholders that the model replaces by image features."""
+    ANSWER = 2
+    """The reference answer, which the model would generate."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its reference answer and any number of images."""
+
+    question: str
+    answer: str
+    images: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """One sample as the model takes it: a single unpadded sequence."""
+
+    inputs: dict[str, Tensor]
+    """Processor output: `input_ids` (1, T), `attention_mask` (1, T), image tensors under the names that the model expects."""
+    modality: Tensor
+    """(T,) int8 of `Modality`."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a reader of the report must know: a layer left out, a numerical fallback, a sample dropped."""
+
+    where: str
+    what: str
+
+
+@dataclass
+class GroupStatistics:
+    """What calibration keeps of one input group's tokens x (T, K), before any smoothing."""
+
+    mean_abs: Tensor
+    """(K,) float64, mean of |x| over tokens."""
+    second_moment: Tensor
+    """(K, K) float64, mean of x x^T over tokens."""
+    important: Tensor
+    """(T, k) int32, the k channels of largest |x_t| * mean|W| for each token, unordered."""
+    modality: Tensor
+    """(T,) int8 of `Modality`."""
+    reservoir: Tensor
+    """(S, K) float32, a uniform sample of tokens, S bounded."""
+    reservoir_modality: Tensor
+    """(S,) int8."""
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of tokens seen."""
+        return len(self.modality)
+
+
+@dataclass
+class QuantizedWeight:
+    """Integer codes of one linear: W is close to (codes - zero_point) * scale, group by group.
+
+    Codes are stored signed for asymmetric grids too (2^(b-1) is taken off codes and zero point alike), so that integer kernels
+    see one kind of operand.
+    """
+
+    codes: Tensor
+    """(N, K) int8 in [-2^(b-1), 2^(b-1) - 1]."""
+    scale: Tensor
+    """(N, G) float32."""
+    zero_point: Tensor | None
+    """(N, G) int8, or None for a symmetric grid (zero point 0)."""
+    bits: int
+    group_size: int | None
+    """Input channels per scale; None: all K of them, G = 1. The last group may be short."""
+
+
+@dataclass
+class LowRankExpert:
+    """A correction up @ down added to the quantized weight."""
+
+    up: Tensor
+    """(N, R)"""
+    down: Tensor
+    """(R, K)"""
+
+
+@dataclass
+class RoutedExperts:
+    """E corrections, of which each token uses one."""
+
+    up: Tensor
+    """(E, N, R)"""
+    down: Tensor
+    """(E, R, K)"""
+
+
+@dataclass
+class Router:
+    """Scores each expert's remaining error on a token as weight @ |x| + bias; the smallest wins (first on ties)."""
+
+    weight: Tensor
+    """(E, K)"""
+    bias: Tensor
+    """(E,)"""
+
+
+@dataclass
+class QuantizedGroup:
+    """One input group, ready to be packed: N is the sum of its linears' outputs, stacked in the order of `linears`."""
+
+    linears: tuple[str, ...]
+    """Module names within the block; the first one owns the group's shared tensors."""
+    weights: tuple[QuantizedWeight, ...]
+    smooth_scale: Tensor | None = None
+    """(K,) float32; the input is divided by it. None: no smoothing."""
+    shared: LowRankExpert | None = None
+    routed: RoutedExperts | None = None
+    router: Router | None = None
+
+
+@dataclass
+class GroupRecord:
+    """What the report says of one group. Errors are squared output errors over the squared full-precision output."""
+
+    linears: tuple[str, ...]
+    tokens: int
+    shape: tuple[int, int]
+    """(N, K), stacked."""
+    stored_bits: int
+    """Bits of every tensor that the group's linears need, biases left out."""
+    weights: int
+    """N * K."""
+    error: dict[str, float] = field(default_factory=dict)
+    """Relative output error on reservoir tokens by modality name and "all", with activation rounding."""
+    rtn_error: dict[str, float] = field(default_factory=dict)
+    """The same for plain rounding of this group at the same scheme."""
+    channel_frequency: dict[str, list[float]] = field(default_factory=dict)
+    """By modality name: share of tokens for which a channel is important, channels sorted by their share over all tokens."""
+    expert_use: dict[str, list[float]] = field(default_factory=dict)
+    """By modality name: share of tokens that each routed expert serves."""
+
+
+def stack_rows(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Concatenate (N_i, ...) tensors of one group along the output axis."""
+    return torch.cat(tensors, dim=0)

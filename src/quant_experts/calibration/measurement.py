@@ -1,0 +1,110 @@
+"""Measures what a group's quantization costs, on held-out tokens and through the modules that will run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quant_experts.artifacts import GroupRecord, GroupStatistics, Modality, QuantizedGroup
+from quant_experts.checkpoint.schema import group_stored_bits
+from quant_experts.checkpoint.tensors import describe_group, group_state
+from quant_experts.config import Scheme
+from quant_experts.runtime.modules import QuantizedLinear, install_groups
+
+CURVE_POINTS = 512
+"""Longest channel-frequency curve that a record keeps."""
+
+
+def measure_group(
+    group: QuantizedGroup,
+    plain: QuantizedGroup,
+    weight: Tensor,
+    rows: Sequence[int],
+    statistics: GroupStatistics,
+    scheme: Scheme,
+    prefix: str,
+) -> GroupRecord:
+    """Relative squared output error of a group and of its plain rounding, by modality; expert use; channel frequencies.
+
+    weight (N, K) is the full-precision stack of linears with `rows` outputs each.
+    """
+    x = statistics.reservoir.to(weight.device)
+    exact = x @ weight.T
+    modules = _modules(group, rows, scheme, weight.device)
+    output = torch.cat([module(x) for module in modules], dim=1)
+    plain_output = torch.cat([module(x) for module in _modules(plain, rows, scheme, weight.device)], dim=1)
+    spec = describe_group(group)
+    return GroupRecord(
+        linears=tuple(f"{prefix}.{name}" for name in group.linears),
+        tokens=statistics.tokens,
+        shape=(weight.shape[0], weight.shape[1]),
+        stored_bits=group_stored_bits(spec, scheme, tuple(rows), weight.shape[1]),
+        weights=weight.numel(),
+        error=_relative_error(output, exact, statistics.reservoir_modality),
+        rtn_error=_relative_error(plain_output, exact, statistics.reservoir_modality),
+        channel_frequency=_frequency_curves(statistics),
+        expert_use=_expert_use(modules[0], x, statistics.reservoir_modality) if group.routed else {},
+    )
+
+
+def _modules(
+    group: QuantizedGroup, rows: Sequence[int], scheme: Scheme, device: torch.device
+) -> list[QuantizedLinear]:
+    """The group's runtime modules without biases, float32."""
+    width = group.weights[0].codes.shape[1]
+    holder = nn.Module()
+    spec = describe_group(group)
+    flat = {name: name.replace(".", "_") for name in group.linears}
+    with torch.device("meta"):
+        for name, count in zip(group.linears, rows, strict=True):
+            holder.add_module(flat[name], nn.Linear(width, count, bias=False))
+    renamed = spec.model_copy(update=dict(linears=tuple(flat.values())))
+    state = {}
+    for key, value in group_state(group).items():
+        name = max((n for n in flat if key.startswith(n + ".")), key=len)
+        state[flat[name] + key.removeprefix(name)] = value.to(device)
+    return list(install_groups(holder, [renamed], scheme, state).values())
+
+
+def _relative_error(output: Tensor, exact: Tensor, modality: Tensor) -> dict[str, float]:
+    """sum |output - exact|^2 / sum |exact|^2 over the tokens of each modality that occurs, and over all."""
+    error = (output - exact).double().square().sum(dim=1).cpu()
+    size = exact.double().square().sum(dim=1).cpu()
+    result = {"all": float(error.sum() / size.sum().clamp_min(1e-300))}
+    for kind in Modality:
+        chosen = modality == kind
+        if chosen.any():
+            result[kind.name.lower()] = float(error[chosen].sum() / size[chosen].sum().clamp_min(1e-300))
+    return result
+
+
+def _frequency_curves(statistics: GroupStatistics) -> dict[str, list[float]]:
+    """Share of the tokens of each modality for which a channel is important; channels by their share over all tokens."""
+    width = len(statistics.mean_abs)
+    counts = torch.bincount(statistics.important.flatten().long(), minlength=width)
+    order = counts.argsort(descending=True, stable=True)[:CURVE_POINTS]
+    curves = {"all": (counts[order] / max(1, statistics.tokens)).tolist()}
+    for kind in Modality:
+        chosen = statistics.modality == kind
+        if chosen.any():
+            part = torch.bincount(statistics.important[chosen].flatten().long(), minlength=width)
+            curves[kind.name.lower()] = (part[order] / int(chosen.sum())).tolist()
+    return {name: [round(value, 6) for value in curve] for name, curve in curves.items()}
+
+
+def _expert_use(module: QuantizedLinear, x: Tensor, modality: Tensor) -> dict[str, list[float]]:
+    """Share of the tokens of each modality that each expert serves."""
+    from quant_experts.kernels.reference import route, smooth
+
+    operands = module.group.operands()
+    assert operands.router_weight is not None and operands.router_bias is not None
+    experts = len(operands.router_weight)
+    chosen = route(smooth(x, operands.smooth_scale), operands.router_weight, operands.router_bias).cpu()
+    use = {"all": torch.bincount(chosen, minlength=experts) / len(chosen)}
+    for kind in Modality:
+        mask = modality == kind
+        if mask.any():
+            use[kind.name.lower()] = torch.bincount(chosen[mask], minlength=experts) / int(mask.sum())
+    return {name: [round(float(v), 6) for v in values] for name, values in use.items()}

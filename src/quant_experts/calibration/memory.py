@@ -1,0 +1,95 @@
+"""Says before a run how much memory it will take, and afterwards how much it did."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from quant_experts.calibration.streaming import BlockStream
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes, by what holds them."""
+
+    resident: int
+    """Embeddings, vision encoder, head: everything but the blocks (host)."""
+    hidden: int
+    """Hidden states of all samples in front of one block (host)."""
+    block: int
+    """The largest block in the compute dtype (device)."""
+    statistics: int
+    """Second moments of the block's groups in float64 (device)."""
+    working: int
+    """float64 copies of the largest group while its experts are fitted (device)."""
+
+    @property
+    def total(self) -> int:
+        """All of it, as on a machine where host and device are one."""
+        return self.resident + self.hidden + self.block + self.statistics + self.working
+
+    @property
+    def device(self) -> int:
+        """What a GPU holds."""
+        return self.block + self.statistics + self.working
+
+
+WORKING_COPIES = 6
+"""float64 matrices of a group's size that are alive at once while experts are fitted: weight and base (float32), residual, low-rank
+product, and two temporaries."""
+
+
+def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
+    """From the shapes of the skeleton and the calibration batches alone."""
+    skeleton = stream.skeleton
+    block = skeleton.meta_block(0)
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    # Linears of one submodule with one input width most likely read the same tensor.
+    readers: dict[tuple[str, int], int] = {}
+    for name, linear in linears.items():
+        key = (name.rpartition(".")[0] if group_inputs else name, linear.in_features)
+        readers[key] = readers.get(key, 0) + linear.out_features
+    moments = sum(8 * width * width for _, width in readers)
+    largest = max((width * max(rows, width) for (_, width), rows in readers.items()), default=0)
+    tokens = sum(batch.inputs["input_ids"].shape[1] for batch in stream.batches)
+    item = stream.dtype.itemsize
+    return MemoryEstimate(
+        resident=sum(p.numel() * p.element_size() for p in skeleton.model.parameters()),
+        hidden=2 * tokens * stream.width * item,
+        block=skeleton.block_bytes(),
+        statistics=moments,
+        working=WORKING_COPIES * 8 * largest,
+    )
+
+
+class PeakMemory:
+    """The most memory that was used since this object was made: the GPU's allocations, or the process's resident set."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self._before = resident_bytes()
+
+    def bytes(self) -> int:
+        """On a CPU: the process's highest resident set so far, less what it held at the start."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._before)
+
+
+def resident_bytes() -> int:
+    """Bytes of physical memory that this process holds now."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux: the highest so far is the best there is
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,172 @@
+"""Finds a block's input groups and measures what their tokens look like.
+
+Sums over tokens are taken in float32 within one sample and in float64 across samples. A bounded, uniform sample of held-out
+tokens is kept as it is, to measure errors on tokens that no factor was fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quant_experts.artifacts import CalibrationBatch, Event, GroupStatistics, Modality
+from quant_experts.calibration.streaming import BlockStream
+from quant_experts.errors import QuantExpertsError
+
+RESERVOIR_TOKENS = 2048
+
+
+def find_groups(stream: BlockStream, block: nn.Module, *, together: bool) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Linears that read the same tensor object, by watching the first sample's pass; in order of first use.
+
+    Returns (groups of linear names within the block, names of linears that never ran). With `together` False each linear is
+    its own group.
+    """
+    readers: dict[int, list[str]] = {}
+    inputs: list[Tensor] = []  # kept alive, or an address could be used twice
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    name_of = {module: name for name, module in linears.items()}
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0])
+        names = readers.setdefault(id(args[0]), [])
+        if name_of[module] not in names:
+            names.append(name_of[module])
+
+    handles = [module.register_forward_pre_hook(watch) for module in linears.values()]
+    try:
+        next(stream.run(block))
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: list[tuple[str, ...]] = []
+    seen: set[str] = set()
+    for names in readers.values():
+        fresh = [name for name in names if name not in seen]
+        seen.update(fresh)
+        groups += [tuple(fresh)] if together and fresh else [(name,) for name in fresh]
+    return groups, [name for name in linears if name not in seen]
+
+
+@dataclass
+class _Collector:
+    """Running sums for one group."""
+
+    channel_weight: Tensor
+    """(K,) float32, mean over rows of |W|"""
+    k: int
+    keep: dict[int, Tensor]
+    """sample index -> rows of that sample to keep in the reservoir"""
+    abs_sum: Tensor
+    moment_sum: Tensor
+    important: list[Tensor] = field(default_factory=list)
+    modality: list[Tensor] = field(default_factory=list)
+    reservoir: list[Tensor] = field(default_factory=list)
+    reservoir_modality: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, modality: Tensor, sample: int, *, held_out: bool) -> None:
+        """x (T, K) of one sample."""
+        x = x.float()
+        if sample in self.keep:
+            rows = self.keep[sample]
+            self.reservoir.append(x[rows.to(x.device)].cpu())
+            self.reservoir_modality.append(modality[rows])
+        if held_out:
+            return
+        magnitude = x.abs()
+        self.abs_sum += magnitude.sum(dim=0, dtype=torch.float64)
+        self.moment_sum += x.T @ x
+        top = (magnitude * self.channel_weight).topk(self.k, dim=1, sorted=False).indices
+        self.important.append(top.to(device="cpu", dtype=torch.int32))
+        self.modality.append(modality)
+
+    def result(self) -> GroupStatistics:
+        modality = torch.cat(self.modality)
+        return GroupStatistics(
+            mean_abs=self.abs_sum / len(modality),
+            second_moment=self.moment_sum.div_(len(modality)),
+            important=torch.cat(self.important),
+            modality=modality,
+            reservoir=torch.cat(self.reservoir),
+            reservoir_modality=torch.cat(self.reservoir_modality),
+        )
+
+
+def collect_statistics(
+    stream: BlockStream,
+    block: nn.Module,
+    groups: Sequence[tuple[str, ...]],
+    *,
+    important_channels: int,
+    held_out: frozenset[int],
+    seed: int,
+) -> dict[tuple[str, ...], GroupStatistics]:
+    """One pass of all samples through the full-precision block.
+
+    held_out: indices of samples whose tokens go into the reservoir only. Raises `QuantExpertsError` for NaN or infinite
+    activations, naming the sample.
+    """
+    device = stream.device
+    lengths = [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
+    keep = _reservoir_rows(lengths, held_out, seed)
+    collectors: dict[tuple[str, ...], _Collector] = {}
+    current: dict[tuple[str, ...], Tensor] = {}
+    handles = []
+    for names in groups:
+        weights = [block.get_submodule(name).weight for name in names]
+        absolute = sum(w.abs().sum(dim=0, dtype=torch.float64) for w in weights)  # type: ignore[union-attr,operator]
+        width = weights[0].shape[1]
+        collectors[names] = _Collector(
+            channel_weight=(absolute / sum(len(w) for w in weights)).float(),  # type: ignore[arg-type,union-attr,operator]
+            k=min(important_channels, width),  # type: ignore[type-var,arg-type]
+            keep=keep,
+            abs_sum=torch.zeros(width, dtype=torch.float64, device=device),  # type: ignore[arg-type]
+            moment_sum=torch.zeros(width, width, dtype=torch.float64, device=device),  # type: ignore[arg-type]
+        )
+
+        def watch(module: nn.Module, args: tuple[Tensor, ...], names: tuple[str, ...] = names) -> None:
+            current[names] = args[0].reshape(-1, args[0].shape[-1])
+
+        handles.append(block.get_submodule(names[0]).register_forward_pre_hook(watch))
+    try:
+        for sample in stream.run(block):
+            batch = stream.batches[sample]
+            for names, x in current.items():
+                if not x.isfinite().all():
+                    raise QuantExpertsError(
+                        f"Activations of calibration sample {sample} are NaN or infinite at '{names[0]}': remove the sample, "
+                        "or calibrate in float32."
+                    )
+                collectors[names].add(x, _labels(batch, len(x)), sample, held_out=sample in held_out)
+            current.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {names: collector.result() for names, collector in collectors.items()}
+
+
+def _labels(batch: CalibrationBatch, tokens: int) -> Tensor:
+    """(tokens,) int8. Layers that see another number of tokens than the sequence has do not know which is which: TEXT."""
+    if len(batch.modality) == tokens:
+        return batch.modality
+    return torch.full((tokens,), Modality.TEXT, dtype=torch.int8)
+
+
+def _reservoir_rows(lengths: Sequence[int], held_out: frozenset[int], seed: int) -> dict[int, Tensor]:
+    """Choose at most RESERVOIR_TOKENS held-out tokens uniformly: sample index -> its chosen rows, ascending."""
+    samples = sorted(held_out)
+    origin = torch.cat([torch.full((lengths[i],), i) for i in samples])
+    row = torch.cat([torch.arange(lengths[i]) for i in samples])
+    chosen = torch.randperm(len(origin), generator=torch.Generator().manual_seed(seed))[:RESERVOIR_TOKENS].sort().values
+    return {i: row[chosen][origin[chosen] == i] for i in samples}
+
+
+def split_held_out(samples: int, fraction: float = 1 / 8) -> tuple[frozenset[int], list[Event]]:
+    """Every 1/fraction-th sample is held out, at least one; a single sample serves both purposes, with an event."""
+    if samples == 1:
+        return frozenset({0}), [Event("calibration", "one sample only: errors are measured on the tokens it was fitted to")]
+    step = round(1 / fraction)
+    return frozenset(range(min(step, samples) - 1, samples, step)), []

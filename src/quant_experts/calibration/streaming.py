@@ -1,0 +1,144 @@
+"""Streams a model block by block: one block in memory, every sample's forward pass paused in front of it.
+
+Models run code between their blocks (Qwen3-VL adds image features there, others change masks), so blocks are never chained by
+hand. Each sample runs the model's own forward pass in a greenlet; when the pass reaches a block, the greenlet stops there with
+the block's arguments and the driver goes on with the next sample. Greenlets rather than threads: one runs at a time, in a fixed
+order, in one thread, so results repeat bit for bit, errors surface where they happen and nothing is left running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from quant_experts.artifacts import CalibrationBatch
+from quant_experts.calibration.skeleton import Skeleton, load_skeleton
+from quant_experts.errors import QuantExpertsError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass
+class BlockCall:
+    """A sample's forward pass, waiting for a block's output."""
+
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockStream:
+    """Runs all samples through a model one block at a time.
+
+    for index in stream.blocks():      # samples are paused in front of block `index`
+        block = stream.skeleton.load_block(index, device)
+        stream.run(block)              # outputs thrown away: watch with hooks
+        ... change the block ...
+        stream.advance(block)          # outputs become the next block's input
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model_class: type[PreTrainedModel],
+        config: PretrainedConfig,
+        batches: Sequence[CalibrationBatch],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.skeleton: Skeleton = load_skeleton(folder, model_class, config, dtype, _pause)
+        self.device, self.dtype = device, dtype
+        self.batches = batches
+        self._passes = [greenlet(self._forward) for _ in batches]
+        self._calls: list[BlockCall] = []
+        self.outputs: list[Any] = [None] * len(batches)
+        """Per sample, the model's own output (after `advance(..., finish=True)` on the last block)."""
+        self.width: int = config.get_text_config().hidden_size
+        """Hidden size of the blocks."""
+        if device.type != "cpu":
+            _run_encoder_on(self.skeleton.model, device)
+
+    def _forward(self, batch: CalibrationBatch) -> Any:
+        inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        return self.skeleton.model(**inputs, use_cache=False)
+
+    def blocks(self) -> Iterator[int]:
+        """Block indices in order, with every sample paused in front of that block. Call `advance` before asking for the next."""
+        try:
+            with torch.inference_mode():
+                self._calls = [one.switch(batch) for one, batch in zip(self._passes, self.batches, strict=True)]
+            for index in range(len(self.skeleton.block_names)):
+                if any(not isinstance(call, BlockCall) or call.index != index for call in self._calls):
+                    raise QuantExpertsError(
+                        f"The model does not run its blocks once each and in order (at block {index}): it is not supported."
+                    )
+                yield index
+        finally:
+            self.close()
+
+    def run(self, block: nn.Module) -> Iterator[int]:
+        """Run each sample through the block in turn, yielding its index after each; outputs are dropped."""
+        for i, call in enumerate(self._calls):
+            with torch.inference_mode():
+                block(*_to(call.args, self.device), **_to(call.kwargs, self.device))
+            yield i
+
+    def advance(self, block: nn.Module, *, finish: bool = False) -> None:
+        """Run each sample through the block and on to the next one.
+
+        After the last block the passes end there, or, with `finish`, go on to the model's output, kept in `outputs`.
+        """
+        last = self._calls[0].index == len(self.skeleton.block_names) - 1
+        if last and not finish:
+            return
+        for i, call in enumerate(self._calls):
+            with torch.inference_mode():
+                output = _to(block(*_to(call.args, self.device), **_to(call.kwargs, self.device)), torch.device("cpu"))
+                result = self._passes[i].switch(output)
+            if last:
+                self.outputs[i] = result
+            else:
+                self._calls[i] = result
+
+    def close(self) -> None:
+        """End passes that are still waiting."""
+        for one in self._passes:
+            if one and not one.dead:
+                one.throw(GreenletExit)
+
+    def hidden_bytes(self) -> int:
+        """Host bytes of the paused samples' block arguments; storage that several share is counted once."""
+        leaves = tree_leaves([(call.args, call.kwargs) for call in self._calls])
+        storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)}
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+def _run_encoder_on(model: PreTrainedModel, device: torch.device) -> None:
+    """Run the vision encoder on the device; its inputs and outputs stay on the host like all else between blocks."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    encoder = model.get_encoder(modality="image")
+    if encoder is not model and encoder is not model.base_model:
+        encoder.to(device)
+        add_hook_to_module(encoder, AlignDevicesHook(execution_device=device, io_same_device=True))
+
+
+def _pause(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand a block's arguments to the driver and wait for its output."""
+    driver = getcurrent().parent
+    if driver is None:
+        raise QuantExpertsError("This model was loaded for calibration without its blocks: it cannot run by itself.")
+    return driver.switch(BlockCall(index, args, kwargs))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested structure."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)

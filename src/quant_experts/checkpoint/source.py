@@ -1,0 +1,136 @@
+"""Reads safetensors folders tensor by tensor, under the names that the model itself uses.
+
+Files and modules do not always agree on names (Qwen2-VL's files say `model.layers.*`, its modules `model.language_model.layers.*`);
+`transformers` knows the mapping and is asked for it. A file is opened for each read and closed again: a mapping that stays open
+keeps every page that was touched in memory, which for a large model is the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quant_experts.errors import QuantExpertsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `QuantExpertsError` if it is missing or malformed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QuantExpertsError(f"'{path}' does not exist: give the folder of a Hugging Face model.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QuantExpertsError(f"'{path}' is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise QuantExpertsError(f"'{path}' must hold a JSON object.")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises `QuantExpertsError` if there are none or one is missing or outside."""
+    if (folder / INDEX_NAME).is_file():
+        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise QuantExpertsError(f"'{folder / INDEX_NAME}' has no weight_map.")
+        names = sorted(set(map(str, weight_map.values())))
+    elif (folder / SINGLE_NAME).is_file():
+        names = [SINGLE_NAME]
+    else:
+        raise QuantExpertsError(
+            f"'{folder}' holds no {SINGLE_NAME} and no {INDEX_NAME}: give a folder with safetensors weights."
+        )
+    for name in names:
+        check_inside(folder, name)
+        if not (folder / name).is_file():
+            raise QuantExpertsError(f"Weight file '{name}' is missing from '{folder}': download the model again.")
+    return [folder / name for name in names]
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Refuse a file name from an index that leaves the folder (hub caches link out of it, so links are not resolved)."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or re.match(r"[A-Za-z]:|\\", name):
+        raise QuantExpertsError(f"The index of '{folder}' names '{name}', which is outside the folder: refusing to read it.")
+
+
+class TensorFiles:
+    """All tensors of a model folder: their places, shapes and dtypes at once, their values one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for path in weight_files(folder):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118 (not a dict)
+                        header = file.get_slice(key)
+                        self._file_of[key] = path
+                        self.shapes[key], self.dtypes[key] = tuple(header.get_shape()), header.get_dtype()
+            except (SafetensorError, OSError) as error:
+                raise QuantExpertsError(f"Weight file '{path}' is damaged ({error}): download it again.") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, copied out of the file. Raises `QuantExpertsError` if it does not exist or cannot be read."""
+        if key not in self._file_of:
+            raise QuantExpertsError(f"Tensor '{key}' is missing from '{self.folder}': download the model again.")
+        try:
+            with safe_open(self._file_of[key], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key).clone()
+        except (SafetensorError, OSError) as error:
+            raise QuantExpertsError(f"Tensor '{key}' in '{self._file_of[key]}' cannot be read ({error}).") from error
+        return tensor
+
+    def read_finite(self, key: str) -> Tensor:
+        """As `read`, and raises `QuantExpertsError` if the tensor holds NaN or infinity."""
+        tensor = self.read(key)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise QuantExpertsError(f"Tensor '{key}' in '{self._file_of[key]}' holds NaN or infinity: the model is damaged.")
+        return tensor
+
+    def element_size(self, key: str) -> int:
+        """Bytes of one element."""
+        bits = re.search(r"\d+", self.dtypes[key])
+        return max(1, int(bits[0]) // 8) if bits else 1
+
+
+def module_names(model: PreTrainedModel, keys: Iterator[str] | list[str], wanted: dict[str, Any]) -> dict[str, str]:
+    """Map the model's own tensor names to file keys, as `transformers` would when it loads.
+
+    wanted: a state dict on the meta device that holds every name the model could have. Keys whose values would have to be
+    converted, not only renamed (some mixtures of experts), are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names: dict[str, str] = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, converted = key, None
+        if converted is None:
+            names[name] = key
+    return names
+
+

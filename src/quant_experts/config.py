@@ -1,0 +1,182 @@
+"""Frozen, validated, versioned configuration: what to quantize to (`Scheme`) and how to repair it (`Recipe`).
+
+Both round-trip through JSON, refuse unknown keys and are what a checkpoint's `config.json` records.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quant_experts.errors import QuantExpertsError
+
+FORMAT_VERSION = 1
+
+Config = TypeVar("Config", bound="StrictModel")
+
+PAPER_WIDTH = 1536
+"""Width of Qwen2-VL-2B, the model on which the paper's rank 64 and k = 32 were chosen."""
+
+
+class StrictModel(BaseModel):
+    """A frozen pydantic model that refuses unknown keys and reports errors as one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def from_json(cls: type[Config], value: dict[str, Any]) -> Config:
+        """Validate a plain dict; raises `QuantExpertsError` that names each offending key."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']}" for e in error.errors())
+            raise QuantExpertsError(f"Invalid {cls.__name__}: {problems}.") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The dict that `from_json` reads back to an equal object."""
+        return self.model_dump(mode="json")
+
+
+class Scheme(StrictModel):
+    """Integer grids of one linear layer (grids as in thu-nics/MBQ; see docs/math.md).
+
+    Weights are quantized per output channel (`group_size` None) or per `group_size` input channels; activations per token,
+    dynamically and symmetrically, or not at all (16 bits: they keep the compute dtype).
+    """
+
+    weight_bits: int = Field(ge=2, le=8)
+    activation_bits: int
+    group_size: int | None = Field(default=None, ge=2)
+    symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _known_activation(self) -> Scheme:
+        if self.activation_bits != 16 and not 4 <= self.activation_bits <= 8:
+            raise ValueError(f"activation_bits is {self.activation_bits}; it must be 4 to 8, or 16 for weight-only")
+        return self
+
+    @property
+    def weight_only(self) -> bool:
+        """True when activations stay in floating point."""
+        return self.activation_bits == 16
+
+    @classmethod
+    def parse(cls, text: str | Scheme) -> Scheme:
+        """Read `W4A6`, `W4A8g128`, `W3A16`, `W4A16g64-sym`, `W4A16pc` ...
+
+        `W<bits>A<bits>`, then optionally `g<size>` (weights in groups of that many input channels) or `pc` (per output channel),
+        then optionally `-sym` or `-asym`. Defaults follow the MBQ code: weight-and-activation schemes are symmetric per channel,
+        weight-only ones asymmetric in groups of 128.
+        """
+        if isinstance(text, Scheme):
+            return text
+        match = re.fullmatch(r"W(\d+)A(\d+)(?:g(\d+)|(pc))?(?:-(sym|asym))?", text.strip(), re.IGNORECASE)
+        if match is None:
+            raise QuantExpertsError(
+                f"Unknown scheme '{text}': write weight and activation bits as in W4A6, W4A8, W3A16 or W4A16g64-sym."
+            )
+        weight_bits, activation_bits = int(match[1]), int(match[2])
+        weight_only = activation_bits == 16
+        group_size = int(match[3]) if match[3] else None if match[4] or not weight_only else 128
+        symmetric = match[5].lower() == "sym" if match[5] else not weight_only
+        return cls.from_json(
+            dict(weight_bits=weight_bits, activation_bits=activation_bits, group_size=group_size, symmetric=symmetric)
+        )
+
+    def __str__(self) -> str:
+        text = f"W{self.weight_bits}A{self.activation_bits}"
+        if self.group_size != (128 if self.weight_only else None):
+            text += f"g{self.group_size}" if self.group_size else "pc"
+        if self.symmetric == self.weight_only:
+            text += "-sym" if self.symmetric else "-asym"
+        return text
+
+
+class Recipe(StrictModel):
+    """How the error of plain rounding is repaired. Defaults are the paper's (Quant Experts, CVPR 2026)."""
+
+    name: str
+    exempt: Literal["none", "magnitude", "frequency"] = Field(
+        "none",
+        description="which input channels are left out of the base and rebuilt by the shared expert: none; those with the largest"
+        " mean|x| * mean|W| (ASER); or those most often among a token's top k (Quant Experts, C_s)",
+    )
+    important_channels: int = Field(
+        32, ge=1, description="k: how many channels are important for a token, and the number of exempt channels"
+    )
+    shared_rank: int = Field(0, ge=0, description="rank of the shared expert; 0 for none")
+    routed_rank: int = Field(0, ge=0, description="rank of each routed expert; 0 for none")
+    num_experts: int = Field(8, ge=1, le=128, description="N_r: the number of routed experts; each token uses one")
+    group_inputs: bool = Field(True, description="treat linears that read one tensor together; share their factors")
+    scale_with_width: bool = Field(
+        False, description="multiply ranks and k by (model width / 1536), the width at which the paper chose them"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.exempt != "none" and self.shared_rank == 0:
+            raise ValueError("exempt channels need a shared expert to rebuild them: set shared_rank")
+        return self
+
+    def at_width(self, width: int) -> Recipe:
+        """The recipe with absolute numbers for a model of that hidden size.
+
+        Where `scale_with_width` is set, ranks and k become a multiple of 8 nearest to (paper's number) * width / 1536, at least 8.
+        """
+        if not self.scale_with_width:
+            return self
+
+        def scale(value: int) -> int:
+            return max(8, 8 * round(value * width / PAPER_WIDTH / 8)) if value else 0
+
+        return self.model_copy(
+            update=dict(
+                important_channels=scale(self.important_channels),
+                shared_rank=scale(self.shared_rank),
+                routed_rank=scale(self.routed_rank),
+                scale_with_width=False,
+            )
+        )
+
+
+RECIPES: dict[str, Recipe] = {
+    "rtn": Recipe(name="rtn"),
+    "aser": Recipe(name="aser", exempt="magnitude", shared_rank=64),
+    "paper": Recipe(name="paper", exempt="frequency", shared_rank=32, routed_rank=32, group_inputs=False),
+}
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe by its name, or the recipe itself. Raises `QuantExpertsError` for a name that does not exist."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise QuantExpertsError(f"Unknown recipe '{recipe}': choose one of {', '.join(RECIPES)}.")
+    return RECIPES[recipe]
+
+
+class QuantizationConfig(StrictModel):
+    """Everything that decides the result of `quantize`, apart from the model and the samples themselves."""
+
+    scheme: Scheme
+    recipe: Recipe
+    seed: int = Field(0, ge=0)
+    samples: int = Field(128, ge=1, description="how many calibration samples to use at most")
+    max_tokens: int = Field(2048, ge=1, description="longest sample in tokens")
+    max_pixels: int = Field(1280 * 28 * 28, ge=1, description="larger images are scaled down to this area")
+
+    @classmethod
+    def of(
+        cls, scheme: str | Scheme = "W4A6", recipe: str | Recipe = "paper", *, scale_with_width: bool = False, **limits: int
+    ) -> QuantizationConfig:
+        """From names: `QuantizationConfig.of("W4A6", "paper", seed=1, samples=64)`.
+
+        scale_with_width: let the recipe's ranks follow the model's width (see `Recipe`). Raises `QuantExpertsError` for a
+        scheme, recipe or limit that does not exist.
+        """
+        chosen = find_recipe(recipe)
+        if scale_with_width:
+            chosen = chosen.model_copy(update=dict(scale_with_width=True))
+        return cls.from_json(dict(scheme=Scheme.parse(scheme), recipe=chosen, **limits))

@@ -1,0 +1,10 @@
+"""The one exception type that a user is meant to read.
+
+Everything that a user can cause (a bad path, a bad image, a scheme that does not exist) raises `QuantExpertsError` with one
+sentence that names the cause and the cure. The command line prints that sentence and exits with code 2; any other exception is
+a bug of ours and keeps its traceback.
+"""
+
+
+class QuantExpertsError(Exception):
+    """A problem in the input or the environment, described in one sentence that says what to do."""

@@ -1,0 +1,79 @@
+"""The best low-rank stand-in for an error matrix, seen through the input's second moments.
+
+For an error E (N, K) and inputs with second moment H = E[x x^T], the rank-r matrix L that minimises the mean of |(E - L) x|^2 is
+`U U^T E`, where U holds the leading eigenvectors of `E H E^T`. This is the whitened SVD of the literature (SVD of E S with
+S S^T = H, then times S^-1; ASER, QERA) without S: no Cholesky factor that fails on a singular H, no inverse. Ours as a
+formulation; docs/math.md has the proof. A vector H stands for a diagonal matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant_experts.artifacts import LowRankExpert
+from quant_experts.errors import QuantExpertsError
+
+EXACT_WIDTH = 1024
+"""Up to this size of the smaller side the eigenvectors are computed exactly; above it by subspace iteration."""
+OVERSAMPLING = 16
+ITERATIONS = 8
+
+
+def fit_low_rank(error: Tensor, moment: Tensor, rank: int, *, seed: int = 0) -> LowRankExpert:
+    """error (N, K), moment (K, K) symmetric positive semi-definite or (K,) non-negative diagonal -> rank-r expert, float64.
+
+    Factors are balanced: column i of `up` and row i of `down` have the same length, so that both fit half precision. Raises
+    `QuantExpertsError` if the rank is larger than the layer.
+    """
+    rows, columns = error.shape
+    if rank > min(rows, columns):
+        raise QuantExpertsError(
+            f"Rank {rank} is larger than a layer of {rows} x {columns}: choose a smaller rank, or ranks that scale with the width."
+        )
+    error, moment = error.double(), moment.double()
+    basis = leading_directions(error, moment, rank, seed=seed)
+    down = basis.T @ error
+    length = torch.linalg.vector_norm(down, dim=1).sqrt()
+    safe = torch.where(length > 0, length, torch.ones_like(length))
+    return LowRankExpert(up=basis * length, down=down / safe[:, None])
+
+
+def leading_directions(error: Tensor, moment: Tensor, rank: int, *, seed: int) -> Tensor:
+    """Orthonormal (N, rank) basis of the leading eigenvectors of error @ moment @ error^T; float64 in, float64 out."""
+    rows, columns = error.shape
+    if min(rows, columns) > max(EXACT_WIDTH, rank + OVERSAMPLING):
+        return _subspace_iteration(error, moment, rank, seed)
+    if rows <= columns:
+        return torch.linalg.eigh(error @ _times(moment, error.T)).eigenvectors[:, -rank:].flip(1)
+    # The smaller side is K: eigenvectors of S^T E^T E S, brought to the output side by E S, with S a root of the moment.
+    root = _square_root(moment)
+    product = error @ root if root.ndim == 2 else error * root
+    right = torch.linalg.eigh(product.T @ product).eigenvectors[:, -rank:].flip(1)
+    return torch.linalg.qr(product @ right).Q
+
+
+def _subspace_iteration(error: Tensor, moment: Tensor, rank: int, seed: int) -> Tensor:
+    """Randomised subspace iteration (Halko, Martinsson and Tropp 2011) on error @ moment @ error^T, never formed."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(len(error), rank + OVERSAMPLING, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(start.to(error.device)).Q
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(error @ _times(moment, error.T @ basis)).Q
+    small = basis.T @ error
+    values = torch.linalg.eigh(small @ _times(moment, small.T))
+    return basis @ values.eigenvectors[:, -rank:].flip(1)
+
+
+def _times(moment: Tensor, matrix: Tensor) -> Tensor:
+    """moment @ matrix, for a full or a diagonal moment."""
+    return moment @ matrix if moment.ndim == 2 else moment[:, None] * matrix
+
+
+def _square_root(moment: Tensor) -> Tensor:
+    """S with S S^T = moment; eigenvalues that rounding made negative count as zero."""
+    if moment.ndim == 1:
+        return moment.clamp_min(0).sqrt()
+    values, vectors = torch.linalg.eigh(moment)
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root

@@ -1,0 +1,97 @@
+"""Integer products on the CPU through `torch._int_mm` (oneDNN, VNNI or AMX where the processor has them).
+
+Tokens are sorted by expert in `prepare`, so that each expert works on one contiguous slice of rows and adds its part in place;
+one scatter at the end of `linear` restores the order. Rejected: masking per expert as the reference does (each mask costs a
+gather and a scatter of M x N values), and one dense product over the factors of all experts (E times the multiplications).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quant_experts.kernels import reference
+from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
+
+
+@cache
+def is_exact() -> bool:
+    """Whether this processor's int8 product is exact, extreme values included.
+
+    Instructions older than VNNI add pairs of 8-bit products in saturating 16-bit registers; where a build uses them, sums of
+    extreme codes come out wrong and this backend must not be chosen.
+    """
+    try:
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randint(-128, 128, (33, 257), generator=generator, dtype=torch.int8)
+        b = torch.randint(-128, 128, (31, 257), generator=generator, dtype=torch.int8)
+        a[0], b[0] = 127, -128
+        a[1], b[1] = -128, -128
+        return torch.equal(integer_product(a, b), reference.integer_product(a, b))
+    except RuntimeError:  # a build without the operator
+        return False
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32."""
+    if 0 in (*a.shape, *b.shape):
+        return torch.zeros(len(a), len(b), dtype=torch.int32)
+    return torch._int_mm(a, b.T)
+
+
+def prepare(x: Tensor, group: GroupOperands) -> Prepared:
+    """As `reference.prepare`, rows sorted by expert."""
+    x = reference.smooth(x, group.smooth_scale)
+    order = expert = routed_hidden = None
+    if group.routed_down is not None:
+        assert group.router_weight is not None and group.router_bias is not None
+        expert = reference.route(x, group.router_weight, group.router_bias)
+        expert, order = torch.sort(expert, stable=True)
+        x = x[order]
+        routed_hidden = x.new_empty(len(x), group.routed_down.shape[1])
+        for e, rows in _slices(expert, len(group.routed_down)):
+            torch.mm(x[rows], group.routed_down[e].float().T, out=routed_hidden[rows])
+    codes, token_scale = reference.quantize_tokens(x, group.activation_bits)
+    shared_hidden = None if group.shared_down is None else x @ group.shared_down.float().T
+    return Prepared(None, codes, token_scale, shared_hidden, routed_hidden, expert, order)
+
+
+def linear(prepared: Prepared, weight: LinearOperands) -> Tensor:
+    """As `reference.linear`, for integer activations."""
+    y = _base_product(prepared, weight)
+    if weight.bias is not None:
+        y += weight.bias
+    if weight.shared_up is not None:
+        assert prepared.shared_hidden is not None
+        y.addmm_(prepared.shared_hidden, weight.shared_up.float().T)
+    if weight.routed_up is not None:
+        assert prepared.routed_hidden is not None and prepared.expert is not None
+        for e, rows in _slices(prepared.expert, len(weight.routed_up)):
+            y[rows].addmm_(prepared.routed_hidden[rows], weight.routed_up[e].float().T)
+    if prepared.order is None:
+        return y
+    return torch.empty_like(y).index_copy_(0, prepared.order, y)
+
+
+def _slices(sorted_expert: Tensor, experts: int) -> list[tuple[int, slice]]:
+    """(expert, its rows) for each expert that has any, given expert indices in ascending order."""
+    ends = torch.bincount(sorted_expert, minlength=experts).cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
+
+
+def _base_product(prepared: Prepared, weight: LinearOperands) -> Tensor:
+    """scale_x * sum over groups of scale_g * (codes_x codes_g^T - zero_g * sum(codes_x)) -> (M, N) float32."""
+    assert prepared.codes is not None and prepared.token_scale is not None
+    size = weight.group_size or weight.codes.shape[1]
+    total: Tensor | None = None
+    for g, (x, codes) in enumerate(zip(prepared.codes.split(size, 1), weight.codes.split(size, 1), strict=True)):
+        product = integer_product(x.contiguous(), codes)
+        if weight.zero_point is not None:
+            product -= x.sum(dim=1, dtype=torch.int32)[:, None] * weight.zero_point[:, g].int()
+        part = product * weight.scale[:, g]
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total.mul_(prepared.token_scale)

@@ -1,0 +1,68 @@
+"""What every backend is given and hands on. One shape of operands for all backends is what makes them interchangeable.
+
+Letters: M tokens, K input channels, N output channels, R rank, E routed experts, G quantization groups along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupOperands:
+    """What depends on a group's input only."""
+
+    activation_bits: int
+    """4 to 8, or 16 when the weights alone are quantized."""
+    smooth_scale: Tensor | None
+    """(K,) float32"""
+    shared_down: Tensor | None
+    """(R, K)"""
+    routed_down: Tensor | None
+    """(E, R, K)"""
+    router_weight: Tensor | None
+    """(E, K)"""
+    router_bias: Tensor | None
+    """(E,)"""
+
+
+@dataclass(frozen=True)
+class LinearOperands:
+    """What belongs to one linear of a group."""
+
+    codes: Tensor
+    """(N, K) int8"""
+    scale: Tensor
+    """(N, G) float32"""
+    zero_point: Tensor | None
+    """(N, G) int8; None when all are zero"""
+    group_size: int | None
+    shared_up: Tensor | None
+    """(N, R)"""
+    routed_up: Tensor | None
+    """(E, N, R)"""
+    bias: Tensor | None
+    """(N,)"""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A group's input after smoothing, quantization, routing and down projection: computed once, read by each linear."""
+
+    values: Tensor | None
+    """(M, K) float32 smoothed input; kept for weight-only schemes, None otherwise."""
+    codes: Tensor | None
+    """(M, K) int8 activation codes; None for weight-only schemes."""
+    token_scale: Tensor | None
+    """(M, 1) float32, NaN for a token that holds a non-finite value."""
+    shared_hidden: Tensor | None
+    """(M, R) float32"""
+    routed_hidden: Tensor | None
+    """(M, R) float32, from the expert of each token"""
+    expert: Tensor | None
+    """(M,) int64"""
+    order: Tensor | None = None
+    """(M,) int64: row i here is row order[i] of the input. None when rows keep their order. Backends that sort tokens by
+    expert use it; `linear` puts rows back."""

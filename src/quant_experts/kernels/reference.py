@@ -1,0 +1,88 @@
+"""The oracle: each operation as plainly as PyTorch can say it, on any device. Other backends are tested against it.
+
+`y = s_x s_w (q(x/m) Wq^T) + up_s (down_s x/m) + up_e (down_e x/m) + bias`, e chosen by the router. The integer product is exact.
+A token that holds NaN or infinity gets NaN outputs, and no other token is touched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
+
+
+def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes per token: scale = absmax / (2^(bits-1) - 1) (thu-nics/MBQ).
+
+    x (M, K) float32 -> codes (M, K) int8, scale (M, 1) float32. A zero token has scale 1; a non-finite one scale NaN, codes 0.
+    """
+    largest = 2 ** (bits - 1) - 1
+    absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+    finite = absmax.isfinite()
+    scale = torch.where(finite & (absmax > 0), absmax / largest, torch.ones_like(absmax))
+    # absmax / largest underflows to 0 for the smallest subnormal numbers; such a token is a zero token.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = torch.where(finite, x / scale, torch.zeros_like(x)).round_().clamp_(-largest - 1, largest).to(torch.int8)
+    return codes, torch.where(finite, scale, torch.full_like(scale, torch.nan))
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32, exact: float64 holds every partial sum below 2^53."""
+    return (a.double() @ b.double().T).to(torch.int32)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The expert of each token, argmin_e (weight |x| + bias)_e, the first on ties (paper, step 5). (M, K) -> (M,) int64."""
+    return torch.addmm(bias.float(), x.abs(), weight.float().T).argmin(dim=1)
+
+
+def smooth(x: Tensor, smooth_scale: Tensor | None) -> Tensor:
+    """x / m in float32."""
+    return x.float() if smooth_scale is None else x.float() / smooth_scale
+
+
+def prepare(x: Tensor, group: GroupOperands) -> Prepared:
+    """Smooth, quantize, route and project down, once per group and input. x (M, K), any float dtype."""
+    x = smooth(x, group.smooth_scale)
+    codes, token_scale = (None, None) if group.activation_bits == 16 else quantize_tokens(x, group.activation_bits)
+    shared_hidden = None if group.shared_down is None else x @ group.shared_down.float().T
+    expert = routed_hidden = None
+    if group.routed_down is not None:
+        assert group.router_weight is not None and group.router_bias is not None
+        expert = route(x, group.router_weight, group.router_bias)
+        routed_hidden = x.new_zeros(len(x), group.routed_down.shape[1])
+        for e in range(len(group.routed_down)):
+            routed_hidden[expert == e] = x[expert == e] @ group.routed_down[e].float().T
+    return Prepared(x if codes is None else None, codes, token_scale, shared_hidden, routed_hidden, expert)
+
+
+def linear(prepared: Prepared, weight: LinearOperands) -> Tensor:
+    """One linear of the group -> (M, N) float32."""
+    y = _base_product(prepared, weight)
+    if weight.shared_up is not None:
+        assert prepared.shared_hidden is not None
+        y = y + prepared.shared_hidden @ weight.shared_up.float().T
+    if weight.routed_up is not None:
+        assert prepared.routed_hidden is not None and prepared.expert is not None
+        for e in range(len(weight.routed_up)):
+            y[prepared.expert == e] += prepared.routed_hidden[prepared.expert == e] @ weight.routed_up[e].float().T
+    return y if weight.bias is None else y + weight.bias.float()
+
+
+def _base_product(prepared: Prepared, weight: LinearOperands) -> Tensor:
+    """The quantized weight's part, group by group: scale_g * (x_g codes_g^T - zero_g * sum(x_g)). -> (M, N) float32."""
+    left = prepared.codes if prepared.codes is not None else prepared.values
+    assert left is not None
+    size = weight.group_size or weight.codes.shape[1]
+    total = torch.zeros(len(left), len(weight.codes), dtype=torch.float32, device=left.device)
+    for g, (x, codes) in enumerate(zip(left.split(size, dim=1), weight.codes.split(size, dim=1), strict=True)):
+        if prepared.codes is not None:
+            product = integer_product(x, codes)
+            if weight.zero_point is not None:
+                product = product - x.sum(dim=1, dtype=torch.int32)[:, None] * weight.zero_point[:, g].int()
+            total += product.float() * weight.scale[:, g]
+        else:
+            zero = 0 if weight.zero_point is None else weight.zero_point[:, g, None].float()
+            total += x @ ((codes.float() - zero) * weight.scale[:, g, None]).T
+    return total if prepared.token_scale is None else total * prepared.token_scale

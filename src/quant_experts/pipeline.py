@@ -1,0 +1,351 @@
+"""`quantize`: the one place that knows the order of the stages.
+
+samples -> batches -> block streaming -> for each block: statistics -> for each input group: base, shared expert, routed experts,
+router -> packed tensors, written at once -> hidden states move on through the quantized block -> checkpoint and report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_experts import __version__
+from quant_experts.artifacts import CalibrationBatch, Event, GroupRecord, GroupStatistics, QuantizedGroup, Sample
+from quant_experts.calibration.batches import make_batches
+from quant_experts.calibration.measurement import measure_group
+from quant_experts.calibration.memory import MemoryEstimate, PeakMemory, estimate_memory
+from quant_experts.calibration.samples import load_samples
+from quant_experts.calibration.statistics import collect_statistics, find_groups, split_held_out
+from quant_experts.calibration.streaming import BlockStream
+from quant_experts.checkpoint.run_folder import RunFolder
+from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
+from quant_experts.checkpoint.source import TensorFiles
+from quant_experts.checkpoint.tensors import describe_group, group_state
+from quant_experts.config import QuantizationConfig, Recipe, Scheme
+from quant_experts.errors import QuantExpertsError
+from quant_experts.experts.importance import channel_counts, magnitude_channels, partition_channels, smoothing_scale
+from quant_experts.experts.routed import cluster_channels, co_importance, fit_routed_experts
+from quant_experts.experts.router import fit_router
+from quant_experts.experts.shared import fit_shared_expert, without_channels
+from quant_experts.quantizers.rtn import dequantize, quantize_rtn
+from quant_experts.runtime.loading import default_dtype, model_class, read_config, resolve
+from quant_experts.runtime.modules import install_groups
+from quant_experts.runtime.processor import load_processor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Progress = Callable[[int, int, str], None]
+"""Called with (blocks done, blocks in all, what is going on)."""
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """What a run did and how it went."""
+
+    folder: Path
+    config: CheckpointConfig
+    records: tuple[GroupRecord, ...]
+    events: tuple[Event, ...]
+    samples: int
+    tokens: dict[str, int]
+    """Calibration tokens by modality name, held-out samples included."""
+    seconds: float
+    resumed_blocks: int
+    estimated_bytes: int
+    peak_bytes: int
+    """Of the device that did the work; on a CPU above what the process held before."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of everything a quantized linear needs, over its weights."""
+        return sum(r.stored_bits for r in self.records) / max(1, sum(r.weights for r in self.records))
+
+
+def quantize(
+    model: str | Path,
+    samples: Any,
+    output: str | Path,
+    config: QuantizationConfig | None = None,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    on_estimate: Callable[[MemoryEstimate], None] | None = None,
+) -> QuantizationResult:
+    """Quantize a model with a handful of image-text samples and write a checkpoint.
+
+    Args:
+        model: folder or Hugging Face name of a vision-language (or text-only causal) model in safetensors.
+        samples: anything `calibration.samples.load_samples` takes: a JSON or JSONL file, a folder of images with captions, a data
+            set's name, or an iterable of (image, text).
+        output: folder to create. A run that was interrupted goes on when the same call is repeated.
+        config: scheme, recipe, seed and calibration limits; W4A6 with the paper's recipe by default.
+        device: "cpu" or "cuda"; the GPU if there is one.
+        dtype: compute dtype of the full-precision passes; float32 on a CPU, bfloat16 on a GPU.
+        strict: raise where a layer is left out or a computation falls back, instead of recording an event.
+        progress, on_estimate: called as the run goes on, and with the memory estimate before it starts.
+
+    Raises:
+        QuantExpertsError: for any input that cannot work, with one sentence that says why. Nothing half-written is left under
+            `output`.
+    """
+    started = time.perf_counter()
+    config = config or QuantizationConfig.of()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or default_dtype(device)
+    peak = PeakMemory(torch.device(device))
+    folder = resolve(model)
+    model_config = read_config(folder, trust_remote_code=trust_remote_code)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise QuantExpertsError(f"'{folder}' is quantized already: give the original model.")
+    batches, events = _calibration(samples, folder, model_config, config, trust_remote_code)
+    held_out, more = split_held_out(len(batches))
+    run = _Run(config, device, dtype, batches, held_out, [*events, *more], strict, progress or (lambda *_: None))
+    fingerprint = _fingerprint(folder, run)
+    with RunFolder(Path(output), fingerprint) as store:
+        stream = BlockStream(folder, model_class(model_config), model_config, batches, torch.device(device), dtype)
+        estimate = estimate_memory(stream, config.recipe.group_inputs)
+        if on_estimate is not None:
+            on_estimate(estimate)
+        store.copy_rest(stream.skeleton.files, stream.skeleton.keys_outside_blocks())
+        checkpoint, records, resumed = run.blocks(stream, store)
+        tokens = count_tokens(batches)
+        report = dict(
+            config=config.to_json(),
+            samples=len(batches),
+            held_out_samples=len(held_out),
+            tokens=tokens,
+            groups=[asdict(record) for record in records],
+            events=[asdict(event) for event in run.events],
+        )
+        store.finish(folder, checkpoint, report)
+    return QuantizationResult(
+        folder=Path(output),
+        config=checkpoint,
+        records=tuple(records),
+        events=tuple(run.events),
+        samples=len(batches),
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        resumed_blocks=resumed,
+        estimated_bytes=estimate.total,
+        peak_bytes=peak.bytes(),
+    )
+
+
+@dataclass
+class _Run:
+    """What every block of one run needs to know."""
+
+    config: QuantizationConfig
+    device: str
+    dtype: torch.dtype
+    batches: Sequence[CalibrationBatch]
+    held_out: frozenset[int]
+    events: list[Event]
+    strict: bool
+    progress: Progress
+
+    def note(self, events: Sequence[Event]) -> None:
+        """Record events, or raise the first in a strict run."""
+        if self.strict and events:
+            raise QuantExpertsError(f"{events[0].where}: {events[0].what} (strict run).")
+        self.events += events
+
+    def blocks(self, stream: BlockStream, store: RunFolder) -> tuple[CheckpointConfig, list[GroupRecord], int]:
+        """Quantize block after block, or take finished ones from the store. -> config, records, number of blocks taken."""
+        names = stream.skeleton.block_names
+        specs: list[GroupSpec] = []
+        records: list[GroupRecord] = []
+        resumed = 0
+        for index in stream.blocks():
+            self.progress(index, len(names), names[index])
+            block = stream.skeleton.load_block(index, stream.device)
+            if store.has_block(index):
+                resumed += 1
+            else:
+                store.write_block(index, *self._quantize_block(stream, block, index))
+            tensors, saved = store.read_block(index)
+            groups = [GroupSpec.from_json(spec) for spec in saved["groups"]]
+            local = {key.removeprefix(f"{saved['file_prefix']}."): value for key, value in tensors.items()}
+            install_groups(block, groups, self.config.scheme, local)
+            stream.advance(block)
+            stream.skeleton.release_block(index)
+            specs += [_with_prefix(spec, names[index]) for spec in groups]
+            records += [GroupRecord(**record) for record in saved["records"]]
+            self.note([Event(**event) for event in saved["events"]])
+        self.progress(len(names), len(names), "done")
+        checkpoint = CheckpointConfig(
+            scheme=self.config.scheme,
+            recipe=self.config.recipe,
+            seed=self.config.seed,
+            groups=tuple(specs),
+            ignore=tuple(stream.skeleton.unquantized_linears(spec.linears for spec in specs)),
+        )
+        return checkpoint, records, resumed
+
+    def _quantize_block(
+        self, stream: BlockStream, block: nn.Module, index: int
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One block -> its tensors under file names, and its record (groups with names relative to the block)."""
+        prefix = stream.skeleton.block_names[index]
+        recipe = self.config.recipe.at_width(stream.width)
+        groups, unused = find_groups(stream, block, together=recipe.group_inputs)
+        events = [Event(f"{prefix}.{name}", "never ran during calibration: left in full precision") for name in unused]
+        seed = self.config.seed * 100_003 + index
+        statistics = collect_statistics(
+            stream,
+            block,
+            groups,
+            important_channels=recipe.important_channels,
+            held_out=self.held_out,
+            seed=seed,
+        )
+        tensors: dict[str, Tensor] = {}
+        specs: list[GroupSpec] = []
+        records: list[GroupRecord] = []
+        for names in groups:
+            weights = [block.get_submodule(name).weight for name in names]
+            weight = torch.cat([w.detach().float() for w in weights])  # type: ignore[union-attr,operator]
+            rows = [len(w) for w in weights]  # type: ignore[arg-type]
+            where = f"{prefix}.{names[0]}"
+            group, found = quantize_group(
+                names, rows, weight, statistics[names], self.config.scheme, recipe, seed=seed, where=where
+            )
+            specs.append(describe_group(group))
+            plain = quantize_group(
+                names, rows, weight, statistics[names], self.config.scheme, _PLAIN, seed=seed, where=where
+            )[0]
+            records.append(measure_group(group, plain, weight, rows, statistics.pop(names), self.config.scheme, prefix))
+            events += found
+            tensors |= group_state(group)
+        file_prefix, rest = stream.skeleton.file_names(index, tensors)
+        record = dict(
+            groups=[spec.to_json() for spec in specs],
+            records=[asdict(record) for record in records],
+            events=[asdict(event) for event in events],
+            file_prefix=file_prefix,
+        )
+        return {f"{file_prefix}.{name}": value for name, value in tensors.items()} | rest, record
+
+
+_PLAIN = Recipe(name="rtn")
+
+
+def quantize_group(
+    names: tuple[str, ...],
+    rows: Sequence[int],
+    weight: Tensor,
+    statistics: GroupStatistics,
+    scheme: Scheme,
+    recipe: Recipe,
+    *,
+    seed: int,
+    where: str,
+) -> tuple[QuantizedGroup, list[Event]]:
+    """The method on one input group (paper steps 1 to 5): weight (N, K) float32 stacked over linears of `rows` outputs each.
+
+    Returns the group and events for what could not be done as configured.
+    """
+    events: list[Event] = []
+    exempt, dependent = _choose_channels(weight, statistics, recipe)
+    smooth_scale = None
+    if len(exempt) and not scheme.weight_only:
+        smooth_scale = smoothing_scale(statistics.mean_abs, exempt)
+        weight = weight * smooth_scale
+    base = quantize_rtn(without_channels(weight, exempt), scheme)
+    group = QuantizedGroup(names, _split_rows(base, rows), smooth_scale)
+    if not recipe.shared_rank and not recipe.routed_rank:
+        return group, events
+    moment = statistics.second_moment
+    if smooth_scale is not None:
+        moment = moment / torch.outer(smooth_scale, smooth_scale)
+    residual = (weight - dequantize(base)).double()
+    if recipe.shared_rank:
+        group.shared = fit_shared_expert(residual, moment, recipe.shared_rank, seed=seed)
+        residual = residual - group.shared.up @ group.shared.down
+    if recipe.routed_rank:
+        experts = min(recipe.num_experts, len(dependent))
+        if experts < recipe.num_experts:
+            events.append(Event(where, f"only {len(dependent)} token-dependent channels: {experts} experts"))
+        labels, events_here = cluster_channels(co_importance(statistics, dependent), experts, seed=seed, where=where)
+        events += events_here
+        rms = moment.diagonal().clamp_min(0).sqrt()
+        group.routed = fit_routed_experts(residual, rms, dependent, labels, experts, recipe.routed_rank, seed=seed)
+        group.router = fit_router(residual, group.routed)
+    return group, events
+
+
+def _choose_channels(weight: Tensor, statistics: GroupStatistics, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """C_s, the exempt channels, and C_r, those that routed experts are clustered from."""
+    width = weight.shape[1]
+    k = min(recipe.important_channels, width)
+    exempt, dependent = partition_channels(channel_counts(statistics), k, k * recipe.num_experts)
+    if recipe.exempt == "none":
+        exempt = exempt[:0]
+    elif recipe.exempt == "magnitude":
+        exempt = magnitude_channels(statistics, weight.abs().mean(dim=0), k)
+    return exempt, dependent
+
+
+def _split_rows(base: Any, rows: Sequence[int]) -> tuple[Any, ...]:
+    """A stacked quantized weight, cut into its linears."""
+    from dataclasses import replace
+
+    zeros = base.zero_point.split(rows) if base.zero_point is not None else [None] * len(rows)
+    parts = zip(base.codes.split(rows), base.scale.split(rows), zeros, strict=True)
+    return tuple(replace(base, codes=codes, scale=scale, zero_point=zero) for codes, scale, zero in parts)
+
+
+def _with_prefix(spec: GroupSpec, prefix: str) -> GroupSpec:
+    """The group with names relative to the model instead of the block."""
+    return spec.model_copy(update=dict(linears=tuple(f"{prefix}.{name}" for name in spec.linears)))
+
+
+def _calibration(
+    source: Any, folder: Path, model_config: PretrainedConfig, config: QuantizationConfig, trust_remote_code: bool
+) -> tuple[list[CalibrationBatch], list[Event]]:
+    """Samples -> batches, with the events of both steps."""
+    loaded: list[Sample]
+    loaded, events = load_samples(source, limit=config.samples, max_pixels=config.max_pixels)
+    processor = load_processor(folder, trust_remote_code=trust_remote_code)
+    batches, more = make_batches(loaded, processor, model_config, max_tokens=config.max_tokens)
+    return batches, [*events, *more]
+
+
+def count_tokens(batches: Sequence[CalibrationBatch]) -> dict[str, int]:
+    """Tokens by modality name."""
+    from quant_experts.artifacts import Modality
+
+    return {m.name.lower(): sum(int((b.modality == m).sum()) for b in batches) for m in Modality}
+
+
+def _fingerprint(folder: Path, run: _Run) -> dict[str, Any]:
+    """What two runs must share for one to finish the other's work."""
+    digest = hashlib.sha256()
+    for batch in run.batches:
+        for name, tensor in sorted(batch.inputs.items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    files = TensorFiles(folder)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    names = hashlib.sha256(repr(sorted(files.shapes.items())).encode()).hexdigest()
+    return dict(
+        library_version=__version__,
+        config=run.config.to_json(),
+        device=torch.device(run.device).type,
+        dtype=str(run.dtype),
+        threads=torch.get_num_threads(),
+        samples=digest.hexdigest(),
+        model={"tensors": names, "sizes": sizes},
+    )

@@ -1,0 +1,118 @@
+"""`load`: a quantized (or plain) model from a folder, with the right class, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quant_experts.checkpoint.source import read_json, weight_files
+from quant_experts.errors import QuantExpertsError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration. Raises `QuantExpertsError` for a folder that is no model or a model type nobody knows."""
+    from transformers import AutoConfig
+
+    raw = read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise QuantExpertsError(
+            f"transformers cannot read '{folder}' (model type {raw.get('model_type')!r}): {_first_sentence(error)}"
+        ) from error
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class with a language head for a configuration: image-text-to-text if there is one, else causal.
+
+    Raises `QuantExpertsError` if the model type has neither.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            found: type[PreTrainedModel] = auto._model_mapping[type(config)]
+            return found
+    raise QuantExpertsError(
+        f"Model type '{config.model_type}' neither answers questions about images nor generates text: choose such a model."
+    )
+
+
+def resolve(model: str | Path) -> Path:
+    """A local folder for a path or a Hugging Face name (downloaded once). Raises `QuantExpertsError` if there is neither."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise QuantExpertsError(f"'{model}' is not a folder: give a model's folder or its Hugging Face name (owner/name).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
+    except Exception as error:  # the hub's client raises many unrelated types
+        raise QuantExpertsError(f"Model '{name}' is neither a folder nor downloadable: {_first_sentence(error)}") from error
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """float32 on a CPU, where bfloat16 products are several times slower; bfloat16 elsewhere."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint, or a plain model, ready for `generate`.
+
+    Args:
+        model: a folder or a Hugging Face name.
+        dtype: compute dtype; float32 on a CPU and bfloat16 on a GPU by default.
+        device_map: as in `from_pretrained`, for example "auto" or "cuda"; the CPU by default.
+        backend: name of the backend for quantized layers; chosen by device by default.
+        trust_remote_code: run code that the model's folder brings.
+
+    Raises:
+        QuantExpertsError: no such model, missing, damaged or mismatched files, or a backend that does not apply.
+    """
+    import quant_experts.runtime.transformers_hook  # noqa: F401  (registers the quantizer)
+
+    folder = resolve(model)
+    weight_files(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    dtype = dtype or default_dtype("cpu" if device_map in (None, "cpu") else "cuda")
+    try:
+        loaded: PreTrainedModel = model_class(config).from_pretrained(
+            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
+    except (OSError, RuntimeError) as error:
+        raise QuantExpertsError(f"'{folder}' cannot be loaded: {_first_sentence(error)}") from error
+    loaded.eval()
+    if backend is not None:
+        force_backend(loaded, backend)
+    return loaded
+
+
+def force_backend(model: torch.nn.Module, backend: str | None) -> None:
+    """Make every quantized layer use one backend, or (None) the table's choice again. Raises `QuantExpertsError` at use if it
+    does not apply."""
+    from quant_experts.runtime.modules import InputGroup
+
+    for module in model.modules():
+        if isinstance(module, InputGroup):
+            module.backend = backend
+
+
+def _first_sentence(error: BaseException) -> str:
+    """The first line of a library's message, which is the one that names the problem."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

@@ -1,0 +1,195 @@
+"""The modules that stand in a quantized model: `QuantizedLinear` in place of each linear, `InputGroup` beside the first of a group.
+
+A group's `prepare` runs once per input, whichever of its linears asks first; the others reuse its result. The group's tensors
+are registered once, under the first linear; the others hold a plain reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_experts.checkpoint.packing import pack, unpack
+from quant_experts.checkpoint.schema import GROUP_CHILD, GroupSpec, group_tensors, linear_tensors
+from quant_experts.config import Scheme
+from quant_experts.errors import QuantExpertsError
+from quant_experts.kernels.dispatch import Backend, select
+from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
+
+
+class InputGroup(nn.Module):
+    """What the linears of one group share: smoothing, expert down factors and the router."""
+
+    smooth_scale: Tensor | None
+    shared_down: Tensor | None
+    routed_down: Tensor | None
+    router_weight: Tensor | None
+    router_bias: Tensor | None
+
+    def __init__(self, spec: GroupSpec, scheme: Scheme, in_features: int) -> None:
+        super().__init__()
+        self.spec, self.scheme, self.in_features = spec, scheme, in_features
+        specs = group_tensors(spec, in_features)
+        for name in ("smooth_scale", "shared_down", "routed_down", "router_weight", "router_bias"):
+            self.register_buffer(name, torch.zeros(specs[name][0], dtype=specs[name][1]) if name in specs else None)
+        self.backend: str | None = None
+        """Name of a backend to use instead of the table's choice."""
+        self._last: tuple[Tensor, int, Prepared, int] | None = None
+
+    def select_backend(self, device: torch.device) -> Backend:
+        """The backend that serves this group on a device."""
+        return select(device.type, self.scheme.activation_bits, self.backend)
+
+    def operands(self) -> GroupOperands:
+        """The tensors as kernels take them."""
+        return GroupOperands(
+            self.scheme.activation_bits,
+            self.smooth_scale,
+            self.shared_down,
+            self.routed_down,
+            self.router_weight,
+            self.router_bias,
+        )
+
+    def forward(self, x: Tensor) -> Prepared:
+        """x (..., K) -> its prepared form with M = product of the leading sizes. Reused while the group's linears ask for it."""
+        version = 0 if x.is_inference() else x._version
+        prepared, uses = None, 1
+        if self._last is not None and self._last[0] is x and self._last[1] == version:
+            prepared, uses = self._last[2], self._last[3] + 1
+        if prepared is None:
+            prepared = self.select_backend(x.device).prepare(x.reshape(-1, self.in_features), self.operands())
+        # Dropped after the last linear's use, so that no activation outlives its layer.
+        self._last = None if uses >= len(self.spec.linears) else (x, version, prepared, uses)
+        return prepared
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with integer weights and the up factors of its group's experts. x (..., K) -> (..., N) in x's dtype.
+
+    `weight_packed` is what files hold. `finalize`, called once after loading, replaces it in memory by int8 codes, the operand
+    of the integer kernels; `state_dict` packs them again.
+    """
+
+    weight_packed: Tensor | None
+    weight_codes: Tensor | None
+    weight_scale: Tensor
+    weight_shape: Tensor
+    weight_zero_point: Tensor | None
+    shared_up: Tensor | None
+    routed_up: Tensor | None
+
+    def __init__(
+        self,
+        spec: GroupSpec,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        bias: nn.Parameter | None,
+        group: InputGroup | None = None,
+    ) -> None:
+        """shape is (N, K). Without `group` this linear is the group's first and owns a new one."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.scheme = scheme
+        specs = linear_tensors(spec, scheme, *shape)
+        names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "shared_up", "routed_up")
+        for name in names:
+            self.register_buffer(name, torch.zeros(specs[name][0], dtype=specs[name][1]) if name in specs else None)
+        self.register_buffer("weight_codes", None, persistent=False)
+        self.register_parameter("bias", bias)
+        self._group = (group,) if group is not None else None  # in a tuple: not registered a second time
+        if group is None:
+            self.add_module(GROUP_CHILD, InputGroup(spec, scheme, self.in_features))
+
+    @property
+    def group(self) -> InputGroup:
+        """The input group that this linear reads, its own or another linear's."""
+        group = self.get_submodule(GROUP_CHILD) if self._group is None else self._group[0]
+        assert isinstance(group, InputGroup)
+        return group
+
+    def finalize(self, name: str) -> None:
+        """Unpack the codes and check what was loaded. Raises `QuantExpertsError` that names the offending tensor."""
+        if self.weight_packed is None:
+            return
+        if self.weight_shape.tolist() != [self.out_features, self.in_features]:
+            raise QuantExpertsError(
+                f"Tensor '{name}.weight_shape' says {self.weight_shape.tolist()}, the model needs "
+                f"{[self.out_features, self.in_features]}: the checkpoint does not belong to this model."
+            )
+        owned = [(f"{name}.{key}", value) for key, value in self.named_buffers()]
+        for key, value in owned:
+            if value.is_floating_point() and not value.isfinite().all():
+                raise QuantExpertsError(f"Tensor '{key}' holds NaN or infinity: the checkpoint is damaged.")
+        self.weight_codes = unpack(self.weight_packed, self.scheme.weight_bits, self.in_features)
+        self.weight_packed = None
+
+    def operands(self) -> LinearOperands:
+        """The tensors as kernels take them."""
+        assert self.weight_codes is not None, "finalize() was not called"
+        return LinearOperands(
+            self.weight_codes,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.scheme.group_size,
+            self.shared_up,
+            self.routed_up,
+            self.bias,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = base product + shared expert + routed expert + bias."""
+        prepared = self.group(x)
+        y = self.group.select_backend(x.device).linear(prepared, self.operands())
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_codes is not None:
+            destination[f"{prefix}weight_packed"] = pack(self.weight_codes, self.scheme.weight_bits)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+
+
+def swap_linears(model: nn.Module, spec: GroupSpec, scheme: Scheme) -> dict[str, QuantizedLinear]:
+    """Replace a group's linears in a model by empty quantized modules, on the current device context. -> modules by name.
+
+    Raises `QuantExpertsError` if one of them is not a linear of the model.
+    """
+    modules: dict[str, QuantizedLinear] = {}
+    group: InputGroup | None = None
+    for name in spec.linears:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise QuantExpertsError(f"The checkpoint quantizes '{name}', which is not a linear layer of this model.")
+        shape = (linear.out_features, linear.in_features)
+        modules[name] = QuantizedLinear(spec, scheme, shape, bias=linear.bias, group=group)
+        group = group or modules[name].group
+        model.set_submodule(name, modules[name])
+    return modules
+
+
+def install_groups(
+    model: nn.Module, specs: Sequence[GroupSpec], scheme: Scheme, tensors: Mapping[str, Tensor]
+) -> dict[str, QuantizedLinear]:
+    """Swap groups into a model that is in memory and fill them from tensors by name; biases stay. -> modules by name."""
+    modules: dict[str, QuantizedLinear] = {}
+    for spec in specs:
+        with torch.device("meta"):
+            modules |= swap_linears(model, spec, scheme)
+    for name, module in modules.items():
+        device = tensors[f"{name}.weight_scale"].device if module.bias is None else module.bias.device
+        for key, _ in list(module.named_buffers()):
+            owner, leaf = (module, key) if "." not in key else (module.group, key.rpartition(".")[2])
+            owner._buffers[leaf] = tensors[f"{name}.{key}"].to(device)
+    for name, module in modules.items():
+        module.finalize(name)
+    return modules

@@ -1,0 +1,127 @@
+"""Teaches `transformers` to load and save our checkpoints through `from_pretrained` and `save_pretrained`.
+
+Importing this module registers the quantizer (once); `runtime/autoload.py` does so whenever `transformers` is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quant_experts.checkpoint.schema import QUANT_METHOD, CheckpointConfig
+from quant_experts.checkpoint.source import TensorFiles, check_inside, module_names
+from quant_experts.errors import QuantExpertsError
+from quant_experts.runtime.modules import QuantizedLinear, swap_linears
+
+
+class QuantExpertsHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`CheckpointConfig` in the clothes that `transformers` expects."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.checkpoint = CheckpointConfig.read({**entries, "quant_method": QUANT_METHOD})
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> QuantExpertsHfConfig | tuple[QuantExpertsHfConfig, dict[str, Any]]:
+        """Every key must be ours: unknown ones raise instead of being set as attributes."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` entry of `config.json`."""
+        return self.checkpoint.to_json()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All entries: the format states its defaults."""
+        return self.to_dict()
+
+
+class QuantExpertsHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps quantized modules in before the weights are read, and checks them afterwards."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to check: the reference backend runs wherever PyTorch does."""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        config: CheckpointConfig = self.quantization_config.checkpoint
+        with torch.device("meta"):
+            swapped = [swap_linears(model, group, config.scheme) for group in config.groups]
+        modules = {name: module for group in swapped for name, module in group.items()}
+        if checkpoint_files:
+            _check_files([Path(file) for file in checkpoint_files], model, modules)
+        # The guard tensors that stop a loader without our package are not ours to load.
+        ignored = list(model._keys_to_ignore_on_load_unexpected or [])
+        first = config.groups[0].linears[0] if config.groups else ""
+        model._keys_to_ignore_on_load_unexpected = [*ignored, rf"{first}\.weight$"] if first else ignored
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                module.finalize(name)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Inference only."""
+        return False
+
+
+def _check_files(paths: list[Path], model: Any, modules: dict[str, QuantizedLinear]) -> None:
+    """Compare file headers with what the modules need, before anything is read: `transformers` itself would only warn about a
+    missing tensor and go on with random values.
+
+    Raises `QuantExpertsError` that names the tensor and what is wrong.
+    """
+    folder = paths[0].parent
+    named = Path(str(getattr(model.config, "name_or_path", "") or ""))
+    if named.is_dir():
+        folder = named
+    for path in paths:
+        check_inside(folder, os.path.relpath(path, folder))
+    files = TensorFiles(folder)
+    wanted = dict(model.state_dict())
+    keys = module_names(model, list(files), wanted)
+    for prefix, module in modules.items():
+        for local, tensor in module.state_dict().items():
+            name = f"{prefix}.{local}"
+            if name not in keys:
+                raise QuantExpertsError(f"Tensor '{name}' is missing from '{folder}': the checkpoint is incomplete.")
+            shape = files.shapes[keys[name]]
+            if shape != tuple(tensor.shape):
+                raise QuantExpertsError(
+                    f"Tensor '{name}' has shape {list(shape)}, config.json needs {list(tensor.shape)}: "
+                    "the checkpoint's files do not belong together."
+                )
+            dtype = files.dtypes[keys[name]]
+            if local != "bias" and dtype != _SAFETENSORS_NAMES[tensor.dtype]:
+                raise QuantExpertsError(
+                    f"Tensor '{name}' has dtype {dtype}, the format needs {_SAFETENSORS_NAMES[tensor.dtype]}."
+                )
+
+
+_SAFETENSORS_NAMES = {torch.int32: "I32", torch.int8: "I8", torch.float32: "F32", torch.float16: "F16"}
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(QuantExpertsHfConfig)
+    register_quantizer(QUANT_METHOD)(QuantExpertsHfQuantizer)
