@@ -99,19 +99,19 @@ class Recipe(StrictModel):
 
     name: str
     exempt: Literal["none", "magnitude", "frequency"] = Field(
-        "none",
+        default="none",
         description="which input channels are left out of the base and rebuilt by the shared expert: none; those with the largest"
         " mean|x| * mean|W| (ASER); or those most often among a token's top k (Quant Experts, C_s)",
     )
     important_channels: int = Field(
-        32, ge=1, description="k: how many channels are important for a token, and the number of exempt channels"
+        default=32, ge=1, description="k: how many channels are important for a token, and the number of exempt channels"
     )
-    shared_rank: int = Field(0, ge=0, description="rank of the shared expert; 0 for none")
-    routed_rank: int = Field(0, ge=0, description="rank of each routed expert; 0 for none")
-    num_experts: int = Field(8, ge=1, le=128, description="N_r: the number of routed experts; each token uses one")
-    group_inputs: bool = Field(True, description="treat linears that read one tensor together; share their factors")
+    shared_rank: int = Field(default=0, ge=0, description="rank of the shared expert; 0 for none")
+    routed_rank: int = Field(default=0, ge=0, description="rank of each routed expert; 0 for none")
+    num_experts: int = Field(default=8, ge=1, le=128, description="N_r: the number of routed experts; each token uses one")
+    group_inputs: bool = Field(default=True, description="treat linears that read one tensor together; share their factors")
     scale_with_width: bool = Field(
-        False, description="multiply ranks and k by (model width / 1536), the width at which the paper chose them"
+        default=False, description="multiply ranks and k by (model width / 1536), the width at which the paper chose them"
     )
 
     @model_validator(mode="after")
@@ -162,10 +162,10 @@ class QuantizationConfig(StrictModel):
 
     scheme: Scheme
     recipe: Recipe
-    seed: int = Field(0, ge=0)
-    samples: int = Field(128, ge=1, description="how many calibration samples to use at most")
-    max_tokens: int = Field(2048, ge=1, description="longest sample in tokens")
-    max_pixels: int = Field(1280 * 28 * 28, ge=1, description="larger images are scaled down to this area")
+    seed: int = Field(default=0, ge=0)
+    samples: int = Field(default=128, ge=1, description="how many calibration samples to use at most")
+    max_tokens: int = Field(default=2048, ge=1, description="longest sample in tokens")
+    max_pixels: int = Field(default=1280 * 28 * 28, ge=1, description="larger images are scaled down to this area")
 
     @classmethod
     def of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from quant_experts import __version__
-from quant_experts.artifacts import CalibrationBatch, Event, GroupRecord, GroupStatistics, QuantizedGroup, Sample
-from quant_experts.calibration.batches import make_batches
+from quant_experts.artifacts import CalibrationBatch, Event, GroupRecord, GroupStatistics, QuantizedGroup, QuantizedWeight, Sample
+from quant_experts.calibration.batches import count_tokens, make_batches
 from quant_experts.calibration.measurement import measure_group
 from quant_experts.calibration.memory import MemoryEstimate, PeakMemory, estimate_memory
 from quant_experts.calibration.samples import load_samples
-from quant_experts.calibration.statistics import collect_statistics, find_groups, split_held_out
+from quant_experts.calibration.statistics import block_linears, collect_statistics, find_groups, split_held_out
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.checkpoint.run_folder import RunFolder
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
@@ -211,13 +211,13 @@ class _Run:
             held_out=self.held_out,
             seed=seed,
         )
+        linears = block_linears(block)
         tensors: dict[str, Tensor] = {}
         specs: list[GroupSpec] = []
         records: list[GroupRecord] = []
         for names in groups:
-            weights = [block.get_submodule(name).weight for name in names]
-            weight = torch.cat([w.detach().float() for w in weights])  # type: ignore[union-attr,operator]
-            rows = [len(w) for w in weights]  # type: ignore[arg-type]
+            weight = torch.cat([linears[name].weight.detach().float() for name in names])
+            rows = [linears[name].out_features for name in names]
             where = f"{prefix}.{names[0]}"
             group, found = quantize_group(
                 names, rows, weight, statistics[names], self.config.scheme, recipe, seed=seed, where=where
@@ -298,12 +298,11 @@ def _choose_channels(weight: Tensor, statistics: GroupStatistics, recipe: Recipe
     return exempt, dependent
 
 
-def _split_rows(base: Any, rows: Sequence[int]) -> tuple[Any, ...]:
+def _split_rows(base: QuantizedWeight, rows: Sequence[int]) -> tuple[QuantizedWeight, ...]:
     """A stacked quantized weight, cut into its linears."""
-    from dataclasses import replace
-
-    zeros = base.zero_point.split(rows) if base.zero_point is not None else [None] * len(rows)
-    parts = zip(base.codes.split(rows), base.scale.split(rows), zeros, strict=True)
+    sizes = list(rows)
+    zeros = [None] * len(sizes) if base.zero_point is None else base.zero_point.split(sizes)
+    parts = zip(base.codes.split(sizes), base.scale.split(sizes), zeros, strict=True)
     return tuple(replace(base, codes=codes, scale=scale, zero_point=zero) for codes, scale, zero in parts)
 
 
@@ -321,13 +320,6 @@ def _calibration(
     processor = load_processor(folder, trust_remote_code=trust_remote_code)
     batches, more = make_batches(loaded, processor, model_config, max_tokens=config.max_tokens)
     return batches, [*events, *more]
-
-
-def count_tokens(batches: Sequence[CalibrationBatch]) -> dict[str, int]:
-    """Tokens by modality name."""
-    from quant_experts.artifacts import Modality
-
-    return {m.name.lower(): sum(int((b.modality == m).sum()) for b in batches) for m in Modality}
 
 
 def _fingerprint(folder: Path, run: _Run) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -67,7 +69,7 @@ def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
 
 
 class PeakMemory:
-    """The most memory that was used since this object was made: the GPU's allocations, or the process's resident set."""
+    """The most memory used since this object was made: a GPU's allocations, or the process's resident set above its start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -75,21 +77,27 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            self._before = resident_bytes()
+            _reset_high_water_mark()
+            self._before = resident_bytes("VmRSS")
 
     def bytes(self) -> int:
-        """On a CPU: the process's highest resident set so far, less what it held at the start."""
+        """Peak so far in bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._before)
+        return max(0, resident_bytes("VmHWM") - self._before)
 
 
-def resident_bytes() -> int:
-    """Bytes of physical memory that this process holds now."""
+def resident_bytes(field: str) -> int:
+    """Physical memory of this process: "VmRSS" now, "VmHWM" at its highest. Elsewhere than on Linux both are the highest."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:  # not Linux: the highest so far is the best there is
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _reset_high_water_mark() -> None:
+    """Forget earlier peaks of this process, where the kernel allows it; otherwise a peak may be an older one."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -19,6 +19,11 @@ from quant_experts.errors import QuantExpertsError
 RESERVOIR_TOKENS = 2048
 
 
+def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The block's linear layers by name, in the order of registration."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
 def find_groups(stream: BlockStream, block: nn.Module, *, together: bool) -> tuple[list[tuple[str, ...]], list[str]]:
     """Linears that read the same tensor object, by watching the first sample's pass; in order of first use.
 
@@ -27,8 +32,8 @@ def find_groups(stream: BlockStream, block: nn.Module, *, together: bool) -> tup
     """
     readers: dict[int, list[str]] = {}
     inputs: list[Tensor] = []  # kept alive, or an address could be used twice
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    name_of = {module: name for name, module in linears.items()}
+    linears = block_linears(block)
+    name_of: dict[nn.Module, str] = {module: name for name, module in linears.items()}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.append(args[0])
@@ -110,27 +115,28 @@ def collect_statistics(
     activations, naming the sample.
     """
     device = stream.device
+    linears = block_linears(block)
     lengths = [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
     keep = _reservoir_rows(lengths, held_out, seed)
     collectors: dict[tuple[str, ...], _Collector] = {}
     current: dict[tuple[str, ...], Tensor] = {}
     handles = []
     for names in groups:
-        weights = [block.get_submodule(name).weight for name in names]
-        absolute = sum(w.abs().sum(dim=0, dtype=torch.float64) for w in weights)  # type: ignore[union-attr,operator]
-        width = weights[0].shape[1]
+        members = [linears[name] for name in names]
+        width = members[0].in_features
+        absolute = torch.stack([m.weight.abs().sum(dim=0, dtype=torch.float64) for m in members]).sum(dim=0)
         collectors[names] = _Collector(
-            channel_weight=(absolute / sum(len(w) for w in weights)).float(),  # type: ignore[arg-type,union-attr,operator]
-            k=min(important_channels, width),  # type: ignore[type-var,arg-type]
+            channel_weight=(absolute / sum(m.out_features for m in members)).float(),
+            k=min(important_channels, width),
             keep=keep,
-            abs_sum=torch.zeros(width, dtype=torch.float64, device=device),  # type: ignore[arg-type]
-            moment_sum=torch.zeros(width, width, dtype=torch.float64, device=device),  # type: ignore[arg-type]
+            abs_sum=torch.zeros(width, dtype=torch.float64, device=device),
+            moment_sum=torch.zeros(width, width, dtype=torch.float64, device=device),
         )
 
         def watch(module: nn.Module, args: tuple[Tensor, ...], names: tuple[str, ...] = names) -> None:
             current[names] = args[0].reshape(-1, args[0].shape[-1])
 
-        handles.append(block.get_submodule(names[0]).register_forward_pre_hook(watch))
+        handles.append(members[0].register_forward_pre_hook(watch))
     try:
         for sample in stream.run(block):
             batch = stream.batches[sample]

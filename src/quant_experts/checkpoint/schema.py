@@ -5,7 +5,7 @@ The shapes are a function of the configuration alone, so that a reader can alloc
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from quant_experts.checkpoint.packing import packed_width
 from quant_experts.config import FORMAT_VERSION, Recipe, Scheme, StrictModel
 from quant_experts.errors import QuantExpertsError
 
-QUANT_METHOD = "quant_experts"
+QUANT_METHOD: Final = "quant_experts"
 GROUP_CHILD = "input_group"
 """Name of the submodule of a group's first linear that owns the group's shared tensors."""
 FACTOR_DTYPE = torch.float16
@@ -29,9 +29,9 @@ class GroupSpec(StrictModel):
 
     linears: tuple[str, ...] = Field(min_length=1, description="module names; the first owns the shared tensors")
     smooth: bool = False
-    shared_rank: int = Field(0, ge=0)
-    routed_rank: int = Field(0, ge=0)
-    experts: int = Field(0, ge=0)
+    shared_rank: int = Field(default=0, ge=0)
+    routed_rank: int = Field(default=0, ge=0)
+    experts: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _experts_with_rank(self) -> GroupSpec:

@@ -1,7 +1,7 @@
 """Integer products on the CPU through `torch._int_mm` (oneDNN, VNNI or AMX where the processor has them).
 
 Tokens are sorted by expert in `prepare`, so that each expert works on one contiguous slice of rows and adds its part in place;
-one scatter at the end of `linear` restores the order. Rejected: masking per expert as the reference does (each mask costs a
+one gather at the end of `linear` restores the order. Rejected: masking per expert as the reference does (each mask costs a
 gather and a scatter of M x N values), and one dense product over the factors of all experts (E times the multiplications).
 """
 
@@ -41,21 +41,35 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)
 
 
+def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As `reference.quantize_tokens`, in fewer passes over memory where every token is ordinary (finite, not zero)."""
+    largest = 2 ** (bits - 1) - 1
+    if not x.numel():
+        return reference.quantize_tokens(x, bits)
+    absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
+    scale = absmax / largest
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        return reference.quantize_tokens(x, bits)
+    # No clamp: |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one half.
+    return (x / scale).round_().to(torch.int8), scale
+
+
 def prepare(x: Tensor, group: GroupOperands) -> Prepared:
     """As `reference.prepare`, rows sorted by expert."""
     x = reference.smooth(x, group.smooth_scale)
-    order = expert = routed_hidden = None
+    restore = expert = routed_hidden = None
     if group.routed_down is not None:
         assert group.router_weight is not None and group.router_bias is not None
         expert = reference.route(x, group.router_weight, group.router_bias)
         expert, order = torch.sort(expert, stable=True)
-        x = x[order]
+        restore = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+        x = x.index_select(0, order)  # several times faster than x[order]
         routed_hidden = x.new_empty(len(x), group.routed_down.shape[1])
         for e, rows in _slices(expert, len(group.routed_down)):
             torch.mm(x[rows], group.routed_down[e].float().T, out=routed_hidden[rows])
-    codes, token_scale = reference.quantize_tokens(x, group.activation_bits)
+    codes, token_scale = quantize_tokens(x, group.activation_bits)
     shared_hidden = None if group.shared_down is None else x @ group.shared_down.float().T
-    return Prepared(None, codes, token_scale, shared_hidden, routed_hidden, expert, order)
+    return Prepared(None, codes, token_scale, shared_hidden, routed_hidden, expert, restore)
 
 
 def linear(prepared: Prepared, weight: LinearOperands) -> Tensor:
@@ -70,9 +84,7 @@ def linear(prepared: Prepared, weight: LinearOperands) -> Tensor:
         assert prepared.routed_hidden is not None and prepared.expert is not None
         for e, rows in _slices(prepared.expert, len(weight.routed_up)):
             y[rows].addmm_(prepared.routed_hidden[rows], weight.routed_up[e].float().T)
-    if prepared.order is None:
-        return y
-    return torch.empty_like(y).index_copy_(0, prepared.order, y)
+    return y if prepared.restore is None else y.index_select(0, prepared.restore)
 
 
 def _slices(sorted_expert: Tensor, experts: int) -> list[tuple[int, slice]]:
@@ -91,7 +103,7 @@ def _base_product(prepared: Prepared, weight: LinearOperands) -> Tensor:
         product = integer_product(x.contiguous(), codes)
         if weight.zero_point is not None:
             product -= x.sum(dim=1, dtype=torch.int32)[:, None] * weight.zero_point[:, g].int()
-        part = product * weight.scale[:, g]
+        part = product.float().mul_(weight.scale[:, g])  # one pass more than int32 * float32, and still faster
         total = part if total is None else total.add_(part)
     assert total is not None
     return total.mul_(prepared.token_scale)

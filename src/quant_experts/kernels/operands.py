@@ -63,6 +63,6 @@ class Prepared:
     """(M, R) float32, from the expert of each token"""
     expert: Tensor | None
     """(M,) int64"""
-    order: Tensor | None = None
-    """(M,) int64: row i here is row order[i] of the input. None when rows keep their order. Backends that sort tokens by
-    expert use it; `linear` puts rows back."""
+    restore: Tensor | None = None
+    """(M,) int64: output row i is row restore[i] here. None when rows keep their order. Backends that sort tokens by expert
+    use it; `linear` puts rows back."""

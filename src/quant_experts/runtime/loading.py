@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -20,11 +20,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 
     raw = read_json(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise QuantExpertsError(
             f"transformers cannot read '{folder}' (model type {raw.get('model_type')!r}): {_first_sentence(error)}"
         ) from error
+    return config
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -36,8 +37,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
-            found: type[PreTrainedModel] = auto._model_mapping[type(config)]
-            return found
+            return cast("type[PreTrainedModel]", auto._model_mapping[type(config)])
     raise QuantExpertsError(
         f"Model type '{config.model_type}' neither answers questions about images nor generates text: choose such a model."
     )

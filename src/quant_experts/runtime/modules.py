@@ -74,6 +74,7 @@ class QuantizedLinear(nn.Module):
     of the integer kernels; `state_dict` packs them again.
     """
 
+    bias: nn.Parameter | None
     weight_packed: Tensor | None
     weight_codes: Tensor | None
     weight_scale: Tensor
@@ -186,7 +187,7 @@ def install_groups(
         with torch.device("meta"):
             modules |= swap_linears(model, spec, scheme)
     for name, module in modules.items():
-        device = tensors[f"{name}.weight_scale"].device if module.bias is None else module.bias.device
+        device = (tensors[f"{name}.weight_scale"] if module.bias is None else module.bias).device
         for key, _ in list(module.named_buffers()):
             owner, leaf = (module, key) if "." not in key else (module.group, key.rpartition(".")[2])
             owner._buffers[leaf] = tensors[f"{name}.{key}"].to(device)

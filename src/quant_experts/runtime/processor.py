@@ -1,8 +1,9 @@
 """Loads what turns text and images into a model's inputs, also where torchvision is not installed.
 
-transformers 5 gives the processors of most vision-language families a `video_processor`, and every video processor needs
-torchvision, although their image processors also come in a version for Pillow. Without torchvision such a processor cannot be
-made at all, images or not. The video slot is therefore left out in that case. With torchvision nothing is changed.
+transformers 5 gives the processors of most vision-language families a `video_processor`, and every video processor
+needs torchvision, although their image processors also come in a version for Pillow. Without torchvision such a
+processor cannot be made at all, images or not. The video slot is therefore left out in that case. With torchvision
+nothing is changed.
 """
 
 from __future__ import annotations
@@ -14,46 +15,55 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from quant_experts.errors import QuantExpertsError
 
-_all_attributes = ProcessorMixin.__dict__["get_attributes"]
+# transformers is only partly typed; these two are used beyond what its annotations allow.
+_Auto: Any = AutoProcessor
+_Mixin: Any = ProcessorMixin
+_all_attributes = _Mixin.__dict__["get_attributes"]
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a vision-language model, or the tokenizer of a text-only one, padding on the left as generation needs.
+    """The processor of a vision-language model, or the tokenizer of a text-only one, padding on the left as generation
+    needs.
 
     Args:
         path: a model folder, or a name on the Hugging Face hub.
         trust_remote_code: run Python code that the checkpoint brings along.
 
     Raises:
-        QuantExpertsError: no such folder, or its processor or tokenizer files are missing, broken or of an unknown kind.
+        QuantExpertsError: no such folder, or its processor or tokenizer files are missing, broken or of an unknown
+            kind.
     """
     _refuse_missing_folder(path)
     try:
         if is_torchvision_available():
-            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+            processor = _Auto.from_pretrained(path, trust_remote_code=trust_remote_code)
         else:
             processor = _load_without_video(path, trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         # transformers reports damaged or incomplete files through all of these.
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
         raise QuantExpertsError(
-            f"Cannot load a processor or tokenizer from '{path}' ({reason}): copy all tokenizer and processor files of the"
-            " model into that folder."
+            f"Cannot load a processor or tokenizer from '{path}' ({reason}): copy all tokenizer and processor files"
+            " of the model into that folder."
         ) from error
     tokenizer = find_tokenizer(processor)
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.added_tokens_encoder):
+        # transformers makes an empty tokenizer when the vocabulary file is missing, which would turn every text into
+        # nothing.
+        raise QuantExpertsError(f"The tokenizer in '{path}' has no vocabulary: copy the model's tokenizer files there.")
     if tokenizer is None:
         raise QuantExpertsError(
-            f"'{path}' has a {type(processor).__name__} but no tokenizer: copy the model's tokenizer files into that folder."
+            f"'{path}' has a {type(processor).__name__} but no tokenizer: copy the model's tokenizer files there."
         )
     tokenizer.padding_side = "left"
     return processor
 
 
-def find_tokenizer(processor: Any) -> Any | None:
+def find_tokenizer(processor: Any) -> Any:
     """The tokenizer inside a processor, the tokenizer itself if it is one, else None."""
     return processor if hasattr(processor, "convert_tokens_to_ids") else getattr(processor, "tokenizer", None)
 
@@ -64,7 +74,8 @@ def takes_images(processor: Any) -> bool:
 
 
 def _refuse_missing_folder(path: str | Path) -> None:
-    # Anything but 'owner/model' that is not a folder would end in a minute of retries and a puzzling message from the hub client.
+    # Anything but 'owner/model' that is not a folder would end in a minute of retries and a puzzling message from the
+    # hub client.
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not isinstance(path, Path)
     if not Path(path).is_dir() and (Path(path).exists() or not is_hub_name):
         raise QuantExpertsError(f"'{path}' is not a folder: give the folder that holds the model's config.json.")
@@ -72,21 +83,24 @@ def _refuse_missing_folder(path: str | Path) -> None:
 
 def _load_without_video(path: str | Path, trust_remote_code: bool) -> Any:
     with _no_video_slot():
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        processor = _Auto.from_pretrained(path, trust_remote_code=trust_remote_code)
     if isinstance(processor, ProcessorMixin) and not hasattr(processor, "video_processor"):
-        # The loaded object asks its class again, when it is saved or printed; that class alone keeps the shorter answer.
-        type(processor).get_attributes = classmethod(_attributes_without_video)
+        # The loaded object asks its class again, when it is saved or printed; that class alone keeps the shorter
+        # answer.
+        processor_class: Any = type(processor)
+        processor_class.get_attributes = classmethod(_attributes_without_video)
     return processor
 
 
 @contextmanager
 def _no_video_slot() -> Iterator[None]:
-    ProcessorMixin.get_attributes = classmethod(_attributes_without_video)
+    _Mixin.get_attributes = classmethod(_attributes_without_video)
     try:
         yield
     finally:
-        ProcessorMixin.get_attributes = _all_attributes
+        _Mixin.get_attributes = _all_attributes
 
 
 def _attributes_without_video(cls: type) -> list[str]:
-    return [name for name in _all_attributes.__func__(cls) if name != "video_processor"]
+    names: list[str] = _all_attributes.__func__(cls)
+    return [name for name in names if name != "video_processor"]

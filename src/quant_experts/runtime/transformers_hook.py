@@ -6,6 +6,7 @@ Importing this module registers the quantizer (once); `runtime/autoload.py` does
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from quant_experts.errors import QuantExpertsError
 from quant_experts.runtime.modules import QuantizedLinear, swap_linears
 
 
-class QuantExpertsHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QuantExpertsHfConfig(QuantizationConfigMixin):
     """`CheckpointConfig` in the clothes that `transformers` expects."""
 
     def __init__(self, **entries: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types it as its own enum
         self.checkpoint = CheckpointConfig.read({**entries, "quant_method": QUANT_METHOD})
 
     @classmethod
@@ -49,7 +50,7 @@ class QuantExpertsHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-class QuantExpertsHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class QuantExpertsHfQuantizer(HfQuantizer):
     """Swaps quantized modules in before the weights are read, and checks them afterwards."""
 
     requires_calibration = True
@@ -60,16 +61,17 @@ class QuantExpertsHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        config: CheckpointConfig = self.quantization_config.checkpoint
+        assert isinstance(self.quantization_config, QuantExpertsHfConfig)
+        config = self.quantization_config.checkpoint
         with torch.device("meta"):
             swapped = [swap_linears(model, group, config.scheme) for group in config.groups]
         modules = {name: module for group in swapped for name, module in group.items()}
         if checkpoint_files:
             _check_files([Path(file) for file in checkpoint_files], model, modules)
-        # The guard tensors that stop a loader without our package are not ours to load.
-        ignored = list(model._keys_to_ignore_on_load_unexpected or [])
-        first = config.groups[0].linears[0] if config.groups else ""
-        model._keys_to_ignore_on_load_unexpected = [*ignored, rf"{first}\.weight$"] if first else ignored
+        if config.groups:
+            # The guard that stops a loader without our package is not ours to load (see docs/format.md).
+            guard = re.escape(f"{config.groups[0].linears[0]}.weight") + "$"
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), guard}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():

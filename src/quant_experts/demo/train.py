@@ -1,0 +1,184 @@
+"""Train the bundled demo model from nothing: ``python -m quant_experts.demo.train --out DIR``.
+
+The learning rate is held after its warm-up and falls to zero in the last part of the time budget, so that a run can be
+cut into several calls, and a budget changed under way, without a schedule to redo.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+
+from quant_experts.demo.architecture import build_model, build_tokenizer, save
+from quant_experts.demo.forward import TrainingForward
+from quant_experts.demo.measure import exact_match, rounded
+from quant_experts.demo.questions import KINDS, SEEDS
+from quant_experts.demo.stream import IGNORED, Batch, Stream, batch_of
+
+STATE = "state.pt"
+
+
+@dataclass
+class Progress:
+    """How far a run is; ``seconds`` is training time over all calls."""
+
+    steps: int = 0
+    samples: int = 0
+    rendered_batches: int = 0
+    seconds: float = 0.0
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quant_experts.demo.train",
+        description="Train the demo vision-language model on questions rendered while it trains.",
+        epilog="Example: train for half an hour in calls of ten minutes, each going on where the last one stopped:\n"
+        "  python -m quant_experts.demo.train --out demo-run --budget 1800 --call 600\n"
+        "DIR then holds the model (loads with transformers), training.json and, for the next call, state.pt.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder; a run found here goes on")
+    parser.add_argument("--init-from", type=Path, metavar="DIR", help="begin a new run from this folder's weights")
+    parser.add_argument("--budget", type=float, default=1800, metavar="S", help="training seconds in all (1800)")
+    parser.add_argument("--call", type=float, default=float("inf"), metavar="S", help="stop this call after S seconds")
+    parser.add_argument("--decay", type=float, default=0.35, help="last share of the budget, in which the rate falls (0.35)")
+    parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate of AdamW (1.2e-3)")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of AdamW (0)")
+    parser.add_argument("--warmup", type=int, default=1000, metavar="STEPS", help="steps of rising rate (1000)")
+    parser.add_argument("--turns", type=int, default=128, help="questions of each kind in a batch (128)")
+    parser.add_argument("--workers", type=int, default=15, help="rendering processes (15)")
+    parser.add_argument("--measure-every", type=int, default=2000, metavar="STEPS", help="steps between measurements (2000)")
+    parser.add_argument("--measure-turns", type=int, default=300, help="tuning questions of each kind at the end (300)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first weights (0)")
+    return parser.parse_args()
+
+
+def rate_at(progress: Progress, options: argparse.Namespace) -> float:
+    """The learning rate: linear warm-up, constant, linear decay at the end of the time budget."""
+    left = max(0.0, 1 - progress.seconds / options.budget)
+    return float(options.rate * min(1.0, (progress.steps + 1) / options.warmup, left / options.decay))
+
+
+def measured(model: Qwen2VLForConditionalGeneration, batches: list[Batch]) -> dict[str, dict[str, float]]:
+    """Exact match on the tuning split, of weights as they will be stored: full precision, W4A6, W4A4."""
+    stored = {name: value.to(torch.bfloat16).float() for name, value in model.state_dict().items()}
+    copy = Qwen2VLForConditionalGeneration(model.config).to(batches[0].tokens.device).eval()
+    copy.load_state_dict(stored)
+    models = {"full": copy, "rtn_w4a6": rounded(copy, 6), "rtn_w4a4": rounded(copy, 4)}
+    scores = {name: exact_match(one, batches) for name, one in models.items()}
+    for name, row in scores.items():
+        print(f"  {name:9s} " + " ".join(f"{kind} {score:.1f}" for kind, score in row.items()), flush=True)
+    return scores
+
+
+def record(progress: Progress, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What `training.json` says of the run."""
+    names = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "command": "python -m quant_experts.demo.train " + " ".join(sys.argv[1:]),
+        "rate": options.rate,
+        "weight_decay": options.weight_decay,
+        "batch": options.turns * len(KINDS),
+        "budget_seconds": options.budget,
+        "decay_share": options.decay,
+        "seed_of_weights": options.seed,
+        "seeds_of_questions": SEEDS,
+        "device": names,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "measured_on": f"{options.measure_turns} questions of each kind of the tuning split, percent exact match",
+        **asdict(progress),
+    }
+
+
+def keep(
+    model: Qwen2VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    options: argparse.Namespace,
+) -> None:
+    """Write the model, the record and the state that the next call goes on from."""
+    device = next(model.parameters()).device
+    save(model, tokenizer, options.out)
+    (options.out / "training.json").write_text(json.dumps(record(progress, options, device), indent=2) + "\n")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}
+    torch.save(state, options.out / STATE)
+
+
+def start(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Qwen2VLForConditionalGeneration, Progress, dict[str, Any] | None]:
+    """The model to train, the progress so far, and the optimizer's state if a run goes on."""
+    model = build_model(tokenizer, options.seed)
+    if (options.out / STATE).exists():
+        state = torch.load(options.out / STATE, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        return model, Progress(**state["progress"]), state["optimizer"]
+    if options.init_from is not None:
+        trained = Qwen2VLForConditionalGeneration.from_pretrained(options.init_from, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
+    return model, Progress(), None
+
+
+def train(options: argparse.Namespace) -> None:
+    """Run one call of the training."""
+    began = time.monotonic()
+    tokenizer = build_tokenizer()
+    model, progress, optimizer_state = start(options, tokenizer)
+    stream = Stream(tokenizer, turns=options.turns, workers=options.workers, first=progress.rendered_batches)
+    tuning = batch_of(tokenizer, "tuning", 0, options.measure_turns)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=options.weight_decay, fused=True
+    )
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    forward = TrainingForward(model, compiled=device.type == "cuda")
+    test_batches = [tuning.to(device)]
+    lap, lap_steps, earlier = time.monotonic(), progress.steps, progress.seconds
+    loop_began = lap
+    for batch in stream.batches(device):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(progress, options)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = forward.logits(batch.tokens, batch.images)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.steps += 1
+        progress.samples += len(batch.tokens)
+        if progress.steps % 200 == 0:
+            value = loss.item()
+            now = time.monotonic()
+            speed = (progress.steps - lap_steps) * len(batch.tokens) / (now - lap)
+            share = stream.fresh / (stream.fresh + stream.replayed)
+            print(f"{progress.steps} {progress.seconds:.0f}s loss {value:.4f} {speed:.0f}/s fresh {share:.2f}", flush=True)
+            lap, lap_steps = now, progress.steps
+        if progress.steps % options.measure_every == 0:
+            progress.scores = measured(model, test_batches)
+        progress.seconds = earlier + time.monotonic() - loop_began
+        if progress.seconds >= options.budget or time.monotonic() - began >= options.call:
+            break
+    progress.rendered_batches += stream.fresh
+    stream.close()
+    progress.scores = measured(model, test_batches)
+    keep(model, tokenizer, optimizer, progress, options)
+
+
+if __name__ == "__main__":
+    train(arguments())

@@ -1,0 +1,64 @@
+"""Rows of a comparison: methods side by side on one model, one set of questions and one set of calibration samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quant_experts.artifacts import Event, GroupRecord
+from quant_experts.evaluation.bootstrap import Interval as Score
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FULL_PRECISION = "full precision"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method at one scheme."""
+
+    method: str
+    """A recipe's name, or `FULL_PRECISION`."""
+    scheme: str
+    """"W4A6" ..., or "" for full precision."""
+    accuracy: dict[str, Score]
+    """Exact match in [0, 1] by kind of question, and "average" over all questions."""
+    nll: Score
+    """Negative log-likelihood of the reference answer per token, in nats."""
+    kl: Score | None = None
+    """KL(full precision || method) per answer token, in nats; None for full precision."""
+    bits_per_weight: float | None = None
+    """Stored bits of everything a quantized linear needs, per weight; None for full precision."""
+    quantize_seconds: float | None = None
+    peak_bytes: int | None = None
+    evaluate_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class AnswerExample:
+    """One question as each method answers it."""
+
+    question: str
+    reference: str
+    image: Image | None
+    answers: dict[str, str]
+    """Label ("full precision", "paper W4A6", ...) -> answer."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a report of a comparison shows."""
+
+    title: str
+    model: str
+    command: str
+    """The command that repeats it."""
+    questions: int
+    rows: tuple[MethodRow, ...]
+    layers: dict[str, tuple[GroupRecord, ...]] = field(default_factory=dict)
+    """Label of a row ("paper W4A6") -> its records."""
+    answers: tuple[AnswerExample, ...] = ()
+    events: dict[str, tuple[Event, ...]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library -> version, and "machine" -> what it ran on."""

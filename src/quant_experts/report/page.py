@@ -1,0 +1,157 @@
+"""Builds the page: gathers what each section shows and fills the template. Holds the optional imports; `html` guards them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from quant_experts.artifacts import GroupRecord
+from quant_experts.evaluation.comparison import Comparison, MethodRow
+from quant_experts.report import figures
+from quant_experts.report.answers import shown
+from quant_experts.report.columns import (
+    Cell,
+    Column,
+    accuracy_column,
+    by_scheme,
+    cells,
+    is_full_precision,
+    kinds,
+    main_columns,
+    ordered,
+    row_label,
+)
+from quant_experts.report.layers import early_middle_late, expert_use
+from quant_experts.report.palette import TOKEN_STYLES, Style, method_styles
+from quant_experts.report.verdict import verdict
+
+_FULL_PRECISION_STYLE = Style("#1F2933")
+
+
+def render(comparison: Comparison) -> str:
+    """The report as one HTML document."""
+    environment = Environment(
+        loader=PackageLoader("quant_experts.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page: str = environment.get_template("report.html").render(_sections(comparison))
+    return page
+
+
+def _sections(comparison: Comparison) -> dict[str, Any]:
+    styles = method_styles(row.method for row in comparison.rows if not is_full_precision(row))
+    layers = _layers_by_scheme(comparison)
+    styles |= method_styles(name for panel in layers.values() for name in panel if name not in styles)
+    return {
+        "comparison": comparison,
+        "verdict": verdict(comparison),
+        "main_table": _table(comparison, main_columns()),
+        "kinds_table": _table(comparison, [accuracy_column(kind, kind) for kind in kinds(comparison)]),
+        "accuracy": figures.accuracy(comparison, styles),
+        "accuracy_legend": _accuracy_legend(comparison, styles),
+        "errors": figures.layer_errors(layers, styles),
+        "error_legend": _error_legend(layers, styles),
+        "channels": _channels(comparison),
+        "experts": _experts(comparison),
+        "answers": [shown(example) for example in comparison.answers],
+        "events": _events(comparison),
+        "machine": comparison.versions.get("machine"),
+        "versions": {name: version for name, version in comparison.versions.items() if name != "machine"},
+    }
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and groups of rows with one cell a column."""
+
+    columns: Sequence[Column]
+    groups: list[tuple[str, list[tuple[MethodRow, list[Cell]]]]]
+    """Scheme -> rows; full precision under ""."""
+
+
+def _table(comparison: Comparison, columns: list[Column]) -> Table:
+    rows = ordered(comparison)
+    lines = zip(*(cells(rows, column) for column in columns), strict=True) if columns else ([] for _ in rows)
+    groups: dict[str, list[tuple[MethodRow, list[Cell]]]] = {}
+    for row, line in zip(rows, lines, strict=True):
+        groups.setdefault("" if is_full_precision(row) else row.scheme, []).append((row, list(line)))
+    return Table(columns, list(groups.items()))
+
+
+def _layers_by_scheme(comparison: Comparison) -> dict[str, dict[str, tuple[GroupRecord, ...]]]:
+    """Scheme -> method -> records, in the order of the rows; records under a label that no row has come last."""
+    left = {label: records for label, records in comparison.layers.items() if records}
+    panels: dict[str, dict[str, tuple[GroupRecord, ...]]] = {}
+    for scheme, rows in by_scheme(comparison.rows).items():
+        for row in rows:
+            if row_label(row) in left:
+                panels.setdefault(scheme, {})[row.method] = left.pop(row_label(row))
+    for label, records in left.items():
+        panels.setdefault("", {})[label] = records
+    return panels
+
+
+def _legend(styles: dict[str, Style], names: Sequence[str]) -> list[tuple[str, Style]]:
+    return [(name, styles[name]) for name in dict.fromkeys(names)]
+
+
+def _accuracy_legend(comparison: Comparison, styles: dict[str, Style]) -> list[tuple[str, Style]]:
+    drawn = [row.method for row in comparison.rows if not is_full_precision(row) and figures.point(row)]
+    legend = _legend(styles, drawn)
+    has_full = any(is_full_precision(row) for row in comparison.rows)
+    return [*legend, ("full precision (line)", _FULL_PRECISION_STYLE)] if has_full else legend
+
+
+def _error_legend(
+    layers: dict[str, dict[str, tuple[GroupRecord, ...]]], styles: dict[str, Style]
+) -> list[tuple[str, Style]]:
+    legend = _legend(styles, [name for panel in layers.values() for name in panel])
+    return legend if any(name == figures.PLAIN_ROUNDING for name, _ in legend) else [*legend, figures.RTN_LEGEND]
+
+
+def _channels(comparison: Comparison) -> dict[str, Any]:
+    """Curves of the first row that has them: importance is measured before quantization and hardly depends on the method."""
+    for label, records in comparison.layers.items():
+        chosen = early_middle_late(records)
+        if chosen:
+            drawn = {kind for record in chosen.values() for kind, curve in record.channel_frequency.items() if curve}
+            return {
+                "label": label,
+                "figures": figures.channel_curves(chosen),
+                "legend": [
+                    ("all tokens" if kind == "all" else f"{kind} tokens", style)
+                    for kind, style in TOKEN_STYLES.items()
+                    if kind in drawn
+                ],
+                "has_image": "image" in drawn,
+            }
+    return {}
+
+
+def _experts(comparison: Comparison) -> list[dict[str, Any]]:
+    """One entry for each row with routed experts."""
+    entries = []
+    for number, (label, records) in enumerate(comparison.layers.items()):
+        use = expert_use(records)
+        if use:
+            drawn = figures.expert_maps(use, label, f"experts{number}")
+            entries.append({"label": label, "figures": drawn, "common": use.common})
+    return entries
+
+
+def _events(comparison: Comparison) -> list[dict[str, Any]]:
+    """By row, equal events of several places together."""
+    result = []
+    for label, events in comparison.events.items():
+        if events:
+            places: dict[str, list[str]] = {}
+            for event in events:
+                places.setdefault(event.what, []).append(event.where)
+            result.append({"label": label, "count": len(events), "places": places})
+    return result

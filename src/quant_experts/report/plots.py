@@ -1,0 +1,208 @@
+"""Figures as SVG text. No pyplot and no settings left behind; the same records always give the same bytes.
+
+Figures are drawn small with comparatively large type and scaled by the page, so that they can be read on a phone too. They hold
+axes only: legends are HTML, which wraps and can be read aloud. The background is light in every colour scheme.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from quant_experts.evaluation.comparison import Score
+from quant_experts.report.columns import finite, small_number
+from quant_experts.report.palette import TOKEN_STYLES, Style
+
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "quant-experts",
+    # A dollar sign in a name is a dollar sign.
+    "text.parse_math": False,
+    "font.size": 8.0,
+    "axes.edgecolor": "#5F6B7A",
+    "axes.labelcolor": "#1F2933",
+    "xtick.color": "#3E4C59",
+    "ytick.color": "#3E4C59",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E7EB",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+}
+_INK = "#1F2933"
+_SIZE = (4.4, 2.8)
+_NO_METADATA: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def accuracy_svg(
+    points: Mapping[str, tuple[float, Score]],
+    reference: Score | None,
+    styles: Mapping[str, Style],
+    limits: tuple[float, float],
+    *,
+    name: str,
+    description: str,
+) -> str:
+    """Average exact match over stored bits per weight, by method; the reference is a line with its interval as a band.
+
+    limits: lowest and highest share on the y axis, so that figures side by side can be compared.
+    """
+
+    def draw(axes: Axes) -> None:
+        if reference is not None:
+            axes.axhline(reference.mean, color=_INK, linewidth=1.2)
+            if finite(reference.low) and finite(reference.high):
+                axes.axhspan(reference.low, reference.high, color=_INK, alpha=0.10, linewidth=0)
+        for method, (bits, score) in points.items():
+            style = styles[method]
+            if finite(score.low) and finite(score.high):
+                axes.plot([bits, bits], [score.low, score.high], color=style.color, alpha=0.55, linewidth=1.6)
+            axes.plot(
+                [bits], [score.mean], marker=[*style.outline, style.outline[0]], markersize=8.5, color=style.color, markeredgecolor="white"
+            )
+        axes.set_xlabel("stored bits per weight")
+        axes.set_ylabel("exact match, average")
+        axes.set_ylim(*limits)
+        axes.margins(x=0.12)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+
+    return _figure(draw, name, description)
+
+
+def layer_error_svg(
+    lines: Mapping[str, Sequence[float | None]],
+    blocks: Sequence[str],
+    styles: Mapping[str, Style],
+    limits: tuple[float, float],
+    *,
+    name: str,
+    description: str,
+) -> str:
+    """Relative output error of every block on a log scale, one line a method; what is no positive number is a gap."""
+
+    def draw(axes: Axes) -> None:
+        positions = range(len(blocks))
+        for method, values in lines.items():
+            style = styles[method]
+            axes.plot(
+                positions,
+                [value if value is not None and finite(value) and value > 0 else math.nan for value in values],
+                color=style.color,
+                linestyle=(0, style.dash) if style.dash else "-",
+                marker=[*style.outline, style.outline[0]],
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.4,
+                markevery=max(1, math.ceil(len(blocks) / 14)),
+            )
+        axes.set_yscale("log")
+        axes.set_ylim(*limits)
+        axes.set_xlabel("block, from input to output")
+        axes.set_ylabel("relative output error")
+        _log_ticks(axes, limits)
+        _position_ticks(axes, blocks)
+
+    return _figure(draw, name, description)
+
+
+def channel_curve_svg(curves: Mapping[str, Sequence[float]], width: int, *, name: str, description: str) -> str:
+    """Share of tokens for which a channel is important, channels in one common order; at most `width` channels."""
+
+    def draw(axes: Axes) -> None:
+        for kind, curve in curves.items():
+            style = TOKEN_STYLES.get(kind, TOKEN_STYLES["all"])
+            axes.plot(
+                range(1, min(width, len(curve)) + 1),
+                curve[:width],
+                color=style.color,
+                linewidth=1.6 if kind == "all" else 0.9,
+                zorder=3 if kind == "all" else 2,
+            )
+        axes.set_xlabel("channel, most often important first")
+        axes.set_ylabel("share of tokens")
+        axes.set_ylim(0, 1.03)
+        axes.set_xlim(1, max(2, width))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+    return _figure(draw, name, description, (4.4, 2.5))
+
+
+def expert_use_svg(
+    shares: Sequence[Sequence[float]], blocks: Sequence[str], highest: float, *, name: str, description: str
+) -> str:
+    """A heat map: experts down, groups across, the darker the larger the share of tokens.
+
+    highest: the share that gets the darkest colour, so that heat maps side by side can be compared.
+    """
+    experts = max(map(len, shares))
+    rows = [[column[i] if i < len(column) else math.nan for column in shares] for i in range(experts)]
+
+    def draw(axes: Axes) -> None:
+        colors = matplotlib.colormaps["Blues"].with_extremes(bad="#D9D9D9")
+        scale = Normalize(0, highest)
+        axes.imshow(rows, cmap=colors, norm=scale, aspect="auto", interpolation="none")
+        axes.grid(False)
+        axes.set_xlabel("block, from input to output")
+        axes.set_ylabel("expert, in order")
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
+        _position_ticks(axes, blocks)
+        bar = axes.figure.colorbar(ScalarMappable(scale, colors), ax=axes, fraction=0.05, pad=0.02)
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        bar.outline.set_visible(False)
+
+    return _figure(draw, name, description, (4.4, 2.0))
+
+
+def _log_ticks(axes: Axes, limits: tuple[float, float]) -> None:
+    """Plain numbers; between the powers of ten only where the axis is short."""
+    decades = math.log10(limits[1] / limits[0])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: small_number(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _position_ticks(axes: Axes, labels: Sequence[str]) -> None:
+    """Label the first position of each block, as many as fit."""
+    starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
+    kept = starts[:: max(1, math.ceil(len(starts) / 12))]
+    axes.set_xticks(kept, [labels[i] for i in kept])
+
+
+def _figure(draw: Any, name: str, description: str, inches: tuple[float, float] = _SIZE) -> str:
+    """Draw one pair of axes under our settings; those of the process are back afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        figure = Figure(figsize=inches, layout="constrained")
+        draw(figure.add_subplot())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=_NO_METADATA)
+    return _inline(text.getvalue(), name, description)
+
+
+def _inline(svg: str, name: str, description: str) -> str:
+    """An SVG document as an element of an HTML page: no prologue, ids of its own, a size that the page decides."""
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view is not None
+    body = svg[svg.index(">", view.end()) + 1 :]
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
+    body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
+    body = re.sub(r'(?<= )id="', f'id="{name}-', body)
+    body = body.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    body = body.replace("xlink:href=", "href=")
+    return f'<svg {view[0]} role="img" aria-label="{escape(description)}">{body.strip()}'

@@ -1,0 +1,108 @@
+"""The CPU backend against the reference: the same integers, the same experts, rows in the same order."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from quant_experts.kernels import cpu_int8, reference
+from quant_experts.kernels.operands import GroupOperands
+
+SIZES = [(1, 1, 1), (1, 7, 3), (1, 2048, 5), (2, 1, 3), (17, 33, 9), (16, 64, 64), (31, 257, 129), (0, 5, 3), (3, 5, 0), (3, 0, 2)]
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    assert cpu_int8.is_exact(), "this processor's int8 product is not exact: these tests would say nothing"
+    yield
+
+
+def codes(*shape: int, seed: int, extreme: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    return torch.where(drawn < 0, -128, 127).to(torch.int8) if extreme else drawn
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_are_bit_equal(size: tuple[int, int, int], extreme: bool) -> None:
+    m, k, n = size
+    a, b = codes(m, k, seed=1, extreme=extreme), codes(n, k, seed=2, extreme=extreme)
+    product = cpu_int8.integer_product(a, b)
+    assert product.dtype == torch.int32 and product.shape == (m, n)
+    assert torch.equal(product, a.long().mm(b.long().T).int())
+    assert torch.equal(product, reference.integer_product(a, b))
+
+
+def test_sums_of_a_slice_of_columns_are_bit_equal() -> None:
+    a, b = codes(5, 90, seed=1, extreme=False), codes(7, 90, seed=2, extreme=False)
+    for part in (slice(0, 32), slice(64, 90), slice(89, 90)):
+        expected = a[:, part].long().mm(b[:, part].long().T).int()
+        assert torch.equal(cpu_int8.integer_product(a[:, part].contiguous(), b[:, part]), expected)
+
+
+@pytest.mark.parametrize("product", [cpu_int8.integer_product, reference.integer_product])
+def test_sums_near_the_end_of_int32(product) -> None:
+    k = 2**17 - 1  # (-128)^2 k = 2^31 - 2^14
+    a = torch.full((2, k), -128, dtype=torch.int8)
+    b = torch.stack([torch.full((k,), value, dtype=torch.int8) for value in (-128, 127, 0)])
+    assert product(a, b).tolist() == [[k * 2**14, -128 * 127 * k, 0]] * 2
+
+
+def test_saturating_or_missing_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        pairs = (a.int()[:, None, :] * b.int()[None]).clamp(-(2**14) + 1, 2**14 - 1)
+        return pairs.sum(dim=2, dtype=torch.int32)
+
+    def missing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such operator")
+
+    is_exact = cpu_int8.is_exact.__wrapped__
+    assert is_exact()
+    for broken in (saturating, missing):
+        monkeypatch.setattr(cpu_int8, "integer_product", broken)
+        assert not is_exact()
+
+
+def group_operands(k: int, experts: int, rank: int, bits: int, seed: int) -> GroupOperands:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).half()
+
+    return GroupOperands(
+        bits, 1 + normal(k).abs().float(), normal(rank, k), normal(experts, rank, k), normal(experts, k).abs(), normal(experts)
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize(("rows", "experts"), [(0, 3), (1, 3), (50, 1), (50, 4), (3, 9)])
+def test_prepared_rows_are_the_references_sorted_by_expert(rows: int, experts: int, bits: int) -> None:
+    group = group_operands(21, experts, 3, bits, seed=rows + experts)
+    x = torch.randn(rows, 21, generator=torch.Generator().manual_seed(bits))
+    ours, plain = cpu_int8.prepare(x, group), reference.prepare(x, group)
+    assert ours.restore is not None and sorted(ours.restore.tolist()) == list(range(rows))
+    assert ours.expert.tolist() == sorted(plain.expert.tolist())
+    for key in ("codes", "token_scale", "expert"):
+        assert torch.equal(getattr(ours, key)[ours.restore], getattr(plain, key)), key
+    for key in ("shared_hidden", "routed_hidden"):
+        torch.testing.assert_close(getattr(ours, key)[ours.restore], getattr(plain, key), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+@pytest.mark.parametrize("step", [1.0, 1e30, 1e-30, 2.0**-149])
+def test_codes_of_tokens_are_the_references(step: float, bits: int) -> None:
+    """Per token and in a batch, down to subnormal numbers, where absmax / largest is rounded to a few bits."""
+    x = torch.tensor([[float(a), -a, a / 2, 1.0, 0.0] for a in range(1, 400)], dtype=torch.float64).mul(step).float()
+    for rows in (x, *x[::9].split(1)):
+        codes, scale = cpu_int8.quantize_tokens(rows, bits)
+        expected, expected_scale = reference.quantize_tokens(rows, bits)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(codes, expected)
+
+
+def test_codes_of_zero_and_non_finite_tokens_are_the_references() -> None:
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    x[1], x[2, 2], x[3, 0], x[4, 4] = 0, torch.nan, torch.inf, -torch.inf
+    for ours, plain in zip(cpu_int8.quantize_tokens(x, 8), reference.quantize_tokens(x, 8), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)

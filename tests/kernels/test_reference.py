@@ -1,0 +1,92 @@
+"""The oracle itself, against plain Python loops written from the formulas."""
+
+import numpy as np
+import pytest
+import torch
+
+from quant_experts.kernels import reference
+
+SUBNORMAL, LARGEST = 1e-42, 3e38
+
+
+def tokens(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.exp(4 * torch.randn(rows, 1, generator=generator))
+    return torch.randn(rows, columns, generator=generator) * spread
+
+
+def naive_codes(row: list[float], bits: int) -> tuple[list[int], float]:
+    """One token: scale = absmax / (2^(b-1) - 1) in float32, codes rounded half to even and clamped."""
+    largest = 2 ** (bits - 1) - 1
+    values = np.array(row, dtype=np.float32)
+    scale = np.float32(max(abs(v) for v in values)) / np.float32(largest)
+    return [max(-largest - 1, min(largest, round(float(v / scale)))) for v in values], float(scale)
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (13, 37)])
+def test_quantize_tokens_equals_a_loop(bits: int, shape: tuple[int, int]) -> None:
+    x = tokens(*shape, seed=bits)
+    x[0, 0] = x[0].abs().max() / (2 ** (bits - 1) - 1) * 0.5  # half a step: a tie, to even
+    codes, scale = reference.quantize_tokens(x, bits)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (shape[0], 1)
+    for t, row in enumerate(x.tolist()):
+        expected, step = naive_codes(row, bits)
+        assert codes[t].tolist() == expected
+        assert scale[t].item() == step
+    assert ((codes * scale.double() - x.double()).abs() <= scale * 0.5000001).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [SUBNORMAL, 1e-45, 1e-38, 1e30, LARGEST])
+def test_extreme_magnitudes_stay_finite(value: float, bits: int) -> None:
+    x = torch.tensor([[value, -value, 0.0], [1.0, -0.5, 0.25]])
+    codes, scale = reference.quantize_tokens(x, bits)
+    assert scale.isfinite().all() and (scale > 0).all()
+    assert ((codes * scale.double() - x.double()).abs() <= torch.maximum(scale, torch.tensor(1e-42))).all()
+    assert codes[1].tolist() == naive_codes([1.0, -0.5, 0.25], bits)[0]
+
+
+def test_zero_tokens_have_scale_one_and_non_finite_ones_nan() -> None:
+    x = torch.zeros(5, 4)
+    x[1, 2], x[2, 0], x[3, 3], x[4, 1] = torch.nan, torch.inf, -torch.inf, 2
+    codes, scale = reference.quantize_tokens(x, 8)
+    assert codes[:4].count_nonzero() == 0 and codes[4].tolist() == [0, 127, 0, 0]
+    assert scale[0] == 1 and scale[1:4].isnan().all() and scale[4].isfinite()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_empty_tokens(shape: tuple[int, int]) -> None:
+    codes, scale = reference.quantize_tokens(torch.zeros(shape), 6)
+    assert codes.shape == shape and scale.shape == (shape[0], 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (3, 65, 2), (0, 3, 2), (2, 3, 0), (2, 0, 3)])
+def test_integer_product_equals_a_loop(shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(m + k + n)
+    a = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
+    b = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+    expected = [[sum(p * q for p, q in zip(row, other, strict=True)) for other in b.tolist()] for row in a.tolist()]
+    product = reference.integer_product(a, b)
+    assert product.dtype == torch.int32 and product.shape == (m, n)
+    assert product.tolist() == expected
+
+
+def test_route_is_the_first_smallest_score() -> None:
+    x, weight = tokens(40, 9).clamp(-4, 4), tokens(5, 9, seed=1).clamp(-4, 4)
+    bias = torch.linspace(-1, 1, 5)
+    chosen = reference.route(x, weight, bias).tolist()
+    for row, expert in zip(x.tolist(), chosen, strict=True):
+        scores = [sum(w * abs(v) for w, v in zip(r, row, strict=True)) + b for r, b in zip(weight.tolist(), bias.tolist(), strict=True)]
+        assert expert == min(range(5), key=scores.__getitem__)
+    assert len(set(chosen)) > 1
+
+
+def test_ties_go_to_the_first_expert_and_every_token_gets_one() -> None:
+    x = torch.tensor([[1.0, -2.0], [0.0, 0.0], [torch.nan, 1.0], [torch.inf, 0.0]])
+    weight = torch.tensor([[3.0, 3.0], [1.0, 2.0], [2.0, 1.5], [1.0, 2.0]])
+    chosen = reference.route(x, weight, torch.zeros(4))
+    assert chosen[:2].tolist() == [1, 0]
+    assert ((chosen >= 0) & (chosen < 4)).all()
+    assert reference.route(x[:0], weight, torch.zeros(4)).shape == (0,)
