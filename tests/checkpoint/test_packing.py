@@ -1,4 +1,4 @@
-"""Bit packing against a packer that writes one bit at a time, and against vectors frozen from the format's first version."""
+"""Bit packing against a packer that writes one bit at a time, and against vectors frozen with the format."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ BITS = range(2, 9)
 
 
 def naive_row(row: list[int], bits: int) -> list[int]:
-    """Bit j of code i (offset to be positive) is bit i * b + j of the row; words of 32 bits, read as two's complement."""
+    """Bit j of code i (offset to be positive) is bit i * b + j of the row; 32-bit words in two's complement."""
     words = [0] * (-(-len(row) // 32) * bits)
     for i, code in enumerate(row):
         for j in range(bits):
@@ -44,7 +44,7 @@ def test_equals_a_bit_by_bit_packer_and_comes_back(drawn: tuple[int, torch.Tenso
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 65])
 def test_extremes(columns: int, bits: int) -> None:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    codes = torch.stack([torch.full((columns,), low), torch.full((columns,), high), torch.tensor([low, high] * columns)[:columns]])
+    codes = torch.tensor([[low] * columns, [high] * columns, ([low, high] * columns)[:columns]])
     packed = pack(codes.to(torch.int8), bits)
     assert packed.tolist() == [naive_row(row, bits) for row in codes.tolist()]
     assert packed[0].count_nonzero() == 0
@@ -96,20 +96,20 @@ def test_columns_of_a_strided_matrix() -> None:
 
 
 GOLDEN = {
-    2: "1b1b1b1b1b1b1b1b1b03000000000000",
-    3: "537097537097537097537097537000000000000000000000",
-    4: "a3816f4d2b09e7c5a3816f4d2b09e7c5a3810f00000000000000000000000000",
-    5: "4345fc4da35b24787d615307f46c274b66705ce54345fc0100000000000000000000000000000000",
-    6: "8312619fd9d2bb90409757b2b31e208fd591ab9c03875371a31ae33f0000000000000000000000000000000000000000",
-    7: "034504f331b5683b61127af596d9737d00f1b074482b590e787456b963751cff070000000000000000000000000000000000000000000000",
-    8: "030a11181f262d343b424950575e656c737a81888f969da4abb2b9c0c7ced5dce3eaf1f8ff000000000000000000000000000000000000000000000000000000",
+    2: "1b1b1b1b1b1b1b1b1b03",
+    3: "5370975370975370975370975370",
+    4: "a3816f4d2b09e7c5a3816f4d2b09e7c5a3810f",
+    5: "4345fc4da35b24787d615307f46c274b66705ce54345fc01",
+    6: "8312619fd9d2bb90409757b2b31e208fd591ab9c03875371a31ae33f",
+    7: "034504f331b5683b61127af596d9737d00f1b074482b590e787456b963751cff07",
+    8: "030a11181f262d343b424950575e656c737a81888f969da4abb2b9c0c7ced5dce3eaf1f8ff",
 }
-"""Codes (7 i + 3) mod 2^b - 2^(b-1) for i < 37, one row, as little-endian bytes. Never change: files hold this."""
+"""Codes (7 i + 3) mod 2^b - 2^(b-1) for i < 37, one row, as little-endian bytes; zeros at the end are left off. Never change: files hold this."""
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_golden_vector(bits: int) -> None:
     codes = torch.tensor([[(7 * i + 3) % 2**bits - 2 ** (bits - 1) for i in range(37)]], dtype=torch.int8)
     packed = pack(codes, bits)
-    assert packed.numpy().astype("<i4").tobytes().hex() == GOLDEN[bits]
+    assert packed.numpy().astype("<i4").tobytes().hex() == GOLDEN[bits].ljust(16 * bits, "0")
     assert torch.equal(unpack(packed, bits, 37), codes)

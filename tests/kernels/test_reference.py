@@ -78,7 +78,8 @@ def test_route_is_the_first_smallest_score() -> None:
     bias = torch.linspace(-1, 1, 5)
     chosen = reference.route(x, weight, bias).tolist()
     for row, expert in zip(x.tolist(), chosen, strict=True):
-        scores = [sum(w * abs(v) for w, v in zip(r, row, strict=True)) + b for r, b in zip(weight.tolist(), bias.tolist(), strict=True)]
+        experts = zip(weight.tolist(), bias.tolist(), strict=True)
+        scores = [b + sum(w * abs(v) for w, v in zip(r, row, strict=True)) for r, b in experts]
         assert expert == min(range(5), key=scores.__getitem__)
     assert len(set(chosen)) > 1
 

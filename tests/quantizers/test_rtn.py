@@ -1,7 +1,8 @@
 """Rounding to nearest against loops in float64, written from the field's grids.
 
-Symmetric: scale = absmax / (2^(b-1) - 1). Asymmetric: scale = (max - min) / (2^b - 1), zero = clamp(round(-min / scale)).
-A float32 quotient may fall on the other side of a tie: codes may differ where the exact quotient is within `TIE` of one half.
+Symmetric: scale = absmax / (2^(b-1) - 1). Asymmetric: scale = (max - min) / (2^b - 1),
+zero = clamp(round(-min / scale)). A float32 quotient may fall on the other side of a tie: codes may differ where the
+exact quotient is within `TIE` of one half.
 """
 
 import pytest
@@ -50,7 +51,7 @@ def check(weight: torch.Tensor, scheme: Scheme) -> None:
             for i, value in enumerate(part):
                 code = found.codes[n, g * size + i].item()
                 assert abs(code - clamp(value / scale + zero, -half, half - 1)) <= 0.5 + TIE
-                assert restored[n, g * size + i].item() == pytest.approx((code - zero) * scale, rel=1e-5, abs=1e-6 * scale)
+                assert abs(restored[n, g * size + i].item() - (code - zero) * scale) <= 1e-5 * abs(code - zero) * scale
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -59,7 +60,9 @@ def test_symmetric_per_channel(shape: tuple[int, int], bits: int) -> None:
     check(weights(*shape), Scheme.parse(f"W{bits}A8"))
 
 
-@pytest.mark.parametrize("scheme", ["W3A16", "W4A16g32", "W2A16g7", "W8A16pc", "W4A6g128", "W4A6g299-asym", "W4A16g1000"])
+@pytest.mark.parametrize(
+    "scheme", ["W3A16", "W4A16g32", "W2A16g7", "W8A16pc", "W4A6g128", "W4A6g298-asym", "W4A16g1000"]
+)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] > 2 and s[1] % 128 != 1])
 def test_groups(shape: tuple[int, int], scheme: str) -> None:
     check(weights(*shape, seed=1), Scheme.parse(scheme))
@@ -68,10 +71,10 @@ def test_groups(shape: tuple[int, int], scheme: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("scheme", ["W4A6", "W3A16"])
 def test_any_float_dtype_is_read_and_left_alone(scheme: str, dtype: torch.dtype) -> None:
-    weight = weights(3, 200, dtype)
+    weight, grid = weights(3, 200, dtype), Scheme.parse(scheme)
     before = weight.clone()
-    check(weight.float(), Scheme.parse(scheme))
-    assert torch.equal(quantize_rtn(weight, Scheme.parse(scheme)).codes, quantize_rtn(weight.float(), Scheme.parse(scheme)).codes)
+    check(weight.float(), grid)
+    assert torch.equal(quantize_rtn(weight, grid).codes, quantize_rtn(weight.float(), grid).codes)
     assert torch.equal(weight, before)
 
 
@@ -96,7 +99,7 @@ def test_zero_rows_and_groups_come_back_as_zeros(scheme: str) -> None:
 @pytest.mark.parametrize("value", [3.0, 0.3, -0.02, 1e-3, 250.0])
 @pytest.mark.parametrize("scheme", ["W4A6", "W3A16", "W4A16g64", "W4A16g64-sym"])
 def test_a_constant_group_is_not_lost(scheme: str, value: float) -> None:
-    """max = min leaves the asymmetric rule without a step; whatever is chosen must hold the value (also a last group of one)."""
+    """max = min leaves the asymmetric rule without a step; the value must survive (also as a last group of one)."""
     for columns in (1, 128, 129):
         weight = torch.full((2, columns), value)
         error = (dequantize(quantize_rtn(weight, Scheme.parse(scheme))) - weight).abs().max()

@@ -139,7 +139,9 @@ def _encode(sample: Sample, processor: Any, where: str) -> tuple[dict[str, Tenso
 
 
 def _process(processor: Any, text: str, sample: Sample) -> dict[str, Tensor]:
-    images = {"images": list(sample.images)} if sample.images else {}
+    # Nested, one list a sample: LLaVA-OneVision treats several images of one sample otherwise than several samples'
+    # images.
+    images = {"images": [list(sample.images)]} if sample.images else {}
     return dict(processor(text=[text], return_tensors="pt", **images))
 
 

@@ -17,6 +17,8 @@ from quant_experts.calibration.streaming import BlockStream
 from quant_experts.errors import QuantExpertsError
 
 RESERVOIR_TOKENS = 2048
+MOMENT_ROWS = 512
+"""Rows of a second moment that are updated at once: bounds the float32 product beside the float64 sum."""
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -83,7 +85,8 @@ class _Collector:
             return
         magnitude = x.abs()
         self.abs_sum += magnitude.sum(dim=0, dtype=torch.float64)
-        self.moment_sum += x.T @ x
+        for start in range(0, x.shape[1], MOMENT_ROWS):
+            self.moment_sum[start : start + MOMENT_ROWS] += x[:, start : start + MOMENT_ROWS].T @ x
         top = (magnitude * self.channel_weight).topk(self.k, dim=1, sorted=False).indices
         self.important.append(top.to(device="cpu", dtype=torch.int32))
         self.modality.append(modality)

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quant_experts.artifacts import Event, GroupRecord
-from quant_experts.evaluation.bootstrap import Interval as Score
+from quant_experts.evaluation.bootstrap import Interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Score = Interval
+"""A mean over questions with its 95% bootstrap interval."""
 
 FULL_PRECISION = "full precision"
 

@@ -46,21 +46,17 @@ def shown(example: AnswerExample) -> ShownExample:
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Equal but for case, white space and a full stop at the end."""
-    return _plain(answer) == _plain(reference)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).removesuffix(".")
+    """Exact match but for white space around, as the table counts it."""
+    return answer.strip() == reference.strip()
 
 
 def data_uri(image: Image) -> str:
     """The image on white, in the smaller of PNG (drawings) and JPEG (photos)."""
-    from PIL import Image as pil_image
+    import PIL.Image
 
     small = image.convert("RGBA")
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    flat = pil_image.new("RGB", small.size, "white")
+    flat = PIL.Image.new("RGB", small.size, "white")
     flat.paste(small, mask=small.getchannel("A"))
     encoded = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):

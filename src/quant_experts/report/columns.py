@@ -1,4 +1,4 @@
-"""The columns of the comparison table: how a figure is written and which rows are best. Used by the page and the terminal alike."""
+"""The columns of the comparison table: how figures are written, which rows are best. For page and terminal alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow, Score
+from quant_experts.evaluation.bootstrap import Interval as Score
+from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow
 
 MISSING = "-"
 AVERAGE = "average"
@@ -158,5 +159,5 @@ def size(count: float) -> str:
 
 
 def small_number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short."""
-    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.3g}"
+    """Three significant digits."""
+    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:#.3g}".rstrip(".")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from quant_experts.artifacts import GroupRecord
-from quant_experts.evaluation.comparison import Comparison, MethodRow, Score
+from quant_experts.evaluation.bootstrap import Interval as Score
+from quant_experts.evaluation.comparison import Comparison, MethodRow
 from quant_experts.report.columns import (
     AVERAGE,
     MISSING,
@@ -21,6 +22,7 @@ from quant_experts.report.columns import (
     small_number,
 )
 from quant_experts.report.layers import (
+    ALL,
     TOKEN_KINDS,
     ExpertUse,
     Place,
@@ -33,7 +35,7 @@ from quant_experts.report.palette import RTN_STYLE, Style
 from quant_experts.report.plots import accuracy_svg, channel_curve_svg, expert_use_svg, layer_error_svg
 
 Records = tuple[GroupRecord, ...]
-RTN_LEGEND = ("plain rounding, for reference", RTN_STYLE)
+REFERENCE = "plain rounding, for reference"
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,22 @@ class Figure:
     svg: Markup
 
 
-@dataclass(frozen=True)
-class ErrorPanel:
-    """One scheme's layer errors."""
+Heading = tuple[str, list[str]]
+ErrorGroup = tuple[str, list[tuple[str, list[str]]]]
 
-    scheme: str
-    figure: Figure
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """The layer errors as figures and as a table."""
+
+    figures: list[Figure]
     methods: list[str]
-    table: list[tuple[str, list[tuple[str, list[str]]]]]
-    """Heading -> lines of a name and a figure for each method."""
-    left_out: int = field(default=0)
+    """Every name that a figure holds."""
+    headings: list[Heading]
+    """Columns of the table under their common headings."""
+    groups: list[ErrorGroup]
+    """Scheme -> rows of a method and its figures."""
+    left_out: int
     """Errors that are no positive number and so have no place on a log scale."""
 
 
@@ -86,72 +94,62 @@ def accuracy(comparison: Comparison, styles: Mapping[str, Style]) -> list[Figure
     return result
 
 
-def layer_errors(layers: Mapping[str, Mapping[str, Records]], styles: Mapping[str, Style]) -> list[ErrorPanel]:
-    """Relative output error by block, one panel a scheme, all with one y axis."""
+def layer_errors(layers: Mapping[str, Mapping[str, Records]], styles: Mapping[str, Style]) -> LayerErrors | None:
+    """Relative output error by block, one figure a scheme, all with one y axis; None if no error was recorded."""
     panels = {scheme: _with_reference(methods) for scheme, methods in layers.items()}
-    drawn = [v for lines in panels.values() for line in lines.values() for v in line.values() if v is not None]
-    if not drawn:
-        return []
-    limits = (min(drawn) / 1.4, max(drawn) * 1.4)
-    result = []
-    for number, (scheme, lines) in enumerate(panels.items()):
-        methods = layers[scheme]
-        blocks = list(dict.fromkeys(block for line in lines.values() for block in line))
-        values = {name: [line.get(block) for block in blocks] for name, line in lines.items()}
-        overall = [f"{name} {_shown(overall_error(records))}" for name, records in methods.items()]
-        description = (
-            f"Relative output error of {len(blocks)} blocks, {scheme}. Geometric means over all linears: "
-            + "; ".join(overall)
-        )
+    lines = {
+        scheme: {name: errors_by(records, "block", plain) for name, (records, plain) in panel.items()}
+        for scheme, panel in panels.items()
+    }
+    found = [v for panel in lines.values() for line in panel.values() for v in line.values() if v is not None]
+    if not found:
+        return None
+    limits = (min(found) / 1.4, max(found) * 1.4)
+    figures = []
+    for number, (scheme, panel) in enumerate(lines.items()):
+        blocks = list(dict.fromkeys(block for line in panel.values() for block in line))
+        overall = [f"{name} {_shown(overall_error(*source))}" for name, source in panels[scheme].items()]
+        description = f"Relative output error by block, {scheme}. Geometric means: {'; '.join(overall)}."
         svg = layer_error_svg(
-            values,
+            {name: [line.get(block) for block in blocks] for name, line in panel.items()},
             [Place(block, "").block_number for block in blocks],
-            {RTN_LEGEND[0]: RTN_STYLE, **styles},
+            {REFERENCE: RTN_STYLE, **styles},
             limits,
             name=f"errors{number}",
             description=description,
         )
-        result.append(
-            ErrorPanel(
-                scheme,
-                Figure(scheme or "Layers", Markup(svg)),
-                [*methods, *([] if PLAIN_ROUNDING in methods else [RTN_LEGEND[0]])],
-                _error_table(methods),
-                _left_out(methods.values()),
-            )
-        )
-    return result
+        figures.append(Figure(scheme or "Layers", Markup(svg)))
+    headings, groups = _error_table(panels)
+    errors = [record.error.get(ALL) for panel in layers.values() for records in panel.values() for record in records]
+    left_out = sum(1 for error in errors if error is None or not finite(error) or error <= 0)
+    methods = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    return LayerErrors(figures, methods, headings, groups, left_out)
 
 
-def _with_reference(methods: Mapping[str, Records]) -> dict[str, dict[str, float | None]]:
-    """Method -> block -> error; plain rounding as the first method's records measured it, unless it is a row itself."""
-    lines = {name: errors_by(records, "block") for name, records in methods.items()}
-    if PLAIN_ROUNDING not in methods:
-        lines = {RTN_LEGEND[0]: errors_by(next(iter(methods.values())), "block", plain=True), **lines}
-    return lines
+def _with_reference(methods: Mapping[str, Records]) -> dict[str, tuple[Records, bool]]:
+    """Method -> records, and whether to read their error of plain rounding.
+
+    Where plain rounding is no row of its own it comes first, as the first method's records measured it.
+    """
+    rows = {name: (records, False) for name, records in methods.items()}
+    return rows if PLAIN_ROUNDING in methods else {REFERENCE: (next(iter(methods.values())), True), **rows}
 
 
-def _error_table(methods: Mapping[str, Records]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """Geometric means over all linears, by type of linear and by kind of token."""
-    sources = [(records, False) for records in methods.values()]
-    if PLAIN_ROUNDING not in methods:
-        sources.append((next(iter(methods.values())), True))
-    by_kind = [errors_by(records, "kind", plain) for records, plain in sources]
-    names = dict.fromkeys(place(linear).kind for records, _ in sources for r in records for linear in r.linears)
-    tokens = [
-        (title, [_shown(overall_error(records, plain, kind)) for records, plain in sources])
-        for kind, title in TOKEN_KINDS.items()
-    ]
-    return [
-        ("All linears", [("all tokens", [_shown(overall_error(records, plain)) for records, plain in sources])]),
-        ("By kind of token", [(title, line) for title, line in tokens if set(line) != {MISSING}]),
-        ("By type of linear", [(name, [_shown(means.get(name)) for means in by_kind]) for name in names]),
-    ]
-
-
-def _left_out(records: Iterable[Records]) -> int:
-    errors = [record.error.get("all") for group in records for record in group]
-    return sum(1 for error in errors if error is None or not finite(error) or error <= 0)
+def _error_table(panels: Mapping[str, Mapping[str, tuple[Records, bool]]]) -> tuple[list[Heading], list[ErrorGroup]]:
+    """Geometric means over all linears, by kind of token and by type of linear."""
+    everything = [record for panel in panels.values() for records, _ in panel.values() for record in records]
+    tokens = [kind for kind in TOKEN_KINDS if any(kind in record.error for record in everything)]
+    types = list(dict.fromkeys(place(linear).kind for record in everything for linear in record.linears))
+    groups = []
+    for scheme, panel in panels.items():
+        rows = []
+        for name, (records, plain) in panel.items():
+            means = [overall_error(records, plain, kind) for kind in (ALL, *tokens)]
+            by_type = errors_by(records, "kind", plain)
+            rows.append((name, [_shown(value) for value in (*means, *map(by_type.get, types))]))
+        groups.append((scheme, rows))
+    headings = [("All linears, by kind of token", [ALL, *tokens]), ("All tokens, by type of linear", types)]
+    return headings, groups
 
 
 def _shown(value: float | None) -> str:

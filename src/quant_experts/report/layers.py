@@ -26,7 +26,7 @@ class Place:
 
     @property
     def block_number(self) -> str:
-        """"3", or the last part of the block's name."""
+        """ "3", or the last part of the block's name."""
         return self.block.rsplit(".", 1)[-1]
 
 
@@ -40,7 +40,7 @@ def place(linear: str) -> Place:
 
 
 def group_name(record: GroupRecord) -> str:
-    """"layers.3: q_proj, k_proj, v_proj"."""
+    """ "layers.3: q_proj, k_proj, v_proj"."""
     places = [place(linear) for linear in record.linears]
     if not places:
         return "unnamed group"

@@ -1,15 +1,15 @@
-"""Builds the page: gathers what each section shows and fills the template. Holds the optional imports; `html` guards them."""
+"""Builds the page: gathers what each section shows and fills the template. Needs the optional libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quant_experts.artifacts import GroupRecord
-from quant_experts.evaluation.comparison import Comparison, MethodRow
+from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow
 from quant_experts.report import figures
 from quant_experts.report.answers import shown
 from quant_experts.report.columns import (
@@ -25,10 +25,10 @@ from quant_experts.report.columns import (
     row_label,
 )
 from quant_experts.report.layers import early_middle_late, expert_use
-from quant_experts.report.palette import TOKEN_STYLES, Style, method_styles
+from quant_experts.report.palette import FULL_PRECISION_STYLE, RTN_STYLE, TOKEN_STYLES, Style, method_styles
 from quant_experts.report.verdict import verdict
 
-_FULL_PRECISION_STYLE = Style("#1F2933")
+Legend = list[tuple[str, Style]]
 
 
 def render(comparison: Comparison) -> str:
@@ -48,6 +48,8 @@ def _sections(comparison: Comparison) -> dict[str, Any]:
     styles = method_styles(row.method for row in comparison.rows if not is_full_precision(row))
     layers = _layers_by_scheme(comparison)
     styles |= method_styles(name for panel in layers.values() for name in panel if name not in styles)
+    errors = figures.layer_errors(layers, styles)
+    styles[figures.REFERENCE] = RTN_STYLE
     return {
         "comparison": comparison,
         "verdict": verdict(comparison),
@@ -55,8 +57,8 @@ def _sections(comparison: Comparison) -> dict[str, Any]:
         "kinds_table": _table(comparison, [accuracy_column(kind, kind) for kind in kinds(comparison)]),
         "accuracy": figures.accuracy(comparison, styles),
         "accuracy_legend": _accuracy_legend(comparison, styles),
-        "errors": figures.layer_errors(layers, styles),
-        "error_legend": _error_legend(layers, styles),
+        "errors": errors,
+        "error_legend": [(name, styles[name]) for name in errors.methods] if errors else [],
         "channels": _channels(comparison),
         "experts": _experts(comparison),
         "answers": [shown(example) for example in comparison.answers],
@@ -97,26 +99,15 @@ def _layers_by_scheme(comparison: Comparison) -> dict[str, dict[str, tuple[Group
     return panels
 
 
-def _legend(styles: dict[str, Style], names: Sequence[str]) -> list[tuple[str, Style]]:
-    return [(name, styles[name]) for name in dict.fromkeys(names)]
-
-
-def _accuracy_legend(comparison: Comparison, styles: dict[str, Style]) -> list[tuple[str, Style]]:
+def _accuracy_legend(comparison: Comparison, styles: dict[str, Style]) -> Legend:
     drawn = [row.method for row in comparison.rows if not is_full_precision(row) and figures.point(row)]
-    legend = _legend(styles, drawn)
+    legend = [(name, replace(styles[name], line=False)) for name in dict.fromkeys(drawn)]
     has_full = any(is_full_precision(row) for row in comparison.rows)
-    return [*legend, ("full precision (line)", _FULL_PRECISION_STYLE)] if has_full else legend
-
-
-def _error_legend(
-    layers: dict[str, dict[str, tuple[GroupRecord, ...]]], styles: dict[str, Style]
-) -> list[tuple[str, Style]]:
-    legend = _legend(styles, [name for panel in layers.values() for name in panel])
-    return legend if any(name == figures.PLAIN_ROUNDING for name, _ in legend) else [*legend, figures.RTN_LEGEND]
+    return [*legend, (FULL_PRECISION, FULL_PRECISION_STYLE)] if has_full else legend
 
 
 def _channels(comparison: Comparison) -> dict[str, Any]:
-    """Curves of the first row that has them: importance is measured before quantization and hardly depends on the method."""
+    """Curves of the first row that has them: importance is measured on inputs and hardly depends on the method."""
     for label, records in comparison.layers.items():
         chosen = early_middle_late(records)
         if chosen:

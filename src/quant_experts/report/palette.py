@@ -1,4 +1,4 @@
-"""One look for each method, the same in every figure and legend: colour, marker and dash, so that colour is never the only sign."""
+"""One look for each method in every figure and legend: colour, marker and dash: colour is never the only sign."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from quant_experts.report.columns import PLAIN_ROUNDING
 # Dark enough to be read on white, and told apart under the common kinds of colour blindness.
 _COLORS = ("#0072B2", "#D55E00", "#008060", "#AA4499", "#332288", "#997700", "#882255", "#44739E")
 _SHAPES = ((24, 0.0), (4, 45.0), (3, 0.0), (4, 0.0), (3, 180.0), (5, 0.0), (6, 0.0))
+# Shapes of one radius differ in area: a circle looks larger than a triangle.
+_RADIUS = {24: 0.85, 3: 1.15}
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.5), (5, 1.5, 1.5, 1.5))
 
 
@@ -23,12 +25,15 @@ class Style:
     angle: float = 0.0
     dash: tuple[float, ...] = ()
     """Lengths on and off, in line widths; empty: solid."""
+    line: bool = True
+    marker: bool = True
 
     @property
     def outline(self) -> list[tuple[float, float]]:
         """Corners of the marker, y upwards."""
         turns = [math.radians(90 + self.angle + 360 * corner / self.sides) for corner in range(self.sides)]
-        return [(round(math.cos(turn), 4), round(math.sin(turn), 4)) for turn in turns]
+        radius = _RADIUS.get(self.sides, 1.0)
+        return [(round(radius * math.cos(turn), 4), round(radius * math.sin(turn), 4)) for turn in turns]
 
     @property
     def points(self) -> str:
@@ -36,13 +41,14 @@ class Style:
         return " ".join(f"{16 + 4 * x:.2f},{6 - 4 * y:.2f}" for x, y in self.outline)
 
 
+FULL_PRECISION_STYLE = Style("#1F2933", marker=False)
 RTN_STYLE = Style("#5F6B7A", sides=4, angle=0.0, dash=(2.5, 1.5))
 
 TOKEN_STYLES = {
-    "all": Style("#1F2933"),
-    "text": Style("#0072B2"),
-    "image": Style("#D55E00", dash=(5, 1.5)),
-    "answer": Style("#008060", dash=(1.5, 1.5)),
+    "all": Style("#1F2933", marker=False),
+    "text": Style("#0072B2", line=False),
+    "image": Style("#D55E00", sides=3, line=False),
+    "answer": Style("#008060", sides=4, line=False),
 }
 
 

@@ -1,7 +1,7 @@
 """Figures as SVG text. No pyplot and no settings left behind; the same records always give the same bytes.
 
-Figures are drawn small with comparatively large type and scaled by the page, so that they can be read on a phone too. They hold
-axes only: legends are HTML, which wraps and can be read aloud. The background is light in every colour scheme.
+Figures are drawn small with comparatively large type and scaled by the page, so that they can be read on a phone too.
+They hold axes only: legends are HTML, which wraps and can be read aloud. Backgrounds are always light.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from quant_experts.evaluation.comparison import Score
-from quant_experts.report.columns import finite, small_number
+from quant_experts.evaluation.bootstrap import Interval as Score
+from quant_experts.report.columns import finite
 from quant_experts.report.palette import TOKEN_STYLES, Style
 
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quant-experts",
     # A dollar sign in a name is a dollar sign.
@@ -43,7 +43,7 @@ _SETTINGS = {
     "lines.linewidth": 1.3,
 }
 _INK = "#1F2933"
-_SIZE = (4.4, 2.8)
+_SIZE = (3.8, 2.5)
 _NO_METADATA: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -70,15 +70,13 @@ def accuracy_svg(
             style = styles[method]
             if finite(score.low) and finite(score.high):
                 axes.plot([bits, bits], [score.low, score.high], color=style.color, alpha=0.55, linewidth=1.6)
-            axes.plot(
-                [bits], [score.mean], marker=[*style.outline, style.outline[0]], markersize=8.5, color=style.color, markeredgecolor="white"
-            )
+            axes.plot([bits], [score.mean], color=style.color, markeredgecolor="white", **_marker(style, 8.0))
         axes.set_xlabel("stored bits per weight")
         axes.set_ylabel("exact match, average")
         axes.set_ylim(*limits)
         axes.margins(x=0.12)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
     return _figure(draw, name, description)
 
@@ -103,8 +101,7 @@ def layer_error_svg(
                 [value if value is not None and finite(value) and value > 0 else math.nan for value in values],
                 color=style.color,
                 linestyle=(0, style.dash) if style.dash else "-",
-                marker=[*style.outline, style.outline[0]],
-                markersize=5,
+                **_marker(style, 5.0),
                 markeredgecolor="white",
                 markeredgewidth=0.4,
                 markevery=max(1, math.ceil(len(blocks) / 14)),
@@ -129,8 +126,11 @@ def channel_curve_svg(curves: Mapping[str, Sequence[float]], width: int, *, name
                 range(1, min(width, len(curve)) + 1),
                 curve[:width],
                 color=style.color,
-                linewidth=1.6 if kind == "all" else 0.9,
-                zorder=3 if kind == "all" else 2,
+                linestyle="-" if style.line else "",
+                zorder=3 if style.line else 2,
+                clip_on=style.line,
+                markeredgewidth=0,
+                **(_marker(style, 3.2) if style.marker else {}),
             )
         axes.set_xlabel("channel, most often important first")
         axes.set_ylabel("share of tokens")
@@ -138,7 +138,7 @@ def channel_curve_svg(curves: Mapping[str, Sequence[float]], width: int, *, name
         axes.set_xlim(1, max(2, width))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
-    return _figure(draw, name, description, (4.4, 2.5))
+    return _figure(draw, name, description, (3.8, 2.3))
 
 
 def expert_use_svg(
@@ -165,14 +165,20 @@ def expert_use_svg(
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         bar.outline.set_visible(False)
 
-    return _figure(draw, name, description, (4.4, 2.0))
+    return _figure(draw, name, description, (3.8, 1.9))
+
+
+def _marker(style: Style, size: float) -> dict[str, Any]:
+    """The method's shape. Matplotlib scales outlines to one extent, which would make squares larger than diamonds."""
+    extent = max(max(abs(x), abs(y)) for x, y in style.outline)
+    return {"marker": [*style.outline, style.outline[0]], "markersize": size * extent}
 
 
 def _log_ticks(axes: Axes, limits: tuple[float, float]) -> None:
     """Plain numbers; between the powers of ten only where the axis is short."""
     decades = math.log10(limits[1] / limits[0])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: small_number(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quant_experts.evaluation.comparison import Comparison, MethodRow, Score
+from quant_experts.evaluation.bootstrap import Interval as Score
+from quant_experts.evaluation.comparison import Comparison, MethodRow
 from quant_experts.report.columns import (
     AVERAGE,
     PLAIN_ROUNDING,
@@ -25,7 +26,7 @@ def verdict(comparison: Comparison) -> list[str]:
         return [_sentence(scheme, rows, full, comparison.questions) for scheme, rows in schemes.items()]
     if full is None:
         return ["Nothing was measured."]
-    answered = f"{percent(full.mean)}% of {comparison.questions} questions"
+    answered = f"{percent(full.mean)}% of {comparison.questions:,} questions"
     return [f"Full precision answers {answered} exactly right; no quantized model was compared with it."]
 
 
@@ -45,7 +46,7 @@ def _sentence(scheme: str, rows: Sequence[MethodRow], full: Score | None, questi
         lead = f"{where}{winner.method} answers"
     else:
         lead = f"{where}{winner.method} does best of {len(measured)} methods{_tied(rivals)}: it answers"
-    sentence = f"{lead} {percent(best.mean)}% of {questions} questions exactly right"
+    sentence = f"{lead} {percent(best.mean)}% of {questions:,} questions exactly right"
     bits = as_score(winner.bits_per_weight)
     if bits:
         sentence += f" with {bits.mean:.2f} stored bits per weight"
@@ -62,11 +63,11 @@ def _tied(rivals: Sequence[str]) -> str:
     if not rivals:
         return ""
     if len(rivals) > 3:
-        return f" (tied with {len(rivals)} others, their 95% intervals overlap)"
+        return f" (tied with {len(rivals)} others)"
     names = " and ".join([", ".join(rivals[:-1]), rivals[-1]] if len(rivals) > 1 else rivals)
-    return f" (tied with {names}, their 95% intervals overlap)"
+    return f" (tied with {names})"
 
 
 def _distance(best: Score, full: Score) -> str:
     points = f"{abs(100 * (full.mean - best.mean)):.1f} points {'more' if full.mean >= best.mean else 'less'}"
-    return f" ({points}, a tie: their intervals overlap)" if overlap(best, full) else f" ({points})"
+    return f" ({points}, a tie)" if overlap(best, full) else f" ({points})"

@@ -1,0 +1,59 @@
+"""Session-wide settings, and tiny models and checkpoints that tests share (read only: copy one before changing it)."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices gain nothing from threads, and lose much when cores are shared
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(family, **options of build_tiny) -> folder of a random model, built once a session."""
+    from tiny_models import build_tiny
+
+    built: dict[str, Path] = {}
+
+    def build(family: str, **options: Any) -> Path:
+        key = f"{family} {sorted(options.items())}"
+        if key not in built:
+            built[key] = build_tiny(family, tmp_path_factory.mktemp(family), **options)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """quantized(family, scheme, **changes to SMALL or options of build_tiny) -> folder of a checkpoint, made once a session."""
+    from quant_experts import QuantizationConfig, quantize
+    from small_runs import SMALL, small_samples
+
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen2_vl", scheme: str = "W4A6", **changes: Any) -> Path:
+        key = f"{family} {scheme} {sorted(changes.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("quantized") / family
+            recipe = {name: value for name, value in changes.items() if name in type(SMALL).model_fields}
+            model = tiny(family, **{name: value for name, value in changes.items() if name not in recipe})
+            config = QuantizationConfig.of(scheme, SMALL.model_copy(update=recipe))
+            quantize(model, small_samples(family), folder, config)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copied(quantized: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint that the test may damage."""
+    return Path(shutil.copytree(quantized(), tmp_path / "checkpoint"))

@@ -1,0 +1,52 @@
+"""The comparison in a terminal and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+
+from report import made_up
+from rich.console import Console
+
+from quant_experts.evaluation.comparison import Comparison, MethodRow, Score
+from quant_experts.report.text import comparison_json, comparison_table
+
+
+def printed(comparison: Comparison) -> str:
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console.print(comparison_table(comparison))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_holds_the_figures_and_the_marks() -> None:
+    lines = {
+        line.split()[1]: line.split() for line in printed(made_up.comparison(blocks=1)).splitlines() if "W4A6" in line
+    }
+    assert "86.5*" in lines["quant-experts"] and "85.2–87.8" in lines["quant-experts"]
+    assert "84.3≈" in lines["gptq"] and "75.2" in lines["rtn"] and "4.02*" in lines["rtn"]
+    assert "3.2" in lines["mbq"] and "min" in lines["mbq"]
+
+
+def test_markup_in_names_is_shown_literally() -> None:
+    row = MethodRow(
+        "[red]x[/red]", "[b]W4A6", {"average": Score(0.5, math.nan, math.nan), "[i]k": Score(1, 1, 1)}, Score(1, 1, 1)
+    )
+    text = printed(Comparison("[bold]t", "m", "c", 1, (row,)))
+    assert all(part in text for part in ("[red]x[/red]", "[b]W4A6", "[i]k", "[bold]t"))
+    assert "nan" not in text
+
+
+def test_json_is_strict_and_complete_but_for_images() -> None:
+    comparison = made_up.comparison(blocks=1)
+    first = dataclasses.replace(comparison.rows[1], kl=Score(math.nan, math.nan, math.inf))
+    comparison = dataclasses.replace(comparison, rows=(comparison.rows[0], first, *comparison.rows[2:]))
+    data = comparison_json(comparison)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert set(data) == {*(field.name for field in dataclasses.fields(Comparison)), "verdict"}
+    assert data["rows"][1]["label"] == "rtn W4A6"
+    assert data["rows"][1]["kl"] == {"mean": None, "low": None, "high": None}
+    assert data["rows"][2]["accuracy"]["average"]["mean"] == comparison.rows[2].accuracy["average"].mean
+    assert data["layers"]["gptq W4A6"][3]["linears"] == ["model.language_model.layers.0.mlp.down_proj"]
+    assert data["answers"][0]["answers"]["rtn W4A6"] == "7KQ2-ZX91-PLN4" and "image" not in data["answers"][0]
