@@ -26,7 +26,7 @@ from quant_experts.calibration.statistics import block_linears, collect_statisti
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.checkpoint.run_folder import RunFolder
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
-from quant_experts.checkpoint.source import TensorFiles
+from quant_experts.checkpoint.source import TensorFiles, spot_check, weight_files
 from quant_experts.checkpoint.tensors import describe_group, group_state
 from quant_experts.config import QuantizationConfig, Recipe, Scheme
 from quant_experts.errors import QuantExpertsError
@@ -274,10 +274,10 @@ def quantize_group(
     if recipe.shared_rank:
         group.shared = fit_shared_expert(residual, moment, recipe.shared_rank, seed=seed)
         residual = residual - group.shared.up @ group.shared.down
-    if recipe.routed_rank:
-        experts = min(recipe.num_experts, len(dependent))
-        if experts < recipe.num_experts:
-            events.append(Event(where, f"only {len(dependent)} token-dependent channels: {experts} experts"))
+    experts = min(recipe.num_experts, len(dependent)) if recipe.routed_rank else 0
+    if recipe.routed_rank and experts < recipe.num_experts:
+        events.append(Event(where, f"only {len(dependent)} token-dependent channels: {experts} routed experts"))
+    if experts:
         labels, events_here = cluster_channels(co_importance(statistics, dependent), experts, seed=seed, where=where)
         events += events_here
         rms = moment.diagonal().clamp_min(0).sqrt()
@@ -329,9 +329,7 @@ def _fingerprint(folder: Path, run: _Run) -> dict[str, Any]:
         for name, tensor in sorted(batch.inputs.items()):
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().tobytes())
-    files = TensorFiles(folder)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    names = hashlib.sha256(repr(sorted(files.shapes.items())).encode()).hexdigest()
+    names = hashlib.sha256(repr(sorted(TensorFiles(folder).shapes.items())).encode()).hexdigest()
     return dict(
         library_version=__version__,
         config=run.config.to_json(),
@@ -339,5 +337,5 @@ def _fingerprint(folder: Path, run: _Run) -> dict[str, Any]:
         dtype=str(run.dtype),
         threads=torch.get_num_threads(),
         samples=digest.hexdigest(),
-        model={"tensors": names, "sizes": sizes},
+        model={"tensors": names, "files": {path.name: spot_check(path) for path in weight_files(folder)}},
     )

@@ -104,7 +104,9 @@ GOLDEN = {
     7: "034504f331b5683b61127af596d9737d00f1b074482b590e787456b963751cff07",
     8: "030a11181f262d343b424950575e656c737a81888f969da4abb2b9c0c7ced5dce3eaf1f8ff",
 }
-"""Codes (7 i + 3) mod 2^b - 2^(b-1) for i < 37, one row, as little-endian bytes; zeros at the end are left off. Never change: files hold this."""
+"""Codes (7 i + 3) mod 2^b - 2^(b-1) for i < 37, one row, as little-endian bytes; zeros at the end are left off.
+
+Never change: files hold this."""
 
 
 @pytest.mark.parametrize("bits", BITS)

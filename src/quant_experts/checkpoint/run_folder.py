@@ -2,7 +2,8 @@
 
 While a run goes on, everything lies in `OUT.partial`: finished files under their final names, and in `.run` what only the run
 needs (its settings, a lock, one record a block). Each file is written under a temporary name and renamed. When all is there,
-the folder itself is renamed to `OUT`. A run that was killed leaves `OUT.partial`; the same call goes on where it stopped.
+the folder itself is renamed to `OUT`, and only then `.run` is removed: until the rename the run can go on, and nobody else's can.
+A run that was killed leaves `OUT.partial`; the same call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from quant_experts.checkpoint.source import INDEX_NAME, TensorFiles, read_json
 from quant_experts.errors import QuantExpertsError
 
 REPORT_NAME = "quantization_report.json"
+_RUN = ".run"
 SHARD_BYTES = 1 << 30
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _NOT_COPIED = {"config.json", INDEX_NAME, REPORT_NAME}
@@ -38,10 +40,11 @@ class RunFolder:
         """Raises `QuantExpertsError` if `output` holds something, or a partial run of other settings is in the way."""
         self.output = output
         self.partial = output.with_name(output.name + ".partial")
-        self._run = self.partial / ".run"
+        self._run = self.partial / _RUN
         self._fingerprint = fingerprint
 
     def __enter__(self) -> RunFolder:
+        shutil.rmtree(self.output / _RUN, ignore_errors=True)  # of a run that was stopped right after its last rename
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise QuantExpertsError(f"Output '{self.output}' is not empty: choose another folder or delete it.")
         with _disk_errors(self.partial):
@@ -82,9 +85,13 @@ class RunFolder:
             _write_tensors(self.block_file(index), tensors)
 
     def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `write_block` wrote."""
-        with safe_open(self.block_file(index), framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+        """What `write_block` wrote. Raises `QuantExpertsError` if it was damaged since."""
+        path = self.block_file(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise QuantExpertsError(f"'{path}' of an unfinished run is damaged ({error}): delete '{self.partial}'.") from error
         return tensors, read_json(self._record_file(index))
 
     def _record_file(self, index: int) -> Path:
@@ -112,11 +119,11 @@ class RunFolder:
             _write_json(self.partial / REPORT_NAME, report)
             _write_json(self.partial / INDEX_NAME, _index(sorted(self.partial.glob("*.safetensors"))))
             _write_json(self.partial / "config.json", model_config)
-            self._lock.release()
-            shutil.rmtree(self._run)
             if self.output.exists():
                 self.output.rmdir()  # empty, checked at the start
             os.replace(self.partial, self.output)
+            self._lock.release()
+            shutil.rmtree(self.output / _RUN)
 
 
 def _shards(files: TensorFiles, keys: Sequence[str]) -> Iterator[list[str]]:

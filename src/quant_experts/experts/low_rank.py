@@ -46,11 +46,11 @@ def leading_directions(error: Tensor, moment: Tensor, rank: int, *, seed: int) -
         return _block_krylov(error, moment, rank, seed)
     if rows <= columns:
         vectors: Tensor = torch.linalg.eigh(error @ _times(moment, error.T)).eigenvectors
-        return vectors[:, -rank:].flip(1)
+        return _last(vectors, rank)
     # The smaller side is K: eigenvectors of S^T E^T E S, brought to the output side by E S, with S a root of the moment.
     root = _square_root(moment)
     product = error @ root if root.ndim == 2 else error * root
-    right = torch.linalg.eigh(product.T @ product).eigenvectors[:, -rank:].flip(1)
+    right = _last(torch.linalg.eigh(product.T @ product).eigenvectors, rank)
     directions: Tensor = torch.linalg.qr(product @ right).Q
     return directions
 
@@ -59,7 +59,7 @@ def _block_krylov(error: Tensor, moment: Tensor, rank: int, seed: int) -> Tensor
     """Randomised block Krylov iteration (Musco and Musco 2015) on error @ moment @ error^T, which is never formed.
 
     The space spanned by all powers, not only the last one as in subspace iteration, finds slowly decaying spectra (rounding
-    errors have them) in a few products; each is orthogonalised against the ones before, twice, because once loses digits.
+    errors have them) in a few products.
     """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(len(error), rank + OVERSAMPLING, generator=generator, dtype=torch.float64)
@@ -67,13 +67,18 @@ def _block_krylov(error: Tensor, moment: Tensor, rank: int, seed: int) -> Tensor
     basis = block
     for _ in range(KRYLOV_STEPS):
         block = error @ _times(moment, error.T @ block)
-        for _ in range(2):
-            block = block - basis @ (basis.T @ block)
-        block = torch.linalg.qr(block).Q
+        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
         basis = torch.cat([basis, block], dim=1)
+    # Where the error's rank is used up, QR fills blocks with directions that may lie within earlier ones.
+    basis = torch.linalg.qr(basis).Q
     small = basis.T @ error
     vectors: Tensor = torch.linalg.eigh(small @ _times(moment, small.T)).eigenvectors
-    return basis @ vectors[:, -rank:].flip(1)
+    return basis @ _last(vectors, rank)
+
+
+def _last(vectors: Tensor, count: int) -> Tensor:
+    """The eigenvectors of the `count` largest eigenvalues, largest first; `eigh` sorts ascending."""
+    return vectors[:, vectors.shape[1] - count :].flip(1)
 
 
 def _times(moment: Tensor, matrix: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ def cluster_channels(similarity: Tensor, clusters: int, *, seed: int, where: str
 
     One thread, because sums that are taken in another order can move a channel that lies between two clusters.
     """
+    if clusters == 1:
+        return torch.zeros(len(similarity), dtype=torch.long), []
     with warnings.catch_warnings(record=True) as caught, threadpool_limits(1):
         warnings.simplefilter("always")
         model = SpectralClustering(clusters, affinity="precomputed", assign_labels="kmeans", random_state=seed, n_init=10)

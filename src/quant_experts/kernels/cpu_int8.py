@@ -38,19 +38,21 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32."""
     if 0 in (*a.shape, *b.shape):
         return torch.zeros(len(a), len(b), dtype=torch.int32)
+    if a.shape[1] == 1:  # strides of (1, 1) mislead oneDNN into reading past the operand
+        return a.int() * b.int().T
     return torch._int_mm(a, b.T)
 
 
 def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """As `reference.quantize_tokens`, in fewer passes over memory where every token is ordinary (finite, not zero)."""
+    """As `reference.quantize_tokens`, in fewer passes over memory where every token is ordinary (finite, not near zero)."""
     largest = 2 ** (bits - 1) - 1
     if not x.numel():
         return reference.quantize_tokens(x, bits)
     absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
     scale = absmax / largest
-    if not bool((scale.isfinite() & (scale > 0)).all()):
+    if not bool((scale.isfinite() & (scale > torch.finfo(scale.dtype).tiny)).all()):
         return reference.quantize_tokens(x, bits)
-    # No clamp: |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one half.
+    # No clamp: with a normal scale, |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one half.
     return (x / scale).round_().to(torch.int8), scale
 
 
@@ -66,7 +68,7 @@ def prepare(x: Tensor, group: GroupOperands) -> Prepared:
         x = x.index_select(0, order)  # several times faster than x[order]
         routed_hidden = x.new_empty(len(x), group.routed_down.shape[1])
         for e, rows in _slices(expert, len(group.routed_down)):
-            torch.mm(x[rows], group.routed_down[e].float().T, out=routed_hidden[rows])
+            routed_hidden[rows] = x[rows] @ group.routed_down[e].float().T
     codes, token_scale = quantize_tokens(x, group.activation_bits)
     shared_hidden = None if group.shared_down is None else x @ group.shared_down.float().T
     return Prepared(None, codes, token_scale, shared_hidden, routed_hidden, expert, restore)

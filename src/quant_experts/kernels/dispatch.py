@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import cpu_int8, reference
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,10 +31,29 @@ class Backend:
     linear: Callable[[Prepared, LinearOperands], Tensor]
     usable: Callable[[], bool]
 
+    @classmethod
+    def of(cls, name: str, device: Literal["cpu", "any"], activations: Literal["integer", "any"], module: Any) -> Backend:
+        """The backend that a module's `prepare`, `linear` and `is_exact` make."""
+        return cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), module.is_exact)
+
+
+def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
+    """Without gradients (there are none through rounding) and outside autocast (which would round the operands again)."""
+
+    @wraps(operation)
+    def isolated(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad(), ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return operation(*args, **kwargs)
+
+    return isolated
+
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu-int8", "cpu", "integer", cpu_int8.prepare, cpu_int8.linear, cpu_int8.is_exact),
-    Backend("reference", "any", "any", reference.prepare, reference.linear, lambda: True),
+    Backend.of("cpu-int8", "cpu", "integer", cpu_int8),
+    Backend.of("reference", "any", "any", reference),
 )
 
 

@@ -12,6 +12,11 @@ from torch import Tensor
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
 
+def is_exact() -> bool:
+    """True: float64 products of int8 codes are exact wherever PyTorch runs."""
+    return True
+
+
 def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric codes per token: scale = absmax / (2^(bits-1) - 1) (thu-nics/MBQ).
 
@@ -45,7 +50,11 @@ def smooth(x: Tensor, smooth_scale: Tensor | None) -> Tensor:
 def prepare(x: Tensor, group: GroupOperands) -> Prepared:
     """Smooth, quantize, route and project down, once per group and input. x (M, K), any float dtype."""
     x = smooth(x, group.smooth_scale)
-    codes, token_scale = (None, None) if group.activation_bits == 16 else quantize_tokens(x, group.activation_bits)
+    codes = token_scale = None
+    if group.activation_bits == 16:
+        x = torch.where(x.isfinite().all(dim=1, keepdim=True), x, torch.full_like(x, torch.nan))
+    else:
+        codes, token_scale = quantize_tokens(x, group.activation_bits)
     shared_hidden = None if group.shared_down is None else x @ group.shared_down.float().T
     expert = routed_hidden = None
     if group.routed_down is not None:

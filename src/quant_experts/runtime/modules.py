@@ -37,7 +37,8 @@ class InputGroup(nn.Module):
             self.register_buffer(name, torch.zeros(specs[name][0], dtype=specs[name][1]) if name in specs else None)
         self.backend: str | None = None
         """Name of a backend to use instead of the table's choice."""
-        self._last: tuple[Tensor, int, Prepared, int] | None = None
+        self._last: tuple[Tensor, int, Prepared, frozenset[int]] | None = None
+        """(input, its version, its prepared form, ids of the linears that have used it)"""
 
     def select_backend(self, device: torch.device) -> Backend:
         """The backend that serves this group on a device."""
@@ -54,16 +55,22 @@ class InputGroup(nn.Module):
             self.router_bias,
         )
 
-    def forward(self, x: Tensor) -> Prepared:
-        """x (..., K) -> its prepared form with M = product of the leading sizes. Reused while the group's linears ask for it."""
+    def forward(self, x: Tensor, reader: int) -> Prepared:
+        """x (..., K) -> its prepared form with M = product of the leading sizes.
+
+        reader: identifies the linear that asks. Each reader is given a result once: asking again means that a new input came
+        in the same tensor.
+        """
         version = 0 if x.is_inference() else x._version
-        prepared, uses = None, 1
-        if self._last is not None and self._last[0] is x and self._last[1] == version:
-            prepared, uses = self._last[2], self._last[3] + 1
-        if prepared is None:
+        last, self._last = self._last, None
+        if last is not None and last[0] is x and last[1] == version and reader not in last[3]:
+            prepared, readers = last[2], last[3] | {reader}
+        else:
             prepared = self.select_backend(x.device).prepare(x.reshape(-1, self.in_features), self.operands())
+            readers = frozenset({reader})
         # Dropped after the last linear's use, so that no activation outlives its layer.
-        self._last = None if uses >= len(self.spec.linears) else (x, version, prepared, uses)
+        if len(readers) < len(self.spec.linears):
+            self._last = (x, version, prepared, readers)
         return prepared
 
 
@@ -144,7 +151,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = base product + shared expert + routed expert + bias."""
-        prepared = self.group(x)
+        prepared = self.group(x, id(self))
         y = self.group.select_backend(x.device).linear(prepared, self.operands())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -152,6 +159,15 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_codes is not None:
             destination[f"{prefix}weight_packed"] = pack(self.weight_codes, self.scheme.weight_bits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Read packed codes into a module that has unpacked its own."""
+        key = f"{prefix}weight_packed"
+        if self.weight_codes is not None and key in state_dict:
+            codes = unpack(state_dict[key], self.scheme.weight_bits, self.in_features)
+            self.weight_codes.copy_(codes)
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
