@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices gain nothing from threads, and lose much when cores are shared
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny matrices gain nothing from threads, and lose much when cores are shared
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -33,9 +35,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """quantized(family, scheme, **changes to SMALL or options of build_tiny) -> folder of a checkpoint, made once a session."""
-    from quant_experts import QuantizationConfig, quantize
+    """quantized(family, scheme, **changes to SMALL or options of build_tiny) -> checkpoint folder, made once a session."""
     from small_runs import SMALL, small_samples
+
+    from quant_experts import QuantizationConfig, quantize
 
     made: dict[str, Path] = {}
 

@@ -77,4 +77,6 @@ def python(code: str | Path, *arguments: str | Path, flags: Sequence[str] = (), 
     """Run code or a script in a fresh interpreter -> the finished process, with its output as text."""
     command = [sys.executable, *flags, *((str(code),) if isinstance(code, Path) else ("-c", code))]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment
-    return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=280
+    )

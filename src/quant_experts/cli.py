@@ -1,6 +1,6 @@
 """The `quant-experts` command: parse, call, show. No logic lives here.
 
-Exit codes: 0 done, 2 bad input (one sentence on stderr), anything else a bug of ours (with its traceback).
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted, anything else a bug of ours (with its traceback).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 console = Console()
 errors = Console(stderr=True)
 
@@ -57,9 +59,10 @@ def main() -> None:
     except QuantExpertsError as error:
         errors.print(f"[bold red]Error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("Interrupted; the same call goes on where this one stopped.")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer turns Ctrl-C into this exit
+            errors.print("Interrupted; the same call goes on where this one stopped.", soft_wrap=True)
+        raise
 
 
 def _plain(text: str) -> str:
@@ -180,7 +183,7 @@ def quantize(
         print(json.dumps(summary))
         return
     for event in result.events:
-        errors.print(f"[yellow]Note:[/] {_plain(f'{event.where}: {event.what}')}", highlight=False)
+        errors.print(f"[yellow]Note:[/] {_plain(f'{event.where}: {event.what}')}", highlight=False, soft_wrap=True)
     tokens = ", ".join(f"{count:,} {name}" for name, count in result.tokens.items())
     console.print(
         f"Wrote [bold]{_plain(str(result.folder))}[/]: {config.scheme}, recipe {config.recipe.name}, "
@@ -193,7 +196,8 @@ def quantize(
 def _show_estimate(estimate: MemoryEstimate) -> None:
     mib = {k: v / 2**20 for k, v in vars(estimate).items()}
     parts = ", ".join(f"{name} {value:,.0f}" for name, value in mib.items())
-    errors.print(f"Estimated peak memory: {estimate.total / 2**20:,.0f} MiB ({parts}).", highlight=False)
+    text = f"Estimated peak memory: {estimate.total / 2**20:,.0f} MiB ({parts})."
+    errors.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -35,7 +35,7 @@ from quant_experts.experts.routed import cluster_channels, co_importance, fit_ro
 from quant_experts.experts.router import fit_router
 from quant_experts.experts.shared import fit_shared_expert, without_channels
 from quant_experts.quantizers.rtn import dequantize, quantize_rtn
-from quant_experts.runtime.loading import default_dtype, model_class, read_config, resolve
+from quant_experts.runtime.loading import check_device, default_dtype, model_class, read_config, resolve
 from quant_experts.runtime.modules import install_groups
 from quant_experts.runtime.processor import load_processor
 
@@ -101,7 +101,7 @@ def quantize(
     """
     started = time.perf_counter()
     config = config or QuantizationConfig.of()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     dtype = dtype or default_dtype(device)
     peak = PeakMemory(torch.device(device))
     folder = resolve(model)

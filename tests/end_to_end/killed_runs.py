@@ -1,6 +1,6 @@
 """Kills a quantization run (SIGKILL, by itself) just before each thing it does to the disk, then runs it again.
 
-Arguments: model folder, samples file, an empty folder to work in. Prints a JSON list with one entry a kill. Everything is
+Arguments: model folder, samples file, an empty folder to work in. Prints a JSON list with one entry a kill. All is
 imported once, by a first run; each further run is a forked child. There is one thread, so that forking is safe.
 """
 
@@ -35,8 +35,9 @@ def changes_output(event: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def kill_before(number: int, half: bool) -> list[str]:
-    """Watch this process and kill it before its change `number` (-1: never); `half` leaves a file about to be renamed half
-    written. -> what it did, growing.
+    """Watch this process and kill it before its change `number` (-1: never) -> what it did, growing.
+
+    half: leave a file that is about to be renamed half written.
     """
     log: list[str] = []
 
@@ -94,7 +95,9 @@ def attempt(number: int, half: bool, whole: dict[str, bytes]) -> dict[str, Any]:
     found = dict(equal=contents(OUTPUT) == whole, left=sorted(p.name for p in PLACE.iterdir()))
     shutil.rmtree(PLACE)
     PLACE.mkdir()
-    return dict(killed=first["killed"], finished=finished, existed=existed, whole_if_named=readable, again=again) | found
+    return (
+        dict(killed=first["killed"], finished=finished, existed=existed, whole_if_named=readable, again=again) | found
+    )
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_a_sample_that_is_not_held_out_does_decide(tiny: Folders, tmp_path: Path
 
 
 def test_statistics_are_the_tokens_own(tiny: Folders) -> None:
-    """Sums over the samples that are not held out, as a plain loop takes them; the reservoir holds the others' tokens."""
+    """Sums over the samples that are not held out, as a plain loop takes them; the reservoir has the others."""
     folder = tiny("qwen2_vl")
     batches = small_batches("qwen2_vl", folder, 5)
     inputs: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Every family: quantize, save, load in a program that knows `transformers` only, show it an image, save and load again."""
+"""Every family: quantize, save, load in a program that knows `transformers` only, show an image, save and load."""
 
 import json
 from collections.abc import Callable

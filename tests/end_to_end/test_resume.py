@@ -32,7 +32,13 @@ def failures(attempts: list[dict[str, Any]], ok: Callable[[dict[str, Any]], bool
 
 def test_every_change_of_the_disk_was_a_point(attempts: list[dict[str, Any]]) -> None:
     events = [a["event"] for a in attempts if not a["half"]]
-    files = ("settings.json", "block-00000.json", "block-00000.safetensors", "block-00001.safetensors", "rest-00000.safetensors")
+    files = (
+        "settings.json",
+        "block-00000.json",
+        "block-00000.safetensors",
+        "block-00001.safetensors",
+        "rest-00000.safetensors",
+    )
     ends = ("tokenizer.json", "config.json", "model.safetensors.index.json", "quantization_report.json")
     assert {f"os.rename {name}.tmp" for name in (*files, *ends)} <= set(events)
     assert "os.rename out.partial" in events and events.count("os.remove settings.json") == 1
@@ -57,25 +63,23 @@ def test_finished_blocks_are_not_computed_again(attempts: list[dict[str, Any]]) 
     def ok(a: dict[str, Any]) -> bool:
         if a["existed"]:  # finished: the repeated call is refused like any other whose output is there
             return "not empty" in a["again"]["error"]
-        return a["again"].get("computed") == list(range(a["finished"], LAYERS)) and a["again"]["resumed"] == a["finished"]
+        return (
+            a["again"].get("computed") == list(range(a["finished"], LAYERS)) and a["again"]["resumed"] == a["finished"]
+        )
 
     assert not failures(attempts, ok)
     assert {a["finished"] for a in attempts} == {0, 1, 2}
 
 
-class Stopped(Exception):
-    """Stands for whatever stops a run."""
-
-
 def stopping(done: int, *_: object) -> None:
     if done == 1:
-        raise Stopped
+        raise InterruptedError
 
 
 @pytest.fixture
 def stopped(tiny: Folders, tmp_path: Path) -> Path:
     """The output's name of a run that was stopped after one of two blocks."""
-    with pytest.raises(Stopped):
+    with pytest.raises(InterruptedError):
         quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / "out", CONFIG, progress=stopping)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     return tmp_path / "out"

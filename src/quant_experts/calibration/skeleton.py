@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quant_experts.checkpoint.source import TensorFiles, module_names
 from quant_experts.errors import QuantExpertsError
+from quant_experts.runtime.loading import load_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -68,13 +69,14 @@ class Skeleton:
                 value = self.files.read_finite(self.keys[full]).to(device=device)
                 if tuple(value.shape) != tuple(tensor.shape):
                     raise QuantExpertsError(
-                        f"Tensor '{full}' has shape {list(value.shape)}, the model needs {list(tensor.shape)}."
+                        f"Tensor '{full}' has shape {list(value.shape)}, the model needs {list(tensor.shape)}: "
+                        "its files do not belong together."
                     )
                 _set_tensor(block, name, value.to(self.dtype) if value.is_floating_point() else value)
             elif isinstance(tensor, nn.Parameter):
                 raise QuantExpertsError(
-                    f"Weights of '{full}' are missing, or stored in a form that has to be converted (fused experts): "
-                    "this model is not supported."
+                    f"Tensor '{full}' is missing, or stored in a form that has to be converted (fused experts): "
+                    "download the model again, or choose one that is supported."
                 )
             elif tensor.is_meta:
                 # Computed, not stored (rotary frequencies, say): the model's own initialiser knows the values.
@@ -164,15 +166,13 @@ def decoder_blocks(model: PreTrainedModel) -> str:
     }
     if not sizes:
         raise QuantExpertsError(f"{type(model).__name__} has no list of decoder blocks: this architecture is not supported.")
-    return max(sizes, key=lambda name: sizes[name])
+    return str(max(sizes, key=lambda name: sizes[name]))
 
 
 def load_skeleton(
     folder: Path, model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, pause: Pause
 ) -> Skeleton:
     """Load everything but the decoder blocks of a model, on the CPU."""
-    from transformers.utils import logging as transformers_logging
-
     found: dict[str, Any] = {}
 
     def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -187,12 +187,7 @@ def load_skeleton(
 
     # A subclass, so that transformers does all the rest as for any model: names, conversions, computed buffers, tied weights.
     skeleton_class = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # every block tensor would be reported as unexpected
-    try:
-        model: PreTrainedModel = skeleton_class.from_pretrained(folder, config=config, dtype=dtype)  # type: ignore[attr-defined]
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    model = load_weights(skeleton_class, folder, config=config, dtype=dtype)
     files = TensorFiles(folder)
     names, blocks = found["names"], found["blocks"]
     keys = module_names(model, list(files), names)

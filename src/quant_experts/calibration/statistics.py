@@ -146,10 +146,12 @@ def collect_statistics(
             for names, x in current.items():
                 if not x.isfinite().all():
                     raise QuantExpertsError(
-                        f"Activations of calibration sample {sample} are NaN or infinite at '{names[0]}': remove the sample, "
-                        "or calibrate in float32."
+                        f"Activations of calibration sample {sample + 1} are NaN or infinite in block {stream.index} at "
+                        f"'{names[0]}': remove the sample, calibrate in float32, or check the model's weights."
                     )
-                collectors[names].add(x, _labels(batch, len(x)), sample, held_out=sample in held_out)
+                # One sample alone serves both purposes.
+                unseen = sample in held_out and len(held_out) < len(stream.batches)
+                collectors[names].add(x, _labels(batch, len(x)), sample, held_out=unseen)
             current.clear()
     finally:
         for handle in handles:

@@ -108,6 +108,11 @@ class BlockStream:
             else:
                 self._calls[i] = result
 
+    @property
+    def index(self) -> int:
+        """The block that all samples are paused in front of."""
+        return self._calls[0].index
+
     def close(self) -> None:
         """End passes that are still waiting."""
         for one in self._passes:

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from quant_experts.checkpoint.run_folder import REPORT_NAME
-from quant_experts.checkpoint.schema import CheckpointConfig, group_stored_bits
+from quant_experts.checkpoint.schema import (
+    GROUP_CHILD,
+    CheckpointConfig,
+    GroupSpec,
+    group_stored_bits,
+    group_tensors,
+    linear_tensors,
+)
 from quant_experts.checkpoint.source import TensorFiles, read_json
+from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 
 
@@ -24,8 +32,10 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     records = _records(folder)
     groups = []
     for spec in config.groups:
-        shapes = [_weight_shape(files, name) for name in spec.linears]
+        stored_names = [_stored_name(files, name) for name in spec.linears]
+        shapes = [files.read(f"{name}.weight_shape").tolist() for name in stored_names]
         rows, width = tuple(shape[0] for shape in shapes), shapes[0][1]
+        _check_headers(files, spec, config.scheme, stored_names, rows, width)
         bits = group_stored_bits(spec, config.scheme, rows, width)
         record = records.get(spec.linears[0], {})
         groups.append(
@@ -66,14 +76,29 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
     return {group["linears"][0]: group for group in groups}
 
 
-def _weight_shape(files: TensorFiles, name: str) -> tuple[int, int]:
-    """(N, K) of a linear, from its `weight_shape` tensor. Files may name the model's outer parts otherwise than its modules do,
-    so the longest ending of the name that occurs in the files counts."""
+def _check_headers(
+    files: TensorFiles, spec: GroupSpec, scheme: Scheme, names: list[str], rows: tuple[int, ...], width: int
+) -> None:
+    """Raises `QuantExpertsError` if a tensor of the group is missing, or of another shape than the format says."""
+    wanted = {f"{names[0]}.{GROUP_CHILD}.{key}": value for key, value in group_tensors(spec, width).items()}
+    for name, count in zip(names, rows, strict=True):
+        wanted |= {f"{name}.{key}": value for key, value in linear_tensors(spec, scheme, count, width).items()}
+    for key, (shape, _) in wanted.items():
+        if key not in files:
+            raise QuantExpertsError(f"Tensor '{key}' is missing from '{files.folder}': the checkpoint is incomplete.")
+        if files.shapes[key] != shape:
+            raise QuantExpertsError(
+                f"Tensor '{key}' has shape {list(files.shapes[key])}, the format needs {list(shape)}: quantize again."
+            )
+
+
+def _stored_name(files: TensorFiles, name: str) -> str:
+    """What the files call a linear. They may name the model's outer parts otherwise than its modules do, so the longest ending
+    of the name that occurs in the files counts."""
     parts = [*name.split("."), "weight_shape"]
     for start in range(len(parts) - 1):
         ending = ".".join(parts[start:])
         keys = [key for key in files if key == ending or key.endswith(f".{ending}")]
         if len(keys) == 1:
-            rows, columns = files.read(keys[0]).tolist()
-            return int(rows), int(columns)
+            return keys[0].removesuffix(".weight_shape")
     raise QuantExpertsError(f"Tensor '{name}.weight_shape' is missing from '{files.folder}': the checkpoint is incomplete.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,11 +125,16 @@ class TensorFiles:
         return max(1, int(bits[0]) // 8) if bits else 1
 
 
-def module_names(model: PreTrainedModel, keys: Iterator[str] | list[str], wanted: dict[str, Any]) -> dict[str, str]:
-    """Map the model's own tensor names to file keys, as `transformers` would when it loads.
+def module_names(model: PreTrainedModel, keys: Iterable[str], wanted: dict[str, Any]) -> dict[str, str]:
+    """Map the model's own tensor names to file keys; keys whose values would have to be converted are left out."""
+    return {name: key for name, key, converted in rename_keys(model, keys, wanted) if not converted}
 
-    wanted: a state dict on the meta device that holds every name the model could have. Keys whose values would have to be
-    converted, not only renamed (some mixtures of experts), are left out.
+
+def rename_keys(model: PreTrainedModel, keys: Iterable[str], wanted: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """(the model's own tensor name, file key, whether values are converted) as `transformers` does when it loads.
+
+    wanted: a state dict on the meta device that holds every name the model could have. Values are converted, not only renamed,
+    in some mixtures of experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -137,13 +142,12 @@ def module_names(model: PreTrainedModel, keys: Iterator[str] | list[str], wanted
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    names: dict[str, str] = {}
+    names: list[tuple[str, str, bool]] = []
     for key in keys:
         name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
         if name not in wanted and key in wanted:
             name, converted = key, None
-        if converted is None:
-            names[name] = key
+        names.append((name, key, converted is not None))
     return names
 
 

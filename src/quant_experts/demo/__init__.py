@@ -1,6 +1,7 @@
 """The bundled demo: a small vision-language model trained on rendered questions, and the questions themselves.
 
-A test bed that needs no network, not a claim about real models. Importing this package loads neither torch nor transformers.
+A test bed that needs no network, not a claim about real models. Importing this package loads neither torch nor
+transformers.
 """
 
 from pathlib import Path

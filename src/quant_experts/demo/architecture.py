@@ -72,8 +72,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Qwen2VLConfig:
-    """The architecture: 15M parameters, of which 9.4M in the decoder blocks; ``text`` overrides the language model's."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    """The architecture: 15M parameters, of which 9.4M in decoder blocks; ``text`` overrides the language model's."""
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text_config: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 384,
@@ -127,7 +127,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, **text: Any) -> Q
 def save(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write model (as bfloat16), tokenizer and processor to ``folder``; it loads with and without torchvision."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy = Qwen2VLForConditionalGeneration(model.config)
+    copy: Any = Qwen2VLForConditionalGeneration(model.config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
     copy.to(torch.bfloat16).save_pretrained(folder)
@@ -135,11 +135,11 @@ def save(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerF
     tokenizer.save_pretrained(folder)
     pixels = SIDE * SIDE
     image_processor = Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels)
-    # The processor is written by hand: one made without torchvision has no video section, and one read where torchvision
-    # is installed needs it.
+    # Written by hand: a processor made without torchvision has no video section, and one read where torchvision is
+    # installed needs it.
     settings = {
         "processor_class": "Qwen2VLProcessor",
-        # By its full name: where torchvision is installed the short one means another backend, with slightly other pixels.
+        # By its full name: where torchvision is installed the short one means a backend with slightly other pixels.
         "image_processor": {**image_processor.to_dict(), "image_processor_type": "Qwen2VLImageProcessorPil"},
         "video_processor": {"video_processor_type": "Qwen2VLVideoProcessor"},
     }

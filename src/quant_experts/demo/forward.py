@@ -1,14 +1,16 @@
 """The model's forward pass for training: equal-sized pictures in one batch, without the loops a general forward needs.
 
-It runs the parameters and, for the language model, the modules of the transformers model itself; a test holds its logits
-to those of the model's own forward. What differs: patches are embedded by one matrix product instead of a convolution,
-and vision attention and positions are computed once for all pictures instead of picture by picture.
+It runs the parameters and, for the language model, the modules of the transformers model itself; a test holds its
+logits to those of the model's own forward. What differs: patches are embedded by one matrix product instead of a
+convolution, and vision attention and positions are computed once for all pictures instead of picture by picture.
 Shapes: B rows, of which the first P have a picture; T tokens; V vocabulary; E vision width.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 from transformers import Qwen2VLForConditionalGeneration
 
 from quant_experts.demo.architecture import IMAGE_TOKENS, MERGE, PATCH
@@ -45,16 +47,17 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return x * cosines + torch.cat([-high, low], dim=-1) * sines
 
 
-def vision_block(block: nn.Module, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def vision_block(block: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """One block of the vision tower on (P, 144, E), every picture attending to itself."""
     attention = block.attn
     rows, length, width = x.shape
     joint = attention.qkv(block.norm1(x)).view(rows, length, 3, attention.num_heads, -1)
     query, key, value = joint.permute(2, 0, 3, 1, 4)  # each (P, heads, 144, E / heads)
     query, key = _rotated(query, cosines, sines).to(value.dtype), _rotated(key, cosines, sines).to(value.dtype)
-    mixed = F.scaled_dot_product_attention(query, key, value)
+    mixed = functional.scaled_dot_product_attention(query, key, value)
     x = x + attention.proj(mixed.transpose(1, 2).reshape(rows, length, width))
-    return x + block.mlp(block.norm2(x))
+    out: Tensor = x + block.mlp(block.norm2(x))
+    return out
 
 
 def positions(tokens: Tensor, pictures: int) -> Tensor:
@@ -86,7 +89,7 @@ class TrainingForward:
         tower = self.model.model.visual
         # Both frames of a still picture are equal, so the convolution over time is a sum of its weights.
         kernel = tower.patch_embed.proj.weight.sum(dim=2).flatten(1)
-        x = F.linear(patches(images), kernel)
+        x = functional.linear(patches(images), kernel)
         heads = tower.blocks[0].attn.num_heads
         cosines, sines = _vision_rotation(x.shape[-1] // heads, x.device)
         for block in tower.blocks:

@@ -1,8 +1,8 @@
 """The demo's questions: rendered when asked for, always the same, different in each split.
 
-Question ``i`` of a split is drawn by a random generator seeded with the text ``"<seed of the split>/<i>"`` and by nothing
-else, so a longer list begins with a shorter one, and questions can be rendered in parallel in any order. The kinds take
-turns: question ``i`` has kind ``KINDS[i % len(KINDS)]``.
+Question ``i`` of a split is drawn by a random generator seeded with the text ``"<seed of the split>/<i>"`` and by
+nothing else, so a longer list begins with a shorter one, and questions can be rendered in parallel in any order. The
+kinds take turns: question ``i`` has kind ``KINDS[i % len(KINDS)]``.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""The drawing surface of the demo questions: Pillow only, with its built-in scalable font, so that nothing is downloaded.
+"""The drawing surface of the demo questions: Pillow only, with its built-in scalable font: no downloads.
 
-Every picture is a ``SIDE`` x ``SIDE`` RGB image. Contrast, glyph size and noise vary from picture to picture on purpose:
-a task that a model solves with a wide margin everywhere cannot show what quantization costs.
+Every picture is a ``SIDE`` x ``SIDE`` RGB image. Contrast, glyph size and noise vary from picture to picture on
+purpose: a task that a model solves with a wide margin everywhere cannot show what quantization costs.
 """
 
 from functools import cache
@@ -51,7 +51,7 @@ class Page:
     """A picture being drawn: a plain background, an ink of chosen contrast, and noise over all at the end."""
 
     def __init__(self, rng: Random, *, contrast: tuple[int, int], noise: float) -> None:
-        """Choose paper and ink whose grey levels differ by ``contrast`` (lowest, highest); noise up to ``noise`` of 1."""
+        """Choose paper and ink whose grey levels differ by ``contrast`` (least, most); noise up to ``noise`` of 1."""
         self._rng = rng
         self._noise = rng.uniform(0.0, noise)
         depth = rng.randint(*contrast)

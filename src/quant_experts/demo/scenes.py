@@ -18,7 +18,7 @@ def ocr(rng: Random) -> Drawn:
     text = "".join(rng.choices(GLYPHS, k=rng.randint(12, 16)))
     page = Page(rng, contrast=(70, 220), noise=0.22)
     face = fitting_font(text, rng.randint(10, 17), SIDE - 6)
-    left, top, right, bottom = face.getbbox(text)
+    _, top, right, bottom = face.getbbox(text)
     page.scratch(rng.randint(0, 2))
     corner = (rng.uniform(2, SIDE - right - 2), rng.uniform(2 - top, SIDE - bottom - 2))
     page.draw.text(corner, text, font=face, fill=page.ink)
@@ -33,7 +33,8 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: fl
         half = 0.88 * radius  # about the circle's area, so that size alone tells nothing
         draw.rectangle((x - half, y - half, x + half, y + half), fill=color)
     else:
-        draw.polygon([(x, y - 1.15 * radius), (x - 1.15 * radius, y + radius), (x + 1.15 * radius, y + radius)], fill=color)
+        reach = 1.15 * radius
+        draw.polygon([(x, y - reach), (x - reach, y + radius), (x + reach, y + radius)], fill=color)
 
 
 def counting(rng: Random) -> Drawn:
@@ -56,7 +57,7 @@ _ORDERS = ("left to right", "right to left", "top to bottom")
 
 
 def color_position(rng: Random) -> Drawn:
-    """Four discs of different colours: name the colours in an order of their positions, which may differ by 4 pixels."""
+    """Four discs of different colours: name the colours in an order of their places, which may differ by 4 pixels."""
     count, gap, radius = 4, 4, rng.uniform(6, 10)
     page = Page(rng, contrast=(150, 220), noise=0.3)
     names = rng.sample(sorted(COLORS), count)

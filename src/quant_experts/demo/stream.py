@@ -1,9 +1,9 @@
 """Training batches rendered by many processes, ahead of the accelerator.
 
 A batch is ``turns`` questions of each kind; rows with a picture come first. Workers write whole batches into anonymous
-shared memory (pickling pictures through a queue costs more than rendering them), and a thread copies finished batches to
-the device through pinned memory. When rendering falls behind, a random recent batch is trained on again: an accelerator
-that waits is the greater waste.
+shared memory (pickling pictures through a queue costs more than rendering them), and a thread copies finished batches
+to the device through pinned memory. When rendering falls behind, a random recent batch is trained on again: an
+accelerator that waits is the greater waste.
 """
 
 import mmap
@@ -33,7 +33,7 @@ _PICTURES = len(KINDS) - 1  # rows with a picture, of each turn: all kinds but `
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` (B, T), ``targets`` (B, T) with the next token where it is part of an answer and else ``IGNORED``, both
+    """``tokens`` (B, T), ``targets`` (B, T) with the next token where that is part of an answer, else ``IGNORED``, both
     int64; ``images`` (P, SIDE, SIDE, 3) uint8 of the first P rows."""
 
     tokens: Tensor

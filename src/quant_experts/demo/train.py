@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
+from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from quant_experts.demo.architecture import build_model, build_tokenizer, save
@@ -47,17 +48,22 @@ def arguments() -> argparse.Namespace:
         "DIR then holds the model (loads with transformers), training.json and, for the next call, state.pt.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder; a run found here goes on")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output; a run found in it goes on")
     parser.add_argument("--init-from", type=Path, metavar="DIR", help="begin a new run from this folder's weights")
+    parser.add_argument(
+        "--first-batch", type=int, default=0, help="batch of the train split that a new run begins at (0)"
+    )
     parser.add_argument("--budget", type=float, default=1800, metavar="S", help="training seconds in all (1800)")
     parser.add_argument("--call", type=float, default=float("inf"), metavar="S", help="stop this call after S seconds")
-    parser.add_argument("--decay", type=float, default=0.35, help="last share of the budget, in which the rate falls (0.35)")
+    parser.add_argument("--decay", type=float, default=0.35, help="last share of the budget: the rate falls (0.35)")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate of AdamW (1.2e-3)")
     parser.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of AdamW (0)")
     parser.add_argument("--warmup", type=int, default=1000, metavar="STEPS", help="steps of rising rate (1000)")
     parser.add_argument("--turns", type=int, default=128, help="questions of each kind in a batch (128)")
     parser.add_argument("--workers", type=int, default=15, help="rendering processes (15)")
-    parser.add_argument("--measure-every", type=int, default=2000, metavar="STEPS", help="steps between measurements (2000)")
+    parser.add_argument(
+        "--measure-every", type=int, default=2000, metavar="N", help="steps between measurements (2000)"
+    )
     parser.add_argument("--measure-turns", type=int, default=300, help="tuning questions of each kind at the end (300)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first weights (0)")
     return parser.parse_args()
@@ -72,7 +78,8 @@ def rate_at(progress: Progress, options: argparse.Namespace) -> float:
 def measured(model: Qwen2VLForConditionalGeneration, batches: list[Batch]) -> dict[str, dict[str, float]]:
     """Exact match on the tuning split, of weights as they will be stored: full precision, W4A6, W4A4."""
     stored = {name: value.to(torch.bfloat16).float() for name, value in model.state_dict().items()}
-    copy = Qwen2VLForConditionalGeneration(model.config).to(batches[0].tokens.device).eval()
+    copy: Any = Qwen2VLForConditionalGeneration(model.config)
+    copy.to(batches[0].tokens.device).eval()
     copy.load_state_dict(stored)
     models = {"full": copy, "rtn_w4a6": rounded(copy, 6), "rtn_w4a4": rounded(copy, 4)}
     scores = {name: exact_match(one, batches) for name, one in models.items()}
@@ -98,7 +105,15 @@ def record(progress: Progress, options: argparse.Namespace, device: torch.device
         "transformers": transformers.__version__,
         "measured_on": f"{options.measure_turns} questions of each kind of the tuning split, percent exact match",
         **asdict(progress),
+        "before": before(options),
     }
+
+
+def before(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The record of the run whose weights this one began from."""
+    if options.init_from is None or not (options.init_from / "training.json").exists():
+        return None
+    return dict(json.loads((options.init_from / "training.json").read_text()))
 
 
 def keep(
@@ -128,55 +143,73 @@ def start(
     if options.init_from is not None:
         trained = Qwen2VLForConditionalGeneration.from_pretrained(options.init_from, dtype=torch.float32)
         model.load_state_dict(trained.state_dict())
-    return model, Progress(), None
+    return model, Progress(rendered_batches=options.first_batch), None
+
+
+class Log:
+    """Prints loss and speed now and then."""
+
+    def __init__(self, stream: Stream, progress: Progress) -> None:
+        self._stream, self._progress = stream, progress
+        self._began, self._samples = time.monotonic(), progress.samples
+
+    def line(self, loss: Tensor) -> None:
+        """One line for the steps since the last one."""
+        value, now, progress = loss.item(), time.monotonic(), self._progress
+        speed = (progress.samples - self._samples) / (now - self._began)
+        share = self._stream.fresh / (self._stream.fresh + self._stream.replayed)
+        done = f"{progress.steps} {progress.seconds:.0f}s"
+        print(f"{done} loss {value:.4f} {speed:.0f}/s fresh {share:.2f}", flush=True)
+        self._began, self._samples = now, progress.samples
+
+
+def step(forward: TrainingForward, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    """Train on one batch; its loss, per answer token."""
+    with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16):
+        logits = forward.logits(batch.tokens, batch.images)
+    loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(forward.model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
 
 
 def train(options: argparse.Namespace) -> None:
     """Run one call of the training."""
-    began = time.monotonic()
+    call_began = time.monotonic()
     tokenizer = build_tokenizer()
     model, progress, optimizer_state = start(options, tokenizer)
     stream = Stream(tokenizer, turns=options.turns, workers=options.workers, first=progress.rendered_batches)
     tuning = batch_of(tokenizer, "tuning", 0, options.measure_turns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    model.to(device).train()
+    moved: Any = model
+    moved.to(device).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=options.weight_decay, fused=True
     )
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
     forward = TrainingForward(model, compiled=device.type == "cuda")
-    test_batches = [tuning.to(device)]
-    lap, lap_steps, earlier = time.monotonic(), progress.steps, progress.seconds
-    loop_began = lap
+    asked, log = [tuning.to(device)], Log(stream, progress)
+    earlier, loop_began = progress.seconds, time.monotonic()
     for batch in stream.batches(device):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, options)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits = forward.logits(batch.tokens, batch.images)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = step(forward, optimizer, batch)
         progress.steps += 1
         progress.samples += len(batch.tokens)
         if progress.steps % 200 == 0:
-            value = loss.item()
-            now = time.monotonic()
-            speed = (progress.steps - lap_steps) * len(batch.tokens) / (now - lap)
-            share = stream.fresh / (stream.fresh + stream.replayed)
-            print(f"{progress.steps} {progress.seconds:.0f}s loss {value:.4f} {speed:.0f}/s fresh {share:.2f}", flush=True)
-            lap, lap_steps = now, progress.steps
+            log.line(loss)
         if progress.steps % options.measure_every == 0:
-            progress.scores = measured(model, test_batches)
+            progress.scores = measured(model, asked)
         progress.seconds = earlier + time.monotonic() - loop_began
-        if progress.seconds >= options.budget or time.monotonic() - began >= options.call:
+        if progress.seconds >= options.budget or time.monotonic() - call_began >= options.call:
             break
     progress.rendered_batches += stream.fresh
     stream.close()
-    progress.scores = measured(model, test_batches)
+    progress.scores = measured(model, asked)
     keep(model, tokenizer, optimizer, progress, options)
 
 

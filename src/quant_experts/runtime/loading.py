@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 
 from quant_experts.checkpoint.source import read_json, weight_files
 from quant_experts.errors import QuantExpertsError
@@ -64,6 +65,49 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
+def check_device(device: str) -> torch.device:
+    """The device of a name. Raises `QuantExpertsError` if there is none here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise QuantExpertsError(
+            f"Device '{device}' is not available here: choose cpu, or cuda where there is a GPU."
+        ) from error
+
+
+def load_weights(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` that leaves nothing to chance.
+
+    Where `transformers` only warns of a tensor that is missing, and goes on with random values, this raises
+    `QuantExpertsError`, as it does for any file that cannot be read.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    model: PreTrainedModel
+    info: dict[str, Any]
+    try:
+        model, info = model_class.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise QuantExpertsError(f"'{folder}' cannot be loaded: {_first_sentence(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["mismatched_keys"]:
+        name, found, needed = min(info["mismatched_keys"])
+        raise QuantExpertsError(
+            f"Tensor '{name}' in '{folder}' has shape {list(found)}, the model needs {list(needed)}: "
+            "its files do not belong together."
+        )
+    if info["missing_keys"]:
+        raise QuantExpertsError(
+            f"Tensor '{min(info['missing_keys'])}' is missing from '{folder}': download or quantize the model again."
+        )
+    return model
+
+
 def load(
     model: str | Path,
     *,
@@ -89,13 +133,12 @@ def load(
     folder = resolve(model)
     weight_files(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    dtype = dtype or default_dtype("cpu" if device_map in (None, "cpu") else "cuda")
-    try:
-        loaded: PreTrainedModel = model_class(config).from_pretrained(
-            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-        )
-    except (OSError, RuntimeError) as error:
-        raise QuantExpertsError(f"'{folder}' cannot be loaded: {_first_sentence(error)}") from error
+    if isinstance(device_map, str) and device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        check_device(device_map)
+    dtype = dtype or default_dtype("cpu" if device_map in (None, "cpu") or not torch.cuda.is_available() else "cuda")
+    loaded = load_weights(
+        model_class(config), folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
     loaded.eval()
     if backend is not None:
         force_backend(loaded, backend)

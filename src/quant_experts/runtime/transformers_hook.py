@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_experts.checkpoint.schema import QUANT_METHOD, CheckpointConfig
-from quant_experts.checkpoint.source import TensorFiles, check_inside, module_names
+from quant_experts.checkpoint.source import TensorFiles, check_inside, rename_keys
 from quant_experts.errors import QuantExpertsError
 from quant_experts.runtime.modules import QuantizedLinear, swap_linears
 
@@ -70,7 +70,7 @@ class QuantExpertsHfQuantizer(HfQuantizer):
             _check_files([Path(file) for file in checkpoint_files], model, modules)
         if config.groups:
             # The guard that stops a loader without our package is not ours to load (see docs/format.md).
-            guard = re.escape(f"{config.groups[0].linears[0]}.weight") + "$"
+            guard = re.escape(_guard_name(config)) + "$"
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), guard}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -78,6 +78,13 @@ class QuantExpertsHfQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 module.finalize(name)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save_pretrained` writes: the model's tensors and the guard."""
+        assert isinstance(self.quantization_config, QuantExpertsHfConfig)
+        config = self.quantization_config.checkpoint
+        guard = {_guard_name(config): torch.zeros(0)} if config.groups else {}
+        return {**model.state_dict(), **guard}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` works."""
@@ -87,6 +94,11 @@ class QuantExpertsHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Inference only."""
         return False
+
+
+def _guard_name(config: CheckpointConfig) -> str:
+    """The weight in whose place an empty tensor stops a loader without our package: its shape does not fit."""
+    return f"{config.groups[0].linears[0]}.weight"
 
 
 def _check_files(paths: list[Path], model: Any, modules: dict[str, QuantizedLinear]) -> None:
@@ -103,23 +115,33 @@ def _check_files(paths: list[Path], model: Any, modules: dict[str, QuantizedLine
         check_inside(folder, os.path.relpath(path, folder))
     files = TensorFiles(folder)
     wanted = dict(model.state_dict())
-    keys = module_names(model, list(files), wanted)
-    for prefix, module in modules.items():
-        for local, tensor in module.state_dict().items():
-            name = f"{prefix}.{local}"
-            if name not in keys:
+    renamed = rename_keys(model, list(files), wanted)
+    keys = {name: key for name, key, converted in renamed if not converted}
+    ours = {f"{prefix}.{local}" for prefix, module in modules.items() for local in module.state_dict()}
+    # Tied tensors are stored once. Where values are converted on the way in, names are not one to one: transformers checks.
+    optional = set(getattr(model, "all_tied_weights_keys", None) or ())
+    optional |= wanted.keys() - ours if any(converted for _, _, converted in renamed) else set()
+    for name, tensor in wanted.items():
+        if name not in keys:
+            if name in ours or name not in optional and not _may_be_missing(model, name):
                 raise QuantExpertsError(f"Tensor '{name}' is missing from '{folder}': the checkpoint is incomplete.")
-            shape = files.shapes[keys[name]]
-            if shape != tuple(tensor.shape):
-                raise QuantExpertsError(
-                    f"Tensor '{name}' has shape {list(shape)}, config.json needs {list(tensor.shape)}: "
-                    "the checkpoint's files do not belong together."
-                )
-            dtype = files.dtypes[keys[name]]
-            if local != "bias" and dtype != _SAFETENSORS_NAMES[tensor.dtype]:
-                raise QuantExpertsError(
-                    f"Tensor '{name}' has dtype {dtype}, the format needs {_SAFETENSORS_NAMES[tensor.dtype]}."
-                )
+            continue
+        shape, dtype = files.shapes[keys[name]], files.dtypes[keys[name]]
+        if shape != tuple(tensor.shape):
+            raise QuantExpertsError(
+                f"Tensor '{name}' has shape {list(shape)}, config.json needs {list(tensor.shape)}: "
+                "the checkpoint's files do not belong together."
+            )
+        if name in ours and not name.endswith(".bias") and dtype != _SAFETENSORS_NAMES[tensor.dtype]:
+            raise QuantExpertsError(
+                f"Tensor '{name}' has dtype {dtype}, the format needs {_SAFETENSORS_NAMES[tensor.dtype]}: quantize again."
+            )
+
+
+def _may_be_missing(model: Any, name: str) -> bool:
+    """Whether the model's class says that files need not hold a tensor."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 _SAFETENSORS_NAMES = {torch.int32: "I32", torch.int8: "I8", torch.float32: "F32", torch.float16: "F16"}

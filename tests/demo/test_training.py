@@ -1,0 +1,81 @@
+"""The forward pass, the batches and the measurements of the training script."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from quant_experts.demo import KINDS, model_path, questions
+from quant_experts.demo.architecture import build_model, build_tokenizer, prompt
+from quant_experts.demo.forward import TrainingForward
+from quant_experts.demo.measure import RoundedLinear, exact_match, rounded
+from quant_experts.demo.stream import IGNORED, LENGTH, Batch, Stream, batch_of, row_of
+from quant_experts.runtime.processor import load_processor
+
+TURNS = 2
+TINY = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> Any:
+    return build_model(build_tokenizer(), 0, **TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return batch_of(build_tokenizer(), "tuning", 0, TURNS)
+
+
+@torch.no_grad()
+def test_training_forward_is_the_models_own(tiny_model: Qwen2VLForConditionalGeneration, batch: Batch) -> None:
+    fast = TrainingForward(tiny_model).logits(batch.tokens, batch.images)
+    processor = load_processor(model_path())
+    for index, asked in enumerate(questions("tuning", TURNS * len(KINDS))):
+        text = prompt(asked.question, image=asked.image is not None).replace("<|image_pad|>" * 36, "<|image_pad|>")
+        images = [asked.image] if asked.image is not None else None
+        inputs = processor(text=[text + asked.answer + "<|im_end|>"], images=images, return_tensors="pt")
+        own = tiny_model(**inputs).logits[0]
+        assert torch.allclose(own, fast[row_of(index, TURNS), : len(own)], rtol=0, atol=1e-4)
+
+
+def test_targets_are_the_answers(batch: Batch) -> None:
+    tokenizer = build_tokenizer()
+    for index, asked in enumerate(questions("tuning", TURNS * len(KINDS))):
+        row = batch.targets[row_of(index, TURNS)]
+        assert tokenizer.decode(row[row != IGNORED]) == asked.answer + "<|im_end|>"
+
+
+def test_rows_fit() -> None:
+    tokenizer = build_tokenizer()
+    for asked in questions("train", 350):
+        whole = prompt(asked.question, image=asked.image is not None) + asked.answer + "<|im_end|>"
+        assert len(tokenizer.encode(whole)) <= LENGTH
+
+
+def test_the_stream_renders_the_train_split() -> None:
+    tokenizer = build_tokenizer()
+    stream = Stream(tokenizer, turns=1, workers=1, first=0)
+    try:
+        got = next(stream.batches(torch.device("cpu")))
+    finally:
+        stream.close()
+    expected = batch_of(tokenizer, "train", 0, 1)
+    assert torch.equal(got.tokens, expected.tokens) and torch.equal(got.targets, expected.targets)
+    assert torch.equal(got.images, expected.images)
+
+
+def test_rounding_is_plain_round_to_nearest() -> None:
+    linear = torch.nn.Linear(3, 1, bias=False)
+    linear.weight.data = torch.tensor([[7.0, -3.4, 1.6]])
+    layer = RoundedLinear(linear, 4)
+    assert torch.equal(layer.weight, torch.tensor([[7.0, -3.0, 2.0]]))
+    assert torch.allclose(layer(torch.tensor([[14.0, 3.1, 0.9]])), torch.tensor([[7 * 14.0 - 3 * 4.0 + 2 * 0.0]]))
+
+
+def test_measuring_counts_whole_answers(tiny_model: Qwen2VLForConditionalGeneration, batch: Batch) -> None:
+    quantized = rounded(tiny_model, 6)
+    layers = [module for module in quantized.modules() if isinstance(module, RoundedLinear)]
+    assert len(layers) == 7 * TINY["num_hidden_layers"]
+    scores = exact_match(quantized, [batch])
+    assert set(scores) == {*KINDS, "average"} and scores["average"] == 0.0
