@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """quantized(family, scheme, **changes to SMALL or options of build_tiny) -> checkpoint folder, made once a session."""
+    """quantized(family, scheme, **changes to SMALL or options of build_tiny) -> its folder, made once a session."""
     from small_runs import SMALL, small_samples
 
     from quant_experts import QuantizationConfig, quantize

@@ -180,7 +180,8 @@ def output_file(place: Place) -> None:
 
 def output_folder(place: Place) -> None:
     place.output.mkdir()
-    (place.output / "notes.txt").write_text("mine")
+    (place.output / ".run").mkdir()  # the name that our runs use too
+    (place.output / ".run" / "notes.txt").write_text("mine")
 
 
 def output_under_a_file(place: Place) -> None:
@@ -284,6 +285,7 @@ def test_quantize_refuses(case: str, place: Place, command: Callable[..., Ended]
     assert not ended.out
     after = {path.name for path in place.output.parent.iterdir()} - set(before)
     assert after <= {"out.partial"}, "something was left under the output's name"
+    assert damage is not output_folder or (place.output / ".run" / "notes.txt").read_text() == "mine"
 
 
 LOAD: dict[str, tuple[Callable[[Place], None], str]] = {
@@ -355,7 +357,18 @@ def test_inspecting_refuses(case: str, place: Place, command: Callable[..., Ende
 
 
 @pytest.mark.parametrize(
-    "case", ["missing tensor", "wrong dtype", "NaN in a scale", "newer format", "index leaves the folder"]
+    "case",
+    [
+        *(
+            "missing tensor",
+            "missing norm",
+            "missing embedding",
+            "wrong shape of a norm",
+            "wrong dtype",
+            "NaN in a scale",
+        ),
+        *("newer format", "index leaves the folder"),
+    ],
 )
 def test_from_pretrained_refuses(case: str, place: Place) -> None:
     """Without our `load` around it."""

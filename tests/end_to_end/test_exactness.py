@@ -99,6 +99,16 @@ def test_backends_agree(quantized: Folders) -> None:
     assert difference < 1e-4 * logits["reference"].abs().max(), difference
 
 
+def test_placing_a_model_changes_nothing(quantized: Folders) -> None:
+    """`device_map="auto"` where there is no GPU means the CPU, in the CPU's dtype."""
+    inputs = small_batches("qwen2_vl", quantized(), 1)[0].inputs
+    plain, placed = load(quantized(), device_map="cpu"), load(quantized(), device_map="auto")
+    if placed.device.type == "cpu":
+        assert placed.dtype == plain.dtype == torch.float32
+        with torch.inference_mode():
+            assert torch.equal(placed(**inputs).logits, plain(**inputs).logits)
+
+
 @pytest.mark.parametrize("samples", [2, 8, 9, 16, 23, 24])
 def test_an_eighth_is_held_out_and_at_least_one(samples: int) -> None:
     held_out, events = split_held_out(samples)

@@ -44,7 +44,8 @@ class RunFolder:
         self._fingerprint = fingerprint
 
     def __enter__(self) -> RunFolder:
-        shutil.rmtree(self.output / _RUN, ignore_errors=True)  # of a run that was stopped right after its last rename
+        if (self.output / REPORT_NAME).is_file():  # a run that was stopped right after its last rename
+            shutil.rmtree(self.output / _RUN, ignore_errors=True)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise QuantExpertsError(f"Output '{self.output}' is not empty: choose another folder or delete it.")
         with _disk_errors(self.partial):

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from quant_experts.demo.architecture import build_model, build_tokenizer, save
+from quant_experts.demo.channels import spread_channels
 from quant_experts.demo.forward import TrainingForward
 from quant_experts.demo.measure import exact_match, rounded
 from quant_experts.demo.questions import KINDS, SEEDS
@@ -65,6 +67,7 @@ def arguments() -> argparse.Namespace:
         "--measure-every", type=int, default=2000, metavar="N", help="steps between measurements (2000)"
     )
     parser.add_argument("--measure-turns", type=int, default=300, help="tuning questions of each kind at the end (300)")
+    parser.add_argument("--spread", type=float, default=0.3, help="unevenness of the stored model's channels (0.3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first weights (0)")
     return parser.parse_args()
 
@@ -88,6 +91,13 @@ def measured(model: Qwen2VLForConditionalGeneration, batches: list[Batch]) -> di
     return scores
 
 
+def uneven(model: Qwen2VLForConditionalGeneration, options: argparse.Namespace) -> Qwen2VLForConditionalGeneration:
+    """The model as it is stored and measured: the same function, with channels as uneven as large models' are."""
+    shipped = deepcopy(model)
+    spread_channels(shipped, options.spread, options.seed)
+    return shipped
+
+
 def record(progress: Progress, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What `training.json` says of the run."""
     names = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -99,6 +109,7 @@ def record(progress: Progress, options: argparse.Namespace, device: torch.device
         "budget_seconds": options.budget,
         "decay_share": options.decay,
         "seed_of_weights": options.seed,
+        "channel_spread": options.spread,
         "seeds_of_questions": SEEDS,
         "device": names,
         "torch": torch.__version__,
@@ -125,7 +136,7 @@ def keep(
 ) -> None:
     """Write the model, the record and the state that the next call goes on from."""
     device = next(model.parameters()).device
-    save(model, tokenizer, options.out)
+    save(uneven(model, options), tokenizer, options.out)
     (options.out / "training.json").write_text(json.dumps(record(progress, options, device), indent=2) + "\n")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}
     torch.save(state, options.out / STATE)
@@ -203,13 +214,13 @@ def train(options: argparse.Namespace) -> None:
         if progress.steps % 200 == 0:
             log.line(loss)
         if progress.steps % options.measure_every == 0:
-            progress.scores = measured(model, asked)
+            progress.scores = measured(uneven(model, options), asked)
         progress.seconds = earlier + time.monotonic() - loop_began
         if progress.seconds >= options.budget or time.monotonic() - call_began >= options.call:
             break
     progress.rendered_batches += stream.fresh
     stream.close()
-    progress.scores = measured(model, asked)
+    progress.scores = measured(uneven(model, options), asked)
     keep(model, tokenizer, optimizer, progress, options)
 
 
