@@ -72,8 +72,8 @@ def _block_krylov(error: Tensor, moment: Tensor, rank: int, seed: int) -> Tensor
     # Where the error's rank is used up, QR fills blocks with directions that may lie within earlier ones.
     basis = torch.linalg.qr(basis).Q
     small = basis.T @ error
-    vectors: Tensor = torch.linalg.eigh(small @ _times(moment, small.T)).eigenvectors
-    return basis @ _last(vectors, rank)
+    directions: Tensor = basis @ _last(torch.linalg.eigh(small @ _times(moment, small.T)).eigenvectors, rank)
+    return directions
 
 
 def _last(vectors: Tensor, count: int) -> Tensor:
