@@ -1,7 +1,7 @@
 """Prefill of 512 tokens on this CPU: a W4A6 model with the paper's ranks against the fp32 model of the same size.
 
-Random weights: the figure depends on shapes only. Prints the ratio of median times (both models in turn, in one process), the
-resident weights of both, and writes benchmarks/results/cpu_prefill.json.
+Random weights: the figure depends on shapes only. Prints the ratio of median times (both models in turn, in one
+process), the resident weights of both, and writes benchmarks/results/cpu_prefill.json.
 
     python benchmarks/cpu_prefill.py
 """

@@ -48,7 +48,10 @@ def write_random_model(folder: Path, config: Qwen2Config, *, dtype: torch.dtype 
 
     write(
         "rest.safetensors",
-        {"model.embed_tokens.weight": normal(config.vocab_size, hidden), "model.norm.weight": torch.ones(hidden, dtype=dtype)},
+        {
+            "model.embed_tokens.weight": normal(config.vocab_size, hidden),
+            "model.norm.weight": torch.ones(hidden, dtype=dtype),
+        },
     )
     for i in range(config.num_hidden_layers):
         shapes = {
@@ -62,7 +65,9 @@ def write_random_model(folder: Path, config: Qwen2Config, *, dtype: torch.dtype 
         }
         tensors = {f"model.layers.{i}.{name}.weight": normal(*shape) for name, shape in shapes.items()}
         for name in ("q_proj", "k_proj", "v_proj"):
-            tensors[f"model.layers.{i}.self_attn.{name}.bias"] = torch.zeros(shapes[f"self_attn.{name}"][0], dtype=dtype)
+            tensors[f"model.layers.{i}.self_attn.{name}.bias"] = torch.zeros(
+                shapes[f"self_attn.{name}"][0], dtype=dtype
+            )
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(hidden, dtype=dtype)
         write(f"block-{i:03d}.safetensors", tensors)

@@ -1,7 +1,7 @@
 """Peak memory of quantizing a random 24-block checkpoint of 1.5 GB on this CPU.
 
-Prints the peak resident memory above what the interpreter holds once everything is imported, next to the estimate made before
-the start, and writes benchmarks/results/streaming_memory.json.
+Prints the peak resident memory above what the interpreter holds once everything is imported, next to the estimate made
+before the start, and writes benchmarks/results/streaming_memory.json.
 
     python benchmarks/streaming_memory.py
 """
@@ -70,7 +70,8 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     print(
         f"checkpoint {size / 1e6:,.0f} MB, peak {result['above_interpreter'] / 1e6:,.0f} MB above the interpreter's "
-        f"{result['interpreter'] / 1e6:,.0f} MB (estimate {result['estimate'] / 1e6:,.0f} MB), {result['seconds']:.0f} s"
+        f"{result['interpreter'] / 1e6:,.0f} MB (estimate {result['estimate'] / 1e6:,.0f} MB), "
+        f"{result['seconds']:.0f} s"
     )
     out = Path(__file__).parent / "results" / "streaming_memory.json"
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Quant Experts: shrink vision-language models with quantized weights and token-routed low-rank experts.
 
-Names are imported on first use, so that `import quant_experts` costs nothing (it happens at every start of an interpreter that
-has the package installed; see `runtime/autoload.py`).
+Names are imported on first use, so that `import quant_experts` costs nothing (it happens at every start of an
+interpreter that has the package installed; see `runtime/autoload.py`).
 """
 
 from __future__ import annotations

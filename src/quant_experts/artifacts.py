@@ -1,7 +1,7 @@
 """What the stages hand to each other. Plain data: no I/O, no methods that decide anything.
 
-Letters in shapes: T tokens, K input channels of a group, N output channels (stacked over the group's linears where said),
-R rank, E routed experts, G quantization groups along K.
+Letters in shapes: T tokens, K input channels of a group, N output channels (stacked over the group's linears where
+said), R rank, E routed experts, G quantization groups along K.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class CalibrationBatch:
     """One sample as the model takes it: a single unpadded sequence."""
 
     inputs: dict[str, Tensor]
-    """Processor output: `input_ids` (1, T), `attention_mask` (1, T), image tensors under the names that the model expects."""
+    """Processor output: `input_ids` (1, T), `attention_mask` (1, T), image tensors under the names that the model
+    expects."""
     modality: Tensor
     """(T,) int8 of `Modality`."""
 
@@ -82,8 +83,8 @@ class GroupStatistics:
 class QuantizedWeight:
     """Integer codes of one linear: W is close to (codes - zero_point) * scale, group by group.
 
-    Codes are stored signed for asymmetric grids too (2^(b-1) is taken off codes and zero point alike), so that integer kernels
-    see one kind of operand.
+    Codes are stored signed for asymmetric grids too (2^(b-1) is taken off codes and zero point alike), so that integer
+    kernels see one kind of operand.
     """
 
     codes: Tensor
@@ -158,7 +159,8 @@ class GroupRecord:
     rtn_error: dict[str, float] = field(default_factory=dict)
     """The same for plain rounding of this group at the same scheme."""
     channel_frequency: dict[str, list[float]] = field(default_factory=dict)
-    """By modality name: share of tokens for which a channel is important, channels sorted by their share over all tokens."""
+    """By modality name: share of tokens for which a channel is important, channels sorted by their share over all
+    tokens."""
     expert_use: dict[str, list[float]] = field(default_factory=dict)
     """By modality name: share of tokens that each routed expert serves."""
 

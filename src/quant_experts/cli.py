@@ -1,6 +1,7 @@
 """The `quant-experts` command: parse, call, show. No logic lives here.
 
-Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted, anything else a bug of ours (with its traceback).
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted, anything else a bug of ours (with its
+traceback).
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ SchemeOption = Annotated[
 RecipeOption = Annotated[str, typer.Option(help=f"How the error is repaired: {', '.join(RECIPES)}.")]
 SeedOption = Annotated[int, typer.Option(help="Makes a run repeatable.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and nothing else on stdout.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object for machines, and nothing else on stdout.")
+]
 TrustOption = Annotated[bool, typer.Option(help="Run code that the model's folder brings.")]
 
 
@@ -119,7 +122,8 @@ def quantize(
     samples: Annotated[
         str,
         typer.Argument(
-            help="Calibration samples: a JSON or JSONL file (ShareGPT4V form, chat messages, or image/question/answer), a folder "
+            help="Calibration samples: a JSON or JSONL file (ShareGPT4V form, chat messages, or "
+            "image/question/answer), a folder "
             "of images with captions, or the name of a Hugging Face data set."
         ),
     ],
@@ -185,11 +189,12 @@ def quantize(
     for event in result.events:
         errors.print(f"[yellow]Note:[/] {_plain(f'{event.where}: {event.what}')}", highlight=False, soft_wrap=True)
     tokens = ", ".join(f"{count:,} {name}" for name, count in result.tokens.items())
+    peak, estimated = (bytes_ / 2**20 for bytes_ in (result.peak_bytes, result.estimated_bytes))
     console.print(
         f"Wrote [bold]{_plain(str(result.folder))}[/]: {config.scheme}, recipe {config.recipe.name}, "
         f"{result.bits_per_weight:.2f} stored bits per weight.\n"
-        f"{result.samples} samples ({tokens} tokens), {result.seconds:.0f} s, peak memory {result.peak_bytes / 2**20:,.0f} MiB "
-        f"(estimated {result.estimated_bytes / 2**20:,.0f} MiB)."
+        f"{result.samples} samples ({tokens} tokens), {result.seconds:.0f} s, "
+        f"peak memory {peak:,.0f} MiB (estimated {estimated:,.0f} MiB)."
     )
 
 
@@ -211,7 +216,8 @@ def demo(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize the bundled vision-language model, ask it questions before and after, and write a report. Needs no network."""
+    """Quantize the bundled vision-language model, ask it questions before and after, and write a report. Needs no
+    network."""
     from quant_experts.evaluation.demo import run_demo
     from quant_experts.report.html import write_report
     from quant_experts.report.text import comparison_json, comparison_table
@@ -258,7 +264,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 32,
     device: DeviceOption = None,
-    predictions: Annotated[Path | None, typer.Option(help="Write each answer with its score to this JSONL file.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write each answer with its score to this JSONL file.")
+    ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -326,7 +334,8 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a quantized checkpoint holds: scheme, recipe, groups, stored bits, errors; checks every file on the way."""
+    """Show what a quantized checkpoint holds: scheme, recipe, groups, stored bits, errors; checks every file on the
+    way."""
     from quant_experts.checkpoint.inspection import inspect_checkpoint
 
     result: dict[str, Any] = inspect_checkpoint(model)
@@ -334,7 +343,8 @@ def inspect(
         print(json.dumps(result))
         return
     console.print(
-        f"[bold]{_plain(str(model))}[/]: {result['scheme']}, recipe {result['recipe']}, format {result['format_version']}, "
+        f"[bold]{_plain(str(model))}[/]: {result['scheme']}, recipe {result['recipe']}, format "
+        f"{result['format_version']}, "
         f"{len(result['groups'])} groups, {result['bits_per_weight']:.2f} stored bits per weight, "
         f"{result['bytes'] / 2**20:,.1f} MiB in all."
     )

@@ -42,8 +42,8 @@ class StrictModel(BaseModel):
 class Scheme(StrictModel):
     """Integer grids of one linear layer (grids as in thu-nics/MBQ; see docs/math.md).
 
-    Weights are quantized per output channel (`group_size` None) or per `group_size` input channels; activations per token,
-    dynamically and symmetrically, or not at all (16 bits: they keep the compute dtype).
+    Weights are quantized per output channel (`group_size` None) or per `group_size` input channels; activations per
+    token, dynamically and symmetrically, or not at all (16 bits: they keep the compute dtype).
     """
 
     weight_bits: int = Field(ge=2, le=8)
@@ -66,9 +66,9 @@ class Scheme(StrictModel):
     def parse(cls, text: str | Scheme) -> Scheme:
         """Read `W4A6`, `W4A8g128`, `W3A16`, `W4A16g64-sym`, `W4A16pc` ...
 
-        `W<bits>A<bits>`, then optionally `g<size>` (weights in groups of that many input channels) or `pc` (per output channel),
-        then optionally `-sym` or `-asym`. Defaults follow the MBQ code: weight-and-activation schemes are symmetric per channel,
-        weight-only ones asymmetric in groups of 128.
+        `W<bits>A<bits>`, then optionally `g<size>` (weights in groups of that many input channels) or `pc` (per output
+        channel), then optionally `-sym` or `-asym`. Defaults follow the MBQ code: weight-and-activation schemes are
+        symmetric per channel, weight-only ones asymmetric in groups of 128.
         """
         if isinstance(text, Scheme):
             return text
@@ -100,18 +100,26 @@ class Recipe(StrictModel):
     name: str
     exempt: Literal["none", "magnitude", "frequency"] = Field(
         default="none",
-        description="which input channels are left out of the base and rebuilt by the shared expert: none; those with the largest"
+        description="which input channels are left out of the base and rebuilt by the shared expert: none; those "
+        "with the largest"
         " mean|x| * mean|W| (ASER); or those most often among a token's top k (Quant Experts, C_s)",
     )
     important_channels: int = Field(
-        default=32, ge=1, description="k: how many channels are important for a token, and the number of exempt channels"
+        default=32,
+        ge=1,
+        description="k: how many channels are important for a token, and the number of exempt channels",
     )
     shared_rank: int = Field(default=0, ge=0, description="rank of the shared expert; 0 for none")
     routed_rank: int = Field(default=0, ge=0, description="rank of each routed expert; 0 for none")
-    num_experts: int = Field(default=8, ge=1, le=128, description="N_r: the number of routed experts; each token uses one")
-    group_inputs: bool = Field(default=True, description="treat linears that read one tensor together; share their factors")
+    num_experts: int = Field(
+        default=8, ge=1, le=128, description="N_r: the number of routed experts; each token uses one"
+    )
+    group_inputs: bool = Field(
+        default=True, description="treat linears that read one tensor together; share their factors"
+    )
     scale_with_width: bool = Field(
-        default=False, description="multiply ranks and k by (model width / 1536), the width at which the paper chose them"
+        default=False,
+        description="multiply ranks and k by (model width / 1536), the width at which the paper chose them",
     )
 
     @model_validator(mode="after")
@@ -123,7 +131,8 @@ class Recipe(StrictModel):
     def at_width(self, width: int) -> Recipe:
         """The recipe with absolute numbers for a model of that hidden size.
 
-        Where `scale_with_width` is set, ranks and k become a multiple of 8 nearest to (paper's number) * width / 1536, at least 8.
+        Where `scale_with_width` is set, ranks and k become a multiple of 8 nearest to (paper's number) * width / 1536,
+        at least 8.
         """
         if not self.scale_with_width:
             return self
@@ -169,12 +178,17 @@ class QuantizationConfig(StrictModel):
 
     @classmethod
     def of(
-        cls, scheme: str | Scheme = "W4A6", recipe: str | Recipe = "paper", *, scale_with_width: bool = False, **limits: int
+        cls,
+        scheme: str | Scheme = "W4A6",
+        recipe: str | Recipe = "paper",
+        *,
+        scale_with_width: bool = False,
+        **limits: int,
     ) -> QuantizationConfig:
         """From names: `QuantizationConfig.of("W4A6", "paper", seed=1, samples=64)`.
 
-        scale_with_width: let the recipe's ranks follow the model's width (see `Recipe`). Raises `QuantExpertsError` for a
-        scheme, recipe or limit that does not exist.
+        scale_with_width: let the recipe's ranks follow the model's width (see `Recipe`). Raises `QuantExpertsError` for
+        a scheme, recipe or limit that does not exist.
         """
         chosen = find_recipe(recipe)
         if scale_with_width:

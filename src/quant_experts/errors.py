@@ -1,8 +1,8 @@
 """The one exception type that a user is meant to read.
 
-Everything that a user can cause (a bad path, a bad image, a scheme that does not exist) raises `QuantExpertsError` with one
-sentence that names the cause and the cure. The command line prints that sentence and exits with code 2; any other exception is
-a bug of ours and keeps its traceback.
+Everything that a user can cause (a bad path, a bad image, a scheme that does not exist) raises `QuantExpertsError` with
+one sentence that names the cause and the cure. The command line prints that sentence and exits with code 2; any other
+exception is a bug of ours and keeps its traceback.
 """
 
 

@@ -1,7 +1,8 @@
 """`quantize`: the one place that knows the order of the stages.
 
-samples -> batches -> block streaming -> for each block: statistics -> for each input group: base, shared expert, routed experts,
-router -> packed tensors, written at once -> hidden states move on through the quantized block -> checkpoint and report.
+samples -> batches -> block streaming -> for each block: statistics -> for each input group: base, shared expert, routed
+experts, router -> packed tensors, written at once -> hidden states move on through the quantized block -> checkpoint
+and report.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from quant_experts import __version__
-from quant_experts.artifacts import CalibrationBatch, Event, GroupRecord, GroupStatistics, QuantizedGroup, QuantizedWeight, Sample
+from quant_experts.artifacts import (
+    CalibrationBatch,
+    Event,
+    GroupRecord,
+    GroupStatistics,
+    QuantizedGroup,
+    QuantizedWeight,
+    Sample,
+)
 from quant_experts.calibration.batches import count_tokens, make_batches
 from quant_experts.calibration.measurement import measure_group
 from quant_experts.calibration.memory import MemoryEstimate, PeakMemory, estimate_memory
@@ -86,7 +95,8 @@ def quantize(
 
     Args:
         model: folder or Hugging Face name of a vision-language (or text-only causal) model in safetensors.
-        samples: anything `calibration.samples.load_samples` takes: a JSON or JSONL file, a folder of images with captions, a data
+        samples: anything `calibration.samples.load_samples` takes: a JSON or JSONL file, a folder of images with
+        captions, a data
             set's name, or an iterable of (image, text).
         output: folder to create. A run that was interrupted goes on when the same call is repeated.
         config: scheme, recipe, seed and calibration limits; W4A6 with the paper's recipe by default.
@@ -96,7 +106,8 @@ def quantize(
         progress, on_estimate: called as the run goes on, and with the memory estimate before it starts.
 
     Raises:
-        QuantExpertsError: for any input that cannot work, with one sentence that says why. Nothing half-written is left under
+        QuantExpertsError: for any input that cannot work, with one sentence that says why. Nothing half-written is left
+        under
             `output`.
     """
     started = time.perf_counter()
@@ -163,7 +174,8 @@ class _Run:
         self.events += events
 
     def blocks(self, stream: BlockStream, store: RunFolder) -> tuple[CheckpointConfig, list[GroupRecord], int]:
-        """Quantize block after block, or take finished ones from the store. -> config, records, number of blocks taken."""
+        """Quantize block after block, or take finished ones from the store. -> config, records, number of blocks
+        taken."""
         names = stream.skeleton.block_names
         specs: list[GroupSpec] = []
         records: list[GroupRecord] = []
@@ -253,7 +265,8 @@ def quantize_group(
     seed: int,
     where: str,
 ) -> tuple[QuantizedGroup, list[Event]]:
-    """The method on one input group (paper steps 1 to 5): weight (N, K) float32 stacked over linears of `rows` outputs each.
+    """The method on one input group (paper steps 1 to 5): weight (N, K) float32 stacked over linears of `rows` outputs
+    each.
 
     Returns the group and events for what could not be done as configured.
     """

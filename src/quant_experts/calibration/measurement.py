@@ -49,9 +49,7 @@ def measure_group(
     )
 
 
-def _modules(
-    group: QuantizedGroup, rows: Sequence[int], scheme: Scheme, device: torch.device
-) -> list[QuantizedLinear]:
+def _modules(group: QuantizedGroup, rows: Sequence[int], scheme: Scheme, device: torch.device) -> list[QuantizedLinear]:
     """The group's runtime modules without biases, float32."""
     width = group.weights[0].codes.shape[1]
     holder = nn.Module()
@@ -81,7 +79,8 @@ def _relative_error(output: Tensor, exact: Tensor, modality: Tensor) -> dict[str
 
 
 def _frequency_curves(statistics: GroupStatistics) -> dict[str, list[float]]:
-    """Share of the tokens of each modality for which a channel is important; channels by their share over all tokens."""
+    """Share of the tokens of each modality for which a channel is important; channels by their share over all
+    tokens."""
     width = len(statistics.mean_abs)
     counts = torch.bincount(statistics.important.flatten().long(), minlength=width)
     order = counts.argsort(descending=True, stable=True)[:CURVE_POINTS]

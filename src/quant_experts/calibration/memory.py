@@ -41,8 +41,8 @@ class MemoryEstimate:
 
 
 WORKING_COPIES = 6
-"""float64 matrices of a group's size that are alive at once while experts are fitted: weight and base (float32), residual, low-rank
-product, and two temporaries."""
+"""float64 matrices of a group's size that are alive at once while experts are fitted: weight and base (float32),
+residual, low-rank product, and two temporaries."""
 
 
 def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
@@ -69,7 +69,8 @@ def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
 
 
 class PeakMemory:
-    """The most memory used since this object was made: a GPU's allocations, or the process's resident set above its start."""
+    """The most memory used since this object was made: a GPU's allocations, or the process's resident set above its
+    start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -88,7 +89,8 @@ class PeakMemory:
 
 
 def resident_bytes(field: str) -> int:
-    """Physical memory of this process: "VmRSS" now, "VmHWM" at its highest. Elsewhere than on Linux both are the highest."""
+    """Physical memory of this process: "VmRSS" now, "VmHWM" at its highest. Elsewhere than on Linux both are the
+    highest."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,7 +1,7 @@
 """A model whose blocks are not there: everything else is loaded by `transformers`, the blocks wait on disk.
 
-Each block's place is taken by a `PausingBlock`, which hands its arguments to whoever drives the forward pass and waits for the
-output. The real blocks are kept aside without memory (meta device) and filled one at a time.
+Each block's place is taken by a `PausingBlock`, which hands its arguments to whoever drives the forward pass and waits
+for the output. The real blocks are kept aside without memory (meta device) and filled one at a time.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class Skeleton:
     def file_names(self, index: int, quantized: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         """What the files call the block, and the tensors of it that quantization leaves as they are, by file key.
 
-        quantized: tensors by name within the block; a linear's `weight` is replaced when its `weight_packed` is among them.
+        quantized: tensors by name within the block; a linear's `weight` is replaced when its `weight_packed` is among
+        them.
         The first such linear gets a guard: an empty tensor in the place of its weight, at which a loader without this
         package stops (shape mismatch) instead of going on with random weights.
         """
@@ -156,7 +157,8 @@ def _set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def decoder_blocks(model: PreTrainedModel) -> str:
-    """Name of the list of decoder blocks: the largest `ModuleList` of the language model. Raises `QuantExpertsError` if none."""
+    """Name of the list of decoder blocks: the largest `ModuleList` of the language model. Raises `QuantExpertsError` if
+    none."""
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     sizes = {
@@ -165,7 +167,9 @@ def decoder_blocks(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module)
     }
     if not sizes:
-        raise QuantExpertsError(f"{type(model).__name__} has no list of decoder blocks: this architecture is not supported.")
+        raise QuantExpertsError(
+            f"{type(model).__name__} has no list of decoder blocks: this architecture is not supported."
+        )
     return str(max(sizes, key=lambda name: sizes[name]))
 
 
@@ -185,8 +189,11 @@ def load_skeleton(
         for index, block in enumerate(list(blocks)):
             blocks[index] = PausingBlock(index, block, pause)
 
-    # A subclass, so that transformers does all the rest as for any model: names, conversions, computed buffers, tied weights.
-    skeleton_class = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
+    # A subclass, so that transformers does all the rest as for any model: names, conversions, computed buffers, tied
+    # weights.
+    skeleton_class = type(
+        model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__}
+    )
     model = load_weights(skeleton_class, folder, config=config, dtype=dtype)
     files = TensorFiles(folder)
     names, blocks = found["names"], found["blocks"]

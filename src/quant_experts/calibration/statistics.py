@@ -1,7 +1,7 @@
 """Finds a block's input groups and measures what their tokens look like.
 
-Sums over tokens are taken in float32 within one sample and in float64 across samples. A bounded, uniform sample of held-out
-tokens is kept as it is, to measure errors on tokens that no factor was fitted to.
+Sums over tokens are taken in float32 within one sample and in float64 across samples. A bounded, uniform sample of
+held-out tokens is kept as it is, to measure errors on tokens that no factor was fitted to.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
 def find_groups(stream: BlockStream, block: nn.Module, *, together: bool) -> tuple[list[tuple[str, ...]], list[str]]:
     """Linears that read the same tensor object, by watching the first sample's pass; in order of first use.
 
-    Returns (groups of linear names within the block, names of linears that never ran). With `together` False each linear is
-    its own group.
+    Returns (groups of linear names within the block, names of linears that never ran). With `together` False each
+    linear is its own group.
     """
     readers: dict[int, list[str]] = {}
     inputs: list[Tensor] = []  # kept alive, or an address could be used twice
@@ -146,7 +146,8 @@ def collect_statistics(
             for names, x in current.items():
                 if not x.isfinite().all():
                     raise QuantExpertsError(
-                        f"Activations of calibration sample {sample + 1} are NaN or infinite in block {stream.index} at "
+                        f"Activations of calibration sample {sample + 1} are NaN or infinite in block {stream.index} "
+                        f"at "
                         f"'{names[0]}': remove the sample, calibrate in float32, or check the model's weights."
                     )
                 # One sample alone serves both purposes.
@@ -160,7 +161,8 @@ def collect_statistics(
 
 
 def _labels(batch: CalibrationBatch, tokens: int) -> Tensor:
-    """(tokens,) int8. Layers that see another number of tokens than the sequence has do not know which is which: TEXT."""
+    """(tokens,) int8. Layers that see another number of tokens than the sequence has do not know which is which:
+    TEXT."""
     if len(batch.modality) == tokens:
         return batch.modality
     return torch.full((tokens,), Modality.TEXT, dtype=torch.int8)
@@ -178,6 +180,8 @@ def _reservoir_rows(lengths: Sequence[int], held_out: frozenset[int], seed: int)
 def split_held_out(samples: int, fraction: float = 1 / 8) -> tuple[frozenset[int], list[Event]]:
     """Every 1/fraction-th sample is held out, at least one; a single sample serves both purposes, with an event."""
     if samples == 1:
-        return frozenset({0}), [Event("calibration", "one sample only: errors are measured on the tokens it was fitted to")]
+        return frozenset({0}), [
+            Event("calibration", "one sample only: errors are measured on the tokens it was fitted to")
+        ]
     step = round(1 / fraction)
     return frozenset(range(min(step, samples) - 1, samples, step)), []

@@ -1,9 +1,10 @@
 """Streams a model block by block: one block in memory, every sample's forward pass paused in front of it.
 
-Models run code between their blocks (Qwen3-VL adds image features there, others change masks), so blocks are never chained by
-hand. Each sample runs the model's own forward pass in a greenlet; when the pass reaches a block, the greenlet stops there with
-the block's arguments and the driver goes on with the next sample. Greenlets rather than threads: one runs at a time, in a fixed
-order, in one thread, so results repeat bit for bit, errors surface where they happen and nothing is left running.
+Models run code between their blocks (Qwen3-VL adds image features there, others change masks), so blocks are never
+chained by hand. Each sample runs the model's own forward pass in a greenlet; when the pass reaches a block, the
+greenlet stops there with the block's arguments and the driver goes on with the next sample. Greenlets rather than
+threads: one runs at a time, in a fixed order, in one thread, so results repeat bit for bit, errors surface where they
+happen and nothing is left running.
 """
 
 from __future__ import annotations
@@ -71,14 +72,16 @@ class BlockStream:
         return self.skeleton.model(**inputs, use_cache=False)
 
     def blocks(self) -> Iterator[int]:
-        """Block indices in order, with every sample paused in front of that block. Call `advance` before asking for the next."""
+        """Block indices in order, with every sample paused in front of that block. Call `advance` before asking for the
+        next."""
         try:
             with torch.inference_mode():
                 self._calls = [one.switch(batch) for one, batch in zip(self._passes, self.batches, strict=True)]
             for index in range(len(self.skeleton.block_names)):
                 if any(not isinstance(call, BlockCall) or call.index != index for call in self._calls):
                     raise QuantExpertsError(
-                        f"The model does not run its blocks once each and in order (at block {index}): it is not supported."
+                        f"The model does not run its blocks once each and in order (at block {index}): it is not "
+                        f"supported."
                     )
                 yield index
         finally:
@@ -122,7 +125,9 @@ class BlockStream:
     def hidden_bytes(self) -> int:
         """Host bytes of the paused samples' block arguments; storage that several share is counted once."""
         leaves = tree_leaves([(call.args, call.kwargs) for call in self._calls])
-        storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)}
+        storages = {
+            leaf.untyped_storage().data_ptr(): leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)
+        }
         return sum(storage.nbytes() for storage in storages.values())
 
 

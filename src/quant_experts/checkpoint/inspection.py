@@ -93,12 +93,14 @@ def _check_headers(
 
 
 def _stored_name(files: TensorFiles, name: str) -> str:
-    """What the files call a linear. They may name the model's outer parts otherwise than its modules do, so the longest ending
-    of the name that occurs in the files counts."""
+    """What the files call a linear. They may name the model's outer parts otherwise than its modules do, so the longest
+    ending of the name that occurs in the files counts."""
     parts = [*name.split("."), "weight_shape"]
     for start in range(len(parts) - 1):
         ending = ".".join(parts[start:])
         keys = [key for key in files if key == ending or key.endswith(f".{ending}")]
         if len(keys) == 1:
             return keys[0].removesuffix(".weight_shape")
-    raise QuantExpertsError(f"Tensor '{name}.weight_shape' is missing from '{files.folder}': the checkpoint is incomplete.")
+    raise QuantExpertsError(
+        f"Tensor '{name}.weight_shape' is missing from '{files.folder}': the checkpoint is incomplete."
+    )

@@ -1,7 +1,7 @@
 """Dense bit packing of integer codes: 32 codes of b bits fill b words of 32 bits, for every b from 2 to 8.
 
-Row by row, code i of a run of 32 occupies bits [i*b, (i+1)*b) of the run's b words, least significant first. For 4 bits these
-are the usual little-endian nibbles, eight to a word; for 3 bits, 32 values in 3 words with none wasted.
+Row by row, code i of a run of 32 occupies bits [i*b, (i+1)*b) of the run's b words, least significant first. For 4 bits
+these are the usual little-endian nibbles, eight to a word; for 3 bits, 32 values in 3 words with none wasted.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     mask, half = 2**bits - 1, 2 ** (bits - 1)
     for i in range(RUN):
         word, shift = divmod(i * bits, WORD_BITS)
-        # >> on int32 copies the sign bit down; the mask of at most 8 bits drops it unless the code reaches the word's end,
-        # and then the copied bits lie above the code.
+        # >> on int32 copies the sign bit down; the mask of at most 8 bits drops it unless the code reaches the word's
+        # end, and then the copied bits lie above the code.
         value = words[..., word] >> shift
         if shift + bits > WORD_BITS:
             value = (value & (2 ** (WORD_BITS - shift) - 1)) | (words[..., word + 1] << (WORD_BITS - shift))

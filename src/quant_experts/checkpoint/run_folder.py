@@ -1,8 +1,9 @@
 """A run's output on disk: whole at every moment, resumable, and never half a checkpoint under the final name.
 
-While a run goes on, everything lies in `OUT.partial`: finished files under their final names, and in `.run` what only the run
-needs (its settings, a lock, one record a block). Each file is written under a temporary name and renamed. When all is there,
-the folder itself is renamed to `OUT`, and only then `.run` is removed: until the rename the run can go on, and nobody else's can.
+While a run goes on, everything lies in `OUT.partial`: finished files under their final names, and in `.run` what only
+the run needs (its settings, a lock, one record a block). Each file is written under a temporary name and renamed. When
+all is there, the folder itself is renamed to `OUT`, and only then `.run` is removed: until the rename the run can go
+on, and nobody else's can.
 A run that was killed leaves `OUT.partial`; the same call goes on where it stopped.
 """
 
@@ -92,14 +93,17 @@ class RunFolder:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
-            raise QuantExpertsError(f"'{path}' of an unfinished run is damaged ({error}): delete '{self.partial}'.") from error
+            raise QuantExpertsError(
+                f"'{path}' of an unfinished run is damaged ({error}): delete '{self.partial}'."
+            ) from error
         return tensors, read_json(self._record_file(index))
 
     def _record_file(self, index: int) -> Path:
         return self._run / f"block-{index:05d}.json"
 
     def copy_rest(self, files: TensorFiles, keys: Sequence[str]) -> None:
-        """Copy tensors that no block owns, unchanged, in shards of at most 1 GiB (or one tensor); finished shards are kept.
+        """Copy tensors that no block owns, unchanged, in shards of at most 1 GiB (or one tensor); finished shards are
+        kept.
 
         Raises `QuantExpertsError` for a tensor that holds NaN or infinity.
         """
@@ -175,7 +179,8 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the operating system says of a full or forbidden disk into one sentence; what was finished stays resumable."""
+    """Turn what the operating system says of a full or forbidden disk into one sentence; what was finished stays
+    resumable."""
     try:
         yield
     except (OSError, SafetensorError) as error:

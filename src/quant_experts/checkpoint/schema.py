@@ -1,6 +1,7 @@
 """Checkpoint format 1: what `config.json` says and which tensors stand beside each linear. See docs/format.md.
 
-The shapes are a function of the configuration alone, so that a reader can allocate, check and count bits before it opens a file.
+The shapes are a function of the configuration alone, so that a reader can allocate, check and count bits before it
+opens a file.
 """
 
 from __future__ import annotations

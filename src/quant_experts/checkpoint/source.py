@@ -1,8 +1,9 @@
 """Reads safetensors folders tensor by tensor, under the names that the model itself uses.
 
-Files and modules do not always agree on names (Qwen2-VL's files say `model.layers.*`, its modules `model.language_model.layers.*`);
-`transformers` knows the mapping and is asked for it. A file is opened for each read and closed again: a mapping that stays open
-keeps every page that was touched in memory, which for a large model is the whole model.
+Files and modules do not always agree on names (Qwen2-VL's files say `model.layers.*`, its modules
+`model.language_model.layers.*`); `transformers` knows the mapping and is asked for it. A file is opened for each read
+and closed again: a mapping that stays open keeps every page that was touched in memory, which for a large model is the
+whole model.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises `QuantExpertsError` if there are none or one is missing or outside."""
+    """The safetensors files of a model folder. Raises `QuantExpertsError` if there are none or one is missing or
+    outside."""
     if (folder / INDEX_NAME).is_file():
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -60,13 +62,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_inside(folder: Path, name: str) -> None:
-    """Refuse a file name from an index that leaves the folder (hub caches link out of it, so links are not resolved)."""
+    """Refuse a file name from an index that leaves the folder (hub caches link out of it, so links are not
+    resolved)."""
     if Path(name).is_absolute() or ".." in Path(name).parts or re.match(r"[A-Za-z]:|\\", name):
-        raise QuantExpertsError(f"The index of '{folder}' names '{name}', which is outside the folder: refusing to read it.")
+        raise QuantExpertsError(
+            f"The index of '{folder}' names '{name}', which is outside the folder: refusing to read it."
+        )
 
 
 def spot_check(path: Path, *, spots: int = 64, length: int = 1 << 14) -> str:
-    """A digest of a file's size and of evenly spaced spots in it: tells a fine-tuned model from its origin without reading all."""
+    """A digest of a file's size and of evenly spaced spots in it: tells a fine-tuned model from its origin without
+    reading all."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -116,7 +122,9 @@ class TensorFiles:
         tensor = self.read(key)
         # 8-bit floats have no isfinite of their own.
         if tensor.is_floating_point() and not (tensor if tensor.itemsize > 1 else tensor.half()).isfinite().all():
-            raise QuantExpertsError(f"Tensor '{key}' in '{self._file_of[key]}' holds NaN or infinity: the model is damaged.")
+            raise QuantExpertsError(
+                f"Tensor '{key}' in '{self._file_of[key]}' holds NaN or infinity: the model is damaged."
+            )
         return tensor
 
     def element_size(self, key: str) -> int:
@@ -133,8 +141,8 @@ def module_names(model: PreTrainedModel, keys: Iterable[str], wanted: dict[str, 
 def rename_keys(model: PreTrainedModel, keys: Iterable[str], wanted: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """(the model's own tensor name, file key, whether values are converted) as `transformers` does when it loads.
 
-    wanted: a state dict on the meta device that holds every name the model could have. Values are converted, not only renamed,
-    in some mixtures of experts.
+    wanted: a state dict on the meta device that holds every name the model could have. Values are converted, not only
+    renamed, in some mixtures of experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -149,5 +157,3 @@ def rename_keys(model: PreTrainedModel, keys: Iterable[str], wanted: dict[str, A
             name, converted = key, None
         names.append((name, key, converted is not None))
     return names
-
-

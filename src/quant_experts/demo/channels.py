@@ -1,9 +1,10 @@
 """Gives the trained model the uneven channels that large language models have, without changing what it computes.
 
-A model trained for minutes has channels of nearly equal size, and plain rounding then costs it next to nothing. In large models a
-few channels are many times larger than the rest, which is what makes them hard to quantize. The size of a channel between a
-normalisation and the linears that read it, between `up` and `down`, and between `v` and `o` is free: multiplying on one side and
-dividing on the other leaves the function as it is. Factors are powers of two, so not a bit of any logit changes.
+A model trained for minutes has channels of nearly equal size, and plain rounding then costs it next to nothing. In
+large models a few channels are many times larger than the rest, which is what makes them hard to quantize. The size of
+a channel between a normalisation and the linears that read it, between `up` and `down`, and between `v` and `o` is
+free: multiplying on one side and dividing on the other leaves the function as it is. Factors are powers of two, so not
+a bit of any logit changes.
 """
 
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 def spread_channels(model: Any, spread: float, seed: int = 0) -> None:
     """Rescale the channels of every decoder block of a Qwen2-VL model, in place.
 
-    Factors are 2^round(t), t from a Laplace distribution of scale ``spread``: most channels keep their size, a few in a hundred
-    become several times larger.
+    Factors are 2^round(t), t from a Laplace distribution of scale ``spread``: most channels keep their size, a few in a
+    hundred become several times larger.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()

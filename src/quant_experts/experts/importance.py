@@ -1,4 +1,5 @@
-"""Which input channels matter, for how many tokens (paper, steps 1 and 2), and the scale that tames the steadiest of them."""
+"""Which input channels matter, for how many tokens (paper, steps 1 and 2), and the scale that tames the steadiest of
+them."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ from quant_experts.artifacts import GroupStatistics, Modality
 
 
 def channel_counts(statistics: GroupStatistics, modality: Modality | None = None) -> Tensor:
-    """m_c: the number of tokens (of one modality, or all) for which channel c is important -> (K,) int64, on the CPU."""
+    """m_c: the number of tokens (of one modality, or all) for which channel c is important -> (K,) int64, on the
+    CPU."""
     chosen = statistics.important if modality is None else statistics.important[statistics.modality == modality]
     return torch.bincount(chosen.flatten().long(), minlength=len(statistics.mean_abs))
 
 
 def partition_channels(counts: Tensor, exempt: int, dependent: int) -> tuple[Tensor, Tensor]:
-    """Token-independent channels C_s (the `exempt` most often important) and token-dependent ones C_r (the next `dependent`).
+    """Token-independent channels C_s (the `exempt` most often important) and token-dependent ones C_r (the next
+    `dependent`).
 
     The paper sorts by f_c = k m_c / sum m; the order is that of the counts (K,). Equal counts keep the channels' order.
     """

@@ -1,9 +1,9 @@
 """The best low-rank stand-in for an error matrix, seen through the input's second moments.
 
-For an error E (N, K) and inputs with second moment H = E[x x^T], the rank-r matrix L that minimises the mean of |(E - L) x|^2 is
-`U U^T E`, where U holds the leading eigenvectors of `E H E^T`. This is the whitened SVD of the literature (SVD of E S with
-S S^T = H, then times S^-1; ASER, QERA) without S: no Cholesky factor that fails on a singular H, no inverse. Ours as a
-formulation; docs/math.md has the proof. A vector H stands for a diagonal matrix.
+For an error E (N, K) and inputs with second moment H = E[x x^T], the rank-r matrix L that minimises the mean of |(E -
+L) x|^2 is `U U^T E`, where U holds the leading eigenvectors of `E H E^T`. This is the whitened SVD of the literature
+(SVD of E S with S S^T = H, then times S^-1; ASER, QERA) without S: no Cholesky factor that fails on a singular H, no
+inverse. Ours as a formulation; docs/math.md has the proof. A vector H stands for a diagonal matrix.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ KRYLOV_STEPS = 5
 
 
 def fit_low_rank(error: Tensor, moment: Tensor, rank: int, *, seed: int = 0) -> LowRankExpert:
-    """error (N, K), moment (K, K) symmetric positive semi-definite or (K,) non-negative diagonal -> rank-r expert, float64.
+    """error (N, K), moment (K, K) symmetric positive semi-definite or (K,) non-negative diagonal -> rank-r expert,
+    float64.
 
-    Factors are balanced: column i of `up` and row i of `down` have the same length, so that both fit half precision. Raises
-    `QuantExpertsError` if the rank is larger than the layer.
+    Factors are balanced: column i of `up` and row i of `down` have the same length, so that both fit half precision.
+    Raises `QuantExpertsError` if the rank is larger than the layer.
     """
     rows, columns = error.shape
     if rank > min(rows, columns):
         raise QuantExpertsError(
-            f"Rank {rank} is larger than a layer of {rows} x {columns}: choose a smaller rank, or ranks that scale with the width."
+            f"Rank {rank} is larger than a layer of {rows} x {columns}: choose a smaller rank, or ranks that scale "
+            f"with the width."
         )
     error, moment = error.double(), moment.double()
     basis = leading_directions(error, moment, rank, seed=seed)
@@ -47,7 +49,8 @@ def leading_directions(error: Tensor, moment: Tensor, rank: int, *, seed: int) -
     if rows <= columns:
         vectors: Tensor = torch.linalg.eigh(error @ _times(moment, error.T)).eigenvectors
         return _last(vectors, rank)
-    # The smaller side is K: eigenvectors of S^T E^T E S, brought to the output side by E S, with S a root of the moment.
+    # The smaller side is K: eigenvectors of S^T E^T E S, brought to the output side by E S, with S a root of the
+    # moment.
     root = _square_root(moment)
     product = error @ root if root.ndim == 2 else error * root
     right = _last(torch.linalg.eigh(product.T @ product).eigenvectors, rank)
@@ -58,8 +61,8 @@ def leading_directions(error: Tensor, moment: Tensor, rank: int, *, seed: int) -
 def _block_krylov(error: Tensor, moment: Tensor, rank: int, seed: int) -> Tensor:
     """Randomised block Krylov iteration (Musco and Musco 2015) on error @ moment @ error^T, which is never formed.
 
-    The space spanned by all powers, not only the last one as in subspace iteration, finds slowly decaying spectra (rounding
-    errors have them) in a few products.
+    The space spanned by all powers, not only the last one as in subspace iteration, finds slowly decaying spectra
+    (rounding errors have them) in a few products.
     """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(len(error), rank + OVERSAMPLING, generator=generator, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""Routed experts (paper step 4): channels that are important together form a cluster, each cluster gets a correction."""
+"""Routed experts (paper step 4): channels that are important together form a cluster, each cluster gets a
+correction."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ BACKGROUND = 0.1
 def co_importance(statistics: GroupStatistics, channels: Tensor) -> Tensor:
     """Normalised pointwise mutual information of each pair of channels being important for one token (paper step 4).
 
-    channels (C,) -> (C, C) float64 in [0, 1]: log(p_ij / (p_i p_j)) / -log p_ij. Ours: negative and undefined values are 0, the
-    diagonal 1; pairs that are important for every token (p_ij = 1, where the formula divides by zero) are 1.
+    channels (C,) -> (C, C) float64 in [0, 1]: log(p_ij / (p_i p_j)) / -log p_ij. Ours: negative and undefined values
+    are 0, the diagonal 1; pairs that are important for every token (p_ij = 1, where the formula divides by zero) are 1.
     """
     position = torch.full((len(statistics.mean_abs),), -1, dtype=torch.long)
     position[channels] = torch.arange(len(channels))
@@ -48,7 +49,9 @@ def cluster_channels(similarity: Tensor, clusters: int, *, seed: int, where: str
         return torch.zeros(len(similarity), dtype=torch.long), []
     with warnings.catch_warnings(record=True) as caught, threadpool_limits(1):
         warnings.simplefilter("always")
-        model = SpectralClustering(clusters, affinity="precomputed", assign_labels="kmeans", random_state=seed, n_init=10)
+        model = SpectralClustering(
+            clusters, affinity="precomputed", assign_labels="kmeans", random_state=seed, n_init=10
+        )
         labels = model.fit_predict(similarity.numpy())
     events = [Event(where, f"spectral clustering: {str(w.message).splitlines()[0]}") for w in caught]
     return torch.from_numpy(np.asarray(labels, dtype=np.int64)), events

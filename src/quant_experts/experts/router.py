@@ -11,8 +11,8 @@ from quant_experts.artifacts import RoutedExperts, Router
 def fit_router(residual: Tensor, experts: RoutedExperts) -> Router:
     """R_e = mean over rows of |residual - up_e down_e|, residual (N, K). -> weight (E, K), bias zero.
 
-    Ours: the paper does not say how R is made. The whole matrix is divided by its largest entry, which changes no decision
-    and lets half precision hold it.
+    Ours: the paper does not say how R is made. The whole matrix is divided by its largest entry, which changes no
+    decision and lets half precision hold it.
     """
     weight = torch.stack(
         [(residual - up @ down).abs().mean(dim=0) for up, down in zip(experts.up, experts.down, strict=True)]

@@ -1,7 +1,7 @@
 """The shared expert (paper step 3, after ASER): what every token needs.
 
-The exempt channels C_s are taken out of the quantized base and rebuilt, together with the rounding error of the others, by one
-low-rank correction that is optimal for the calibration tokens.
+The exempt channels C_s are taken out of the quantized base and rebuilt, together with the rounding error of the others,
+by one low-rank correction that is optimal for the calibration tokens.
 """
 
 from __future__ import annotations

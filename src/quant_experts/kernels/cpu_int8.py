@@ -1,8 +1,9 @@
 """Integer products on the CPU through `torch._int_mm` (oneDNN, VNNI or AMX where the processor has them).
 
-Tokens are sorted by expert in `prepare`, so that each expert works on one contiguous slice of rows and adds its part in place;
-one gather at the end of `linear` restores the order. Rejected: masking per expert as the reference does (each mask costs a
-gather and a scatter of M x N values), and one dense product over the factors of all experts (E times the multiplications).
+Tokens are sorted by expert in `prepare`, so that each expert works on one contiguous slice of rows and adds its part in
+place; one gather at the end of `linear` restores the order. Rejected: masking per expert as the reference does (each
+mask costs a gather and a scatter of M x N values), and one dense product over the factors of all experts (E times the
+multiplications).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepar
 def is_exact() -> bool:
     """Whether this processor's int8 product is exact, extreme values included.
 
-    Instructions older than VNNI add pairs of 8-bit products in saturating 16-bit registers; where a build uses them, sums of
-    extreme codes come out wrong and this backend must not be chosen.
+    Instructions older than VNNI add pairs of 8-bit products in saturating 16-bit registers; where a build uses them,
+    sums of extreme codes come out wrong and this backend must not be chosen.
     """
     try:
         generator = torch.Generator().manual_seed(0)
@@ -44,7 +45,8 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """As `reference.quantize_tokens`, in fewer passes over memory where every token is ordinary (finite, not near zero)."""
+    """As `reference.quantize_tokens`, in fewer passes over memory where every token is ordinary (finite, not near
+    zero)."""
     largest = 2 ** (bits - 1) - 1
     if not x.numel():
         return reference.quantize_tokens(x, bits)
@@ -52,7 +54,8 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = absmax / largest
     if not bool((scale.isfinite() & (scale > torch.finfo(scale.dtype).tiny)).all()):
         return reference.quantize_tokens(x, bits)
-    # No clamp: with a normal scale, |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one half.
+    # No clamp: with a normal scale, |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one
+    # half.
     return (x / scale).round_().to(torch.int8), scale
 
 

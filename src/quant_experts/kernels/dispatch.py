@@ -15,7 +15,6 @@ from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import cpu_int8, reference
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -32,13 +31,16 @@ class Backend:
     usable: Callable[[], bool]
 
     @classmethod
-    def of(cls, name: str, device: Literal["cpu", "any"], activations: Literal["integer", "any"], module: Any) -> Backend:
+    def of(
+        cls, name: str, device: Literal["cpu", "any"], activations: Literal["integer", "any"], module: Any
+    ) -> Backend:
         """The backend that a module's `prepare`, `linear` and `is_exact` make."""
         return cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), module.is_exact)
 
 
 def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
-    """Without gradients (there are none through rounding) and outside autocast (which would round the operands again)."""
+    """Without gradients (there are none through rounding) and outside autocast (which would round the operands
+    again)."""
 
     @wraps(operation)
     def isolated(*args: P.args, **kwargs: P.kwargs) -> T:

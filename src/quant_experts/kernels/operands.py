@@ -49,7 +49,8 @@ class LinearOperands:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A group's input after smoothing, quantization, routing and down projection: computed once, read by each linear."""
+    """A group's input after smoothing, quantization, routing and down projection: computed once, read by each
+    linear."""
 
     values: Tensor | None
     """(M, K) float32 smoothed input; kept for weight-only schemes, None otherwise."""
@@ -64,5 +65,5 @@ class Prepared:
     expert: Tensor | None
     """(M,) int64"""
     restore: Tensor | None = None
-    """(M,) int64: output row i is row restore[i] here. None when rows keep their order. Backends that sort tokens by expert
-    use it; `linear` puts rows back."""
+    """(M,) int64: output row i is row restore[i] here. None when rows keep their order. Backends that sort tokens by
+    expert use it; `linear` puts rows back."""

@@ -1,6 +1,7 @@
 """The oracle: each operation as plainly as PyTorch can say it, on any device. Other backends are tested against it.
 
-`y = s_x s_w (q(x/m) Wq^T) + up_s (down_s x/m) + up_e (down_e x/m) + bias`, e chosen by the router. The integer product is exact.
+`y = s_x s_w (q(x/m) Wq^T) + up_s (down_s x/m) + up_e (down_e x/m) + bias`, e chosen by the router. The integer product
+is exact.
 A token that holds NaN or infinity gets NaN outputs, and no other token is touched.
 """
 
@@ -20,7 +21,8 @@ def is_exact() -> bool:
 def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric codes per token: scale = absmax / (2^(bits-1) - 1) (thu-nics/MBQ).
 
-    x (M, K) float32 -> codes (M, K) int8, scale (M, 1) float32. A zero token has scale 1; a non-finite one scale NaN, codes 0.
+    x (M, K) float32 -> codes (M, K) int8, scale (M, 1) float32. A zero token has scale 1; a non-finite one scale NaN,
+    codes 0.
     """
     largest = 2 ** (bits - 1) - 1
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
@@ -38,7 +40,8 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The expert of each token, argmin_e (weight |x| + bias)_e, the first on ties (paper, step 5). (M, K) -> (M,) int64."""
+    """The expert of each token, argmin_e (weight |x| + bias)_e, the first on ties (paper, step 5). (M, K) -> (M,)
+    int64."""
     return torch.addmm(bias.float(), x.abs(), weight.float().T).argmin(dim=1)
 
 

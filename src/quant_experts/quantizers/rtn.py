@@ -12,9 +12,9 @@ from quant_experts.config import Scheme
 def quantize_rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """weight (N, K), any float dtype -> its codes.
 
-    Symmetric: scale = absmax / (2^(b-1) - 1), codes clamped to [-2^(b-1), 2^(b-1) - 1]. Asymmetric: scale = (max - min) / (2^b - 1),
-    zero = clamp(round(-min / scale), 0, 2^b - 1). Groups of all-zero weights have scale 1; ours: the grid of a group whose weights
-    are all equal reaches to 0.
+    Symmetric: scale = absmax / (2^(b-1) - 1), codes clamped to [-2^(b-1), 2^(b-1) - 1]. Asymmetric: scale = (max - min)
+    / (2^b - 1), zero = clamp(round(-min / scale), 0, 2^b - 1). Groups of all-zero weights have scale 1; ours: the grid
+    of a group whose weights are all equal reaches to 0.
     """
     rows, columns = weight.shape
     size = scheme.group_size or columns
@@ -42,7 +42,8 @@ def group_grid(part: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         scale = part.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
         return torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale)
     low, high = part.aminmax(dim=1, keepdim=True)
-    # The field's grid does not need to hold 0; a constant group would then have no width, so for it alone the grid does.
+    # The field's grid does not need to hold 0; a constant group would then have no width, so for it alone the grid
+    # does.
     constant = low == high
     low, high = torch.where(constant, low.clamp_max(0), low), torch.where(constant, high.clamp_min(0), high)
     scale = (high - low) / (2**bits - 1)

@@ -1,8 +1,9 @@
-"""Registers our quantizer as soon as `transformers` is imported, in any program of an environment that has this package.
+"""Registers our quantizer as soon as `transformers` is imported, in any program of an environment that has this
+package.
 
-`transformers` has no plugin entry point, and without our quantizer it only warns and loads random weights. The wheel therefore
-installs a `.pth` file that imports this module when an interpreter starts. It must cost next to nothing and must never break
-an interpreter: it imports nothing but the standard library and only leaves a finder behind.
+`transformers` has no plugin entry point, and without our quantizer it only warns and loads random weights. The wheel
+therefore installs a `.pth` file that imports this module when an interpreter starts. It must cost next to nothing and
+must never break an interpreter: it imports nothing but the standard library and only leaves a finder behind.
 """
 
 from __future__ import annotations

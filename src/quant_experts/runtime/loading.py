@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration. Raises `QuantExpertsError` for a folder that is no model or a model type nobody knows."""
+    """The model's configuration. Raises `QuantExpertsError` for a folder that is no model or a model type nobody
+    knows."""
     from transformers import AutoConfig
 
     raw = read_json(folder / "config.json")
@@ -40,24 +41,30 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         if type(config) in auto._model_mapping:
             return cast("type[PreTrainedModel]", auto._model_mapping[type(config)])
     raise QuantExpertsError(
-        f"Model type '{config.model_type}' neither answers questions about images nor generates text: choose such a model."
+        f"Model type '{config.model_type}' neither answers questions about images nor generates text: choose such a "
+        f"model."
     )
 
 
 def resolve(model: str | Path) -> Path:
-    """A local folder for a path or a Hugging Face name (downloaded once). Raises `QuantExpertsError` if there is neither."""
+    """A local folder for a path or a Hugging Face name (downloaded once). Raises `QuantExpertsError` if there is
+    neither."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     name = str(model)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise QuantExpertsError(f"'{model}' is not a folder: give a model's folder or its Hugging Face name (owner/name).")
+        raise QuantExpertsError(
+            f"'{model}' is not a folder: give a model's folder or its Hugging Face name (owner/name)."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
     except Exception as error:  # the hub's client raises many unrelated types
-        raise QuantExpertsError(f"Model '{name}' is neither a folder nor downloadable: {_first_sentence(error)}") from error
+        raise QuantExpertsError(
+            f"Model '{name}' is neither a folder nor downloadable: {_first_sentence(error)}"
+        ) from error
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -146,8 +153,8 @@ def load(
 
 
 def force_backend(model: torch.nn.Module, backend: str | None) -> None:
-    """Make every quantized layer use one backend, or (None) the table's choice again. Raises `QuantExpertsError` at use if it
-    does not apply."""
+    """Make every quantized layer use one backend, or (None) the table's choice again. Raises `QuantExpertsError` at use
+    if it does not apply."""
     from quant_experts.runtime.modules import InputGroup
 
     for module in model.modules():

@@ -1,7 +1,8 @@
-"""The modules that stand in a quantized model: `QuantizedLinear` in place of each linear, `InputGroup` beside the first of a group.
+"""The modules that stand in a quantized model: `QuantizedLinear` in place of each linear, `InputGroup` beside the first
+of a group.
 
-A group's `prepare` runs once per input, whichever of its linears asks first; the others reuse its result. The group's tensors
-are registered once, under the first linear; the others hold a plain reference.
+A group's `prepare` runs once per input, whichever of its linears asks first; the others reuse its result. The group's
+tensors are registered once, under the first linear; the others hold a plain reference.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class InputGroup(nn.Module):
     def forward(self, x: Tensor, reader: int) -> Prepared:
         """x (..., K) -> its prepared form with M = product of the leading sizes.
 
-        reader: identifies the linear that asks. Each reader is given a result once: asking again means that a new input came
-        in the same tensor.
+        reader: identifies the linear that asks. Each reader is given a result once: asking again means that a new input
+        came in the same tensor.
         """
         version = 0 if x.is_inference() else x._version
         last, self._last = self._last, None
@@ -75,10 +76,11 @@ class InputGroup(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with integer weights and the up factors of its group's experts. x (..., K) -> (..., N) in x's dtype.
+    """A linear layer with integer weights and the up factors of its group's experts. x (..., K) -> (..., N) in x's
+    dtype.
 
-    `weight_packed` is what files hold. `finalize`, called once after loading, replaces it in memory by int8 codes, the operand
-    of the integer kernels; `state_dict` packs them again.
+    `weight_packed` is what files hold. `finalize`, called once after loading, replaces it in memory by int8 codes, the
+    operand of the integer kernels; `state_dict` packs them again.
     """
 
     bias: nn.Parameter | None
@@ -174,7 +176,8 @@ class QuantizedLinear(nn.Module):
 
 
 def swap_linears(model: nn.Module, spec: GroupSpec, scheme: Scheme) -> dict[str, QuantizedLinear]:
-    """Replace a group's linears in a model by empty quantized modules, on the current device context. -> modules by name.
+    """Replace a group's linears in a model by empty quantized modules, on the current device context. -> modules by
+    name.
 
     Raises `QuantExpertsError` if one of them is not a linear of the model.
     """
@@ -197,7 +200,8 @@ def swap_linears(model: nn.Module, spec: GroupSpec, scheme: Scheme) -> dict[str,
 def install_groups(
     model: nn.Module, specs: Sequence[GroupSpec], scheme: Scheme, tensors: Mapping[str, Tensor]
 ) -> dict[str, QuantizedLinear]:
-    """Swap groups into a model that is in memory and fill them from tensors by name; biases stay. -> modules by name."""
+    """Swap groups into a model that is in memory and fill them from tensors by name; biases stay. -> modules by
+    name."""
     modules: dict[str, QuantizedLinear] = {}
     for spec in specs:
         with torch.device("meta"):

@@ -79,7 +79,9 @@ class QuantExpertsHfQuantizer(HfQuantizer):
                 module.finalize(name)
         return model
 
-    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `save_pretrained` writes: the model's tensors and the guard."""
         assert isinstance(self.quantization_config, QuantExpertsHfConfig)
         config = self.quantization_config.checkpoint
@@ -102,8 +104,8 @@ def _guard_name(config: CheckpointConfig) -> str:
 
 
 def _check_files(paths: list[Path], model: Any, modules: dict[str, QuantizedLinear]) -> None:
-    """Compare file headers with what the modules need, before anything is read: `transformers` itself would only warn about a
-    missing tensor and go on with random values.
+    """Compare file headers with what the modules need, before anything is read: `transformers` itself would only warn
+    about a missing tensor and go on with random values.
 
     Raises `QuantExpertsError` that names the tensor and what is wrong.
     """
@@ -118,12 +120,13 @@ def _check_files(paths: list[Path], model: Any, modules: dict[str, QuantizedLine
     renamed = rename_keys(model, list(files), wanted)
     keys = {name: key for name, key, converted in renamed if not converted}
     ours = {f"{prefix}.{local}" for prefix, module in modules.items() for local in module.state_dict()}
-    # Tied tensors are stored once. Where values are converted on the way in, names are not one to one: transformers checks.
+    # Tied tensors are stored once. Where values are converted on the way in, names are not one to one: transformers
+    # checks.
     optional = set(getattr(model, "all_tied_weights_keys", None) or ())
     optional |= wanted.keys() - ours if any(converted for _, _, converted in renamed) else set()
     for name, tensor in wanted.items():
         if name not in keys:
-            if name in ours or name not in optional and not _may_be_missing(model, name):
+            if name in ours or (name not in optional and not _may_be_missing(model, name)):
                 raise QuantExpertsError(f"Tensor '{name}' is missing from '{folder}': the checkpoint is incomplete.")
             continue
         shape, dtype = files.shapes[keys[name]], files.dtypes[keys[name]]
@@ -134,7 +137,8 @@ def _check_files(paths: list[Path], model: Any, modules: dict[str, QuantizedLine
             )
         if name in ours and not name.endswith(".bias") and dtype != _SAFETENSORS_NAMES[tensor.dtype]:
             raise QuantExpertsError(
-                f"Tensor '{name}' has dtype {dtype}, the format needs {_SAFETENSORS_NAMES[tensor.dtype]}: quantize again."
+                f"Tensor '{name}' has dtype {dtype}, the format needs {_SAFETENSORS_NAMES[tensor.dtype]}: quantize "
+                f"again."
             )
 
 
