@@ -220,7 +220,7 @@ def demo(
     network."""
     from quant_experts.evaluation.demo import run_demo
     from quant_experts.report.html import write_report
-    from quant_experts.report.text import comparison_json, comparison_table
+    from quant_experts.report.text import comparison_json, comparison_tables
 
     options = [f"--schemes {schemes}", f"--recipes {recipes}", f"--questions {questions}", f"--split {split}"]
     command = " ".join(["quant-experts demo", *options, f"--samples {samples}", f"--seed {seed}"])
@@ -241,7 +241,8 @@ def demo(
     if as_json:
         print(json.dumps(result))
         return
-    console.print(comparison_table(comparison))
+    for table in comparison_tables(comparison):
+        console.print(table)
     for example in comparison.answers:
         table = Table("who", "answer", title=_plain(example.question), title_justify="left")
         table.add_row("reference", _plain(example.reference))

@@ -11,12 +11,13 @@ from report import made_up
 from rich.console import Console
 
 from quant_experts.evaluation.comparison import Comparison, MethodRow, Score
-from quant_experts.report.text import comparison_json, comparison_table
+from quant_experts.report.text import comparison_json, comparison_tables
 
 
-def printed(comparison: Comparison) -> str:
-    console = Console(file=io.StringIO(), width=200, color_system=None)
-    console.print(comparison_table(comparison))
+def printed(comparison: Comparison, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    for table in comparison_tables(comparison):
+        console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -27,6 +28,20 @@ def test_the_table_holds_the_figures_and_the_marks() -> None:
     assert "86.5*" in lines["quant-experts"] and "85.2–87.8" in lines["quant-experts"]
     assert "84.3≈" in lines["gptq"] and "75.2" in lines["rtn"] and "4.02*" in lines["rtn"]
     assert "3.2" in lines["mbq"] and "min" in lines["mbq"]
+
+
+def test_nothing_is_cut_at_80_columns() -> None:
+    full, rtn, paper = (
+        MethodRow(
+            name, scheme, {"average": Score(0.925, 0.9, 0.95), "color_position": Score(0.871, 0.8, 0.9)}, nll, nll
+        )
+        for name, scheme in (("full precision", ""), ("rtn", "W4A6"), ("paper", "W4A6"))
+        for nll in [Score(0.0123, 0.01, 0.02)]
+    )
+    text = printed(Comparison("A comparison", "m", "c", 350, (full, rtn, paper)), width=80)
+    assert "…" not in text and "full precision" in text
+    line = next(line.split() for line in text.splitlines() if "color_position" in line)
+    assert [entry for entry in line if entry.startswith("87.1")] == ["87.1", "87.1*", "87.1*"]
 
 
 def test_markup_in_names_is_shown_literally() -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from quant_experts.evaluation.bootstrap import Interval as Score
-from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow
+from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow, Score
 
 MISSING = "-"
 AVERAGE = "average"

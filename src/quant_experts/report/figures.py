@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from quant_experts.artifacts import GroupRecord
-from quant_experts.evaluation.bootstrap import Interval as Score
-from quant_experts.evaluation.comparison import Comparison, MethodRow
+from quant_experts.evaluation.comparison import Comparison, MethodRow, Score
 from quant_experts.report.columns import (
     AVERAGE,
     MISSING,

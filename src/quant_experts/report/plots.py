@@ -20,7 +20,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from quant_experts.evaluation.bootstrap import Interval as Score
+from quant_experts.evaluation.comparison import Score
 from quant_experts.report.columns import finite
 from quant_experts.report.palette import TOKEN_STYLES, Style
 

@@ -10,24 +10,40 @@ from rich.table import Table
 from rich.text import Text
 
 from quant_experts.evaluation.comparison import AnswerExample, Comparison
-from quant_experts.report.columns import Cell, accuracy_column, cells, kinds, main_columns, ordered, row_label
+from quant_experts.report.columns import (
+    Cell,
+    accuracy_column,
+    by_scheme,
+    cells,
+    is_full_precision,
+    kinds,
+    main_columns,
+    ordered,
+    row_label,
+)
 from quant_experts.report.verdict import verdict
 
 _SUFFIX = {"best": "*", "tie": "≈", "": ""}
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One line a method. All text is shown literally: names cannot inject rich markup."""
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """The summary, one line a method, then for each scheme exact match by kind of question, one line a kind.
+
+    Each fits 80 columns for a handful of methods. All text is shown literally: names cannot inject rich markup.
+    """
+    return [_summary(comparison), *(_by_kind(comparison, scheme) for scheme in by_scheme(comparison.rows))]
+
+
+def _summary(comparison: Comparison) -> Table:
     average, nll, kl, bits, seconds, _ = main_columns()
-    columns = [average, *(accuracy_column(kind, kind) for kind in kinds(comparison)), kl, nll, bits, seconds]
-    titles = ["avg %", *kinds(comparison), "KL", "NLL", "bits", "time"]
+    columns = [average, kl, nll, bits, seconds]
     table = Table(
         title=Text(f"{comparison.title} ({comparison.questions} questions)"),
         caption=Text("* best at its scheme   ≈ a tie with the best: the 95% intervals overlap"),
     )
     table.add_column("method", overflow="fold")
     table.add_column("scheme", no_wrap=True)
-    for title in titles:
+    for title in ("exact match %", "KL", "NLL", "bits", "time"):
         table.add_column(Text(title), justify="right")
     rows = ordered(comparison)
     written = [_written(cells(rows, column), column is average) for column in columns]
@@ -37,6 +53,17 @@ def comparison_table(comparison: Comparison) -> Table:
             table.add_section()
         previous = row.scheme
         table.add_row(Text(row.method), Text(row.scheme or "-"), *(column[index] for column in written))
+    return table
+
+
+def _by_kind(comparison: Comparison, scheme: str) -> Table:
+    rows = [row for row in ordered(comparison) if is_full_precision(row) or row.scheme == scheme]
+    table = Table(title=Text(f"Exact match % by kind of question, {scheme}"))
+    table.add_column("kind", overflow="fold")
+    for row in rows:
+        table.add_column(Text(row.method), justify="right", overflow="fold")
+    for kind in kinds(comparison):
+        table.add_row(Text(kind), *_written(cells(rows, accuracy_column(kind, kind)), False))
     return table
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quant_experts.evaluation.bootstrap import Interval as Score
-from quant_experts.evaluation.comparison import Comparison, MethodRow
+from quant_experts.evaluation.comparison import Comparison, MethodRow, Score
 from quant_experts.report.columns import (
     AVERAGE,
     PLAIN_ROUNDING,
