@@ -280,20 +280,21 @@ def quantize_group(
     group = QuantizedGroup(names, _split_rows(base, rows), smooth_scale)
     if not recipe.shared_rank and not recipe.routed_rank:
         return group, events
-    moment = statistics.second_moment
-    if smooth_scale is not None:
-        moment = moment / torch.outer(smooth_scale, smooth_scale)
     residual = (weight - dequantize(base)).double()
     if recipe.shared_rank:
-        group.shared = fit_shared_expert(residual, moment, recipe.shared_rank, seed=seed)
-        residual = residual - group.shared.up @ group.shared.down
+        group.shared = fit_shared_expert(
+            residual, statistics.second_moment, smooth_scale, recipe.shared_rank, seed=seed
+        )
+        residual -= group.shared.up @ group.shared.down
     experts = min(recipe.num_experts, len(dependent)) if recipe.routed_rank else 0
     if recipe.routed_rank and experts < recipe.num_experts:
         events.append(Event(where, f"only {len(dependent)} token-dependent channels: {experts} routed experts"))
     if experts:
         labels, events_here = cluster_channels(co_importance(statistics, dependent), experts, seed=seed, where=where)
         events += events_here
-        rms = moment.diagonal().clamp_min(0).sqrt()
+        rms = statistics.second_moment.diagonal().clamp_min(0).sqrt()
+        if smooth_scale is not None:
+            rms = rms / smooth_scale
         group.routed = fit_routed_experts(residual, rms, dependent, labels, experts, recipe.routed_rank, seed=seed)
         group.router = fit_router(residual, group.routed)
     return group, events

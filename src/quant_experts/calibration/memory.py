@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from dataclasses import dataclass
@@ -100,6 +102,12 @@ def resident_bytes(field: str) -> int:
 
 
 def _reset_high_water_mark() -> None:
-    """Forget earlier peaks of this process, where the kernel allows it; otherwise a peak may be an older one."""
+    """Forget earlier peaks of this process, where the kernel allows it; otherwise a peak may be an older one.
+
+    Memory that was freed but that the C library keeps is given back first: reused, it would not show as growth.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,0 +1,41 @@
+"""The shared expert: exempt columns leave the base, and the correction is the best one for smoothed inputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_experts.experts.shared import fit_shared_expert, without_channels
+
+
+def objective(difference: Tensor, moment: Tensor) -> float:
+    return float(torch.einsum("nk,kl,nl->", difference, moment, difference))
+
+
+def best(error: Tensor, moment: Tensor, rank: int) -> float:
+    """The least objective of any rank-r correction: the tail of the singular values of error @ cholesky(moment)."""
+    values = torch.linalg.svdvals(error @ torch.linalg.cholesky(moment))
+    return float(values[rank:].square().sum())
+
+
+def test_exempt_columns_are_zero_and_the_weight_is_left_alone() -> None:
+    weight = torch.randn(3, 5)
+    before = weight.clone()
+    kept = without_channels(weight, torch.tensor([4, 1]))
+    assert kept[:, [1, 4]].eq(0).all() and torch.equal(kept[:, [0, 2, 3]], weight[:, [0, 2, 3]])
+    assert torch.equal(weight, before)
+    assert torch.equal(without_channels(weight, torch.tensor([], dtype=torch.long)), weight)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 20), (31, 9), (1, 7)])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_is_optimal_for_the_smoothed_input(rows: int, columns: int, smoothed: bool) -> None:
+    generator = torch.Generator().manual_seed(rows * columns)
+    error = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(200, columns, generator=generator, dtype=torch.float64).exp()
+    scale = torch.rand(columns, generator=generator) * 9 + 1 if smoothed else None
+    rank = min(4, rows, columns)
+    expert = fit_shared_expert(error, tokens.T @ tokens / 200, scale, rank, seed=0)
+    seen = tokens if scale is None else tokens / scale  # what the expert reads
+    moment = seen.T @ seen / 200
+    found = objective(error - expert.up @ expert.down, moment)
+    assert found == pytest.approx(best(error, moment, rank), rel=1e-8, abs=1e-9 * objective(error, moment))
