@@ -8,7 +8,6 @@ from quant_experts.artifacts import LowRankExpert
 from quant_experts.errors import QuantExpertsError
 from quant_experts.experts import low_rank
 from quant_experts.experts.low_rank import fit_low_rank
-from quant_experts.experts.shared import fit_shared_expert, without_channels
 
 WIDE, TALL, SQUARE = (9, 24), (24, 9), (15, 15)
 
@@ -212,14 +211,3 @@ def test_single_precision_input_is_computed_in_double() -> None:
     assert torch.equal(error, before[0]) and torch.equal(moment, before[1])
     best = optimum(error.double(), torch.linalg.cholesky(moment.double()), 4)
     assert objective(error.double(), moment.double(), found) == pytest.approx(best, rel=1e-6)
-
-
-def test_exempt_channels_are_rebuilt_by_the_shared_expert() -> None:
-    """Paper step 3: with as much rank as exempt channels and no rounding error, the shared expert restores them."""
-    weight, x, channels = normal(20, 12), tokens(60, 12), torch.tensor([7, 2])
-    base = without_channels(weight, channels)
-    assert base[:, channels].count_nonzero() == 0 and weight[:, channels].count_nonzero() == 40
-    kept = [c for c in range(12) if c not in (2, 7)]
-    assert torch.equal(base[:, kept], weight[:, kept])
-    expert = fit_shared_expert(weight - base, x.T @ x / 60, 2, seed=0)
-    torch.testing.assert_close(expert.up @ expert.down + base, weight, rtol=1e-8, atol=1e-8)

@@ -39,3 +39,13 @@ def test_is_optimal_for_the_smoothed_input(rows: int, columns: int, smoothed: bo
     moment = seen.T @ seen / 200
     found = objective(error - expert.up @ expert.down, moment)
     assert found == pytest.approx(best(error, moment, rank), rel=1e-8, abs=1e-9 * objective(error, moment))
+
+
+def test_exempt_channels_are_rebuilt() -> None:
+    """Paper step 3: with as much rank as exempt channels and no rounding error, the shared expert restores them."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(20, 12, generator=generator, dtype=torch.float64)
+    x = torch.randn(60, 12, generator=generator, dtype=torch.float64)
+    base = without_channels(weight, torch.tensor([7, 2]))
+    expert = fit_shared_expert(weight - base, x.T @ x / 60, None, 2, seed=0)
+    torch.testing.assert_close(expert.up @ expert.down + base, weight, rtol=1e-8, atol=1e-8)

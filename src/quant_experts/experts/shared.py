@@ -24,8 +24,8 @@ def fit_shared_expert(
 ) -> LowRankExpert:
     """Whitened SVD of error = W_scaled - Q(W_s) (N, K) for inputs x/m. -> rank-r expert on x/m, float64.
 
-    moment (K, K) is that of x, before smoothing. The error is brought to x instead of the moment to x/m, which is the same
-    (docs/math.md) and needs no second matrix of K x K.
+    moment (K, K) is that of x, before smoothing. The error is brought to x instead of the moment to x/m, which is the
+    same (docs/math.md) and needs no second matrix of K x K.
     """
     if smooth_scale is None:
         return fit_low_rank(error, moment, rank, seed=seed)
