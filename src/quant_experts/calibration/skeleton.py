@@ -194,7 +194,7 @@ def load_skeleton(
     skeleton_class = type(
         model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__}
     )
-    model = load_weights(skeleton_class, folder, config=config, dtype=dtype)
+    model = load_weights(skeleton_class, folder, dtype, config=config)
     files = TensorFiles(folder)
     names, blocks = found["names"], found["blocks"]
     keys = module_names(model, list(files), names)

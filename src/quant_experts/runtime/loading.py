@@ -82,7 +82,7 @@ def check_device(device: str) -> torch.device:
         ) from error
 
 
-def load_weights(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
+def load_weights(model_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """`from_pretrained` that leaves nothing to chance.
 
     Where `transformers` only warns of a tensor that is missing, and goes on with random values, this raises
@@ -96,7 +96,7 @@ def load_weights(model_class: Any, folder: Path, **options: Any) -> PreTrainedMo
     info: dict[str, Any]
     try:
         model, info = model_class.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise QuantExpertsError(f"'{folder}' cannot be loaded: {_first_sentence(error)}") from error
@@ -112,7 +112,19 @@ def load_weights(model_class: Any, folder: Path, **options: Any) -> PreTrainedMo
         raise QuantExpertsError(
             f"Tensor '{min(info['missing_keys'])}' is missing from '{folder}': download or quantize the model again."
         )
+    _cast_parameters(model, dtype)
     return model
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring parameters to the compute dtype: transformers 5.17 leaves those that it renames in the files' dtype.
+
+    Buffers stay: a quantized layer's scales and factors have dtypes of their own.
+    """
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def load(
@@ -144,7 +156,7 @@ def load(
         check_device(device_map)
     dtype = dtype or default_dtype("cpu" if device_map in (None, "cpu") or not torch.cuda.is_available() else "cuda")
     loaded = load_weights(
-        model_class(config), folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        model_class(config), folder, dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
     loaded.eval()
     if backend is not None:
