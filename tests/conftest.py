@@ -49,7 +49,7 @@ def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
             recipe = {name: value for name, value in changes.items() if name in type(SMALL).model_fields}
             model = tiny(family, **{name: value for name, value in changes.items() if name not in recipe})
             config = QuantizationConfig.of(scheme, SMALL.model_copy(update=recipe))
-            quantize(model, small_samples(family), folder, config)
+            quantize(model, small_samples(family), folder, config, device="cpu")
             made[key] = folder
         return made[key]
 

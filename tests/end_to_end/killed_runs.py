@@ -64,7 +64,7 @@ def quantize() -> dict[str, Any]:
         return compute(self, stream, block, index)
 
     pipeline._Run._quantize_block = counting
-    result = pipeline.quantize(MODEL, SAMPLES, OUTPUT, CONFIG)
+    result = pipeline.quantize(MODEL, SAMPLES, OUTPUT, CONFIG, device="cpu")
     return dict(computed=computed, resumed=result.resumed_blocks)
 
 
@@ -103,7 +103,7 @@ def attempt(number: int, half: bool, whole: dict[str, bytes]) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
-    pipeline.quantize(MODEL, SAMPLES, OUTPUT, CONFIG)  # here, so that children find everything imported
+    pipeline.quantize(MODEL, SAMPLES, OUTPUT, CONFIG, device="cpu")  # here, so that children find everything imported
     whole = contents(OUTPUT)
     shutil.rmtree(OUTPUT)
     log = forked(lambda: dict(log=kill_before(-1, False)) | quantize())["log"]

@@ -53,7 +53,7 @@ def test_the_checkpoint_is_the_model_that_was_calibrated(
         advance(stream, block, finish=True)
 
     monkeypatch.setattr(BlockStream, "advance", to_the_end)
-    quantize(tiny(family), small_samples(family), tmp_path / "out", QuantizationConfig.of(scheme, SMALL))
+    quantize(tiny(family), small_samples(family), tmp_path / "out", QuantizationConfig.of(scheme, SMALL), device="cpu")
     model = load(tmp_path / "out")
     assert len(streams) == 2 and len(streams[0].outputs) == 4
     with torch.inference_mode():
@@ -65,7 +65,7 @@ def test_one_seed_writes_the_same_bytes_and_another_does_not(tiny: Folders, tmp_
     written = []
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         config = QuantizationConfig.of("W4A6", SMALL, seed=seed)
-        quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / name, config)
+        quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / name, config, device="cpu")
         written.append(contents(tmp_path / name))
     assert written[0] == written[1]
     assert written[0].keys() == written[2].keys()
@@ -127,7 +127,7 @@ def test_a_held_out_sample_decides_nothing(tiny: Folders, tmp_path: Path) -> Non
     other = Sample("Entirely different?", "yes", (tiny_image(112, 112, seed=99),))
     exchanged = [*samples[:held_out], other, *samples[held_out + 1 :]]
     for name, chosen in (("one", samples), ("two", exchanged)):
-        quantize(tiny("qwen2_vl"), chosen, tmp_path / name, QuantizationConfig.of("W4A6", SMALL))
+        quantize(tiny("qwen2_vl"), chosen, tmp_path / name, QuantizationConfig.of("W4A6", SMALL), device="cpu")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert {file for file in one if one[file] != two[file]} == {"quantization_report.json"}
     reports = [json.loads(files["quantization_report.json"]) for files in (one, two)]
@@ -139,7 +139,7 @@ def test_a_sample_that_is_not_held_out_does_decide(tiny: Folders, tmp_path: Path
     """The counterpart, so that the test above can fail: the order of two kinds of sample matters."""
     samples = small_samples("qwen2_vl", 8)
     for name, chosen in (("one", samples), ("two", [samples[7], *samples[1:7], samples[0]])):
-        quantize(tiny("qwen2_vl"), chosen, tmp_path / name, QuantizationConfig.of("W4A6", SMALL))
+        quantize(tiny("qwen2_vl"), chosen, tmp_path / name, QuantizationConfig.of("W4A6", SMALL), device="cpu")
     first, second = (load_file(tmp_path / name / "block-00000.safetensors") for name in ("one", "two"))
     assert any(not torch.equal(first[key], second[key]) for key in first)
 

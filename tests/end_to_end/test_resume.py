@@ -80,7 +80,7 @@ def stopping(done: int, *_: object) -> None:
 def stopped(tiny: Folders, tmp_path: Path) -> Path:
     """The output's name of a run that was stopped after one of two blocks."""
     with pytest.raises(InterruptedError):
-        quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / "out", CONFIG, progress=stopping)
+        quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / "out", CONFIG, device="cpu", progress=stopping)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     return tmp_path / "out"
 
@@ -102,12 +102,14 @@ def test_another_run_does_not_take_over(tiny: Folders, stopped: Path, change: di
     before = contents(stopped.with_name("out.partial"))
     model = tiny("qwen2_vl", **change.get("model", {}))
     with pytest.raises(QuantExpertsError, match=rf"other settings \({named}\).*delete"):
-        quantize(model, change.get("samples", small_samples("qwen2_vl")), stopped, change.get("config", CONFIG))
+        quantize(
+            model, change.get("samples", small_samples("qwen2_vl")), stopped, change.get("config", CONFIG), device="cpu"
+        )
     assert contents(stopped.with_name("out.partial")) == before and not stopped.exists()
 
 
 def test_a_stopped_run_goes_on_in_the_same_process(tiny: Folders, quantized: Folders, stopped: Path) -> None:
-    result = quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), stopped, CONFIG)
+    result = quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), stopped, CONFIG, device="cpu")
     assert result.resumed_blocks == 1
     assert contents(stopped) == contents(quantized("qwen2_vl"))
 
@@ -117,9 +119,9 @@ def test_a_second_run_at_the_same_time_is_refused(tiny: Folders, tmp_path: Path,
 
     def intrude(*_: object) -> None:
         with pytest.raises(QuantExpertsError, match="Another run is writing") as refusal:
-            quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / "out", CONFIG)
+            quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / "out", CONFIG, device="cpu")
         refusals.append(refusal)
 
-    quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / "out", CONFIG, progress=intrude)
+    quantize(tiny("qwen2_vl"), small_samples("qwen2_vl"), tmp_path / "out", CONFIG, device="cpu", progress=intrude)
     assert len(refusals) == LAYERS + 1
     assert contents(tmp_path / "out") == contents(quantized("qwen2_vl"))

@@ -202,15 +202,16 @@ def install_groups(
 ) -> dict[str, QuantizedLinear]:
     """Swap groups into a model that is in memory and fill them from tensors by name; biases stay. -> modules by
     name."""
+    devices = {name: next(model.get_submodule(name).parameters()).device for spec in specs for name in spec.linears}
     modules: dict[str, QuantizedLinear] = {}
     for spec in specs:
         with torch.device("meta"):
             modules |= swap_linears(model, spec, scheme)
     for name, module in modules.items():
-        device = (tensors[f"{name}.weight_scale"] if module.bias is None else module.bias).device
         for key, _ in list(module.named_buffers()):
             owner, leaf = (module, key) if "." not in key else (module.group, key.rpartition(".")[2])
-            owner._buffers[leaf] = tensors[f"{name}.{key}"].to(device)
+            tensor = tensors[f"{name}.{key}"]
+            owner._buffers[leaf] = tensor if devices[name].type == "meta" else tensor.to(devices[name])
     for name, module in modules.items():
         module.finalize(name)
     return modules
