@@ -219,9 +219,10 @@ def demo(
     """Quantize the bundled vision-language model, ask it questions before and after, and write a report. Needs no
     network."""
     from quant_experts.evaluation.demo import run_demo
-    from quant_experts.report.html import write_report
+    from quant_experts.report.html import load_renderer, write_report
     from quant_experts.report.text import comparison_json, comparison_tables
 
+    load_renderer()  # missing libraries are better noticed now than after minutes of work
     options = [f"--schemes {schemes}", f"--recipes {recipes}", f"--questions {questions}", f"--split {split}"]
     command = " ".join(["quant-experts demo", *options, f"--samples {samples}", f"--seed {seed}"])
     with _bar("Demo", quiet=as_json) as progress:
