@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -163,8 +162,3 @@ class GroupRecord:
     tokens."""
     expert_use: dict[str, list[float]] = field(default_factory=dict)
     """By modality name: share of tokens that each routed expert serves."""
-
-
-def stack_rows(tensors: tuple[Tensor, ...]) -> Tensor:
-    """Concatenate (N_i, ...) tensors of one group along the output axis."""
-    return torch.cat(tensors, dim=0)

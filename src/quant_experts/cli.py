@@ -50,7 +50,6 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object for machines, and nothing else on stdout.")
 ]
-TrustOption = Annotated[bool, typer.Option(help="Run code that the model's folder brings.")]
 
 
 def main() -> None:
@@ -69,10 +68,10 @@ def main() -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that rich prints as it is."""
+    """Text that rich prints as it is; control characters, which a model may produce, do not reach the terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
 
 
 def _show_version(value: bool) -> None:
@@ -139,7 +138,6 @@ def quantize(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     strict: Annotated[bool, typer.Option(help="Stop where a layer is left out or a computation falls back.")] = False,
-    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model and write a checkpoint that `from_pretrained` loads.
@@ -166,7 +164,6 @@ def quantize(
             config,
             device=device,
             strict=strict,
-            trust_remote_code=trust_remote_code,
             progress=progress,
             on_estimate=None if as_json else _show_estimate,
         )
@@ -219,6 +216,7 @@ def demo(
     """Quantize the bundled vision-language model, ask it questions before and after, and write a report. Needs no
     network."""
     from quant_experts.evaluation.demo import run_demo
+    from quant_experts.report.answers import same_answer
     from quant_experts.report.html import load_renderer, write_report
     from quant_experts.report.text import comparison_json, comparison_tables
 
@@ -248,7 +246,7 @@ def demo(
         table = Table("who", "answer", title=_plain(example.question), title_justify="left")
         table.add_row("reference", _plain(example.reference))
         for who, answer in example.answers.items():
-            table.add_row(who, _plain(answer), style=None if answer.strip() == example.reference else "red")
+            table.add_row(who, _plain(answer), style=None if same_answer(answer, example.reference) else "red")
         console.print(table)
     console.print(f"Report with figures: [bold]{_plain(str(report))}[/]")
 
@@ -269,7 +267,6 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Write each answer with its score to this JSONL file.")
     ] = None,
-    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model, quantized or not, on image questions: mean and 95% interval by kind of question."""
@@ -285,7 +282,6 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             device=device,
             predictions=predictions,
-            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:
@@ -304,7 +300,6 @@ def ask(
     image: Annotated[list[Path] | None, typer.Option(help="Image file; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
     device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model, quantized or not, one question about images (or none). `demo` as the model asks the bundled one."""
@@ -317,7 +312,6 @@ def ask(
         image or [],
         max_new_tokens=max_new_tokens,
         device=device,
-        trust_remote_code=trust_remote_code,
     )
     print(json.dumps({"answer": answer})) if as_json else console.print(_plain(answer), highlight=False)
 

@@ -87,7 +87,6 @@ def quantize(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
     on_estimate: Callable[[MemoryEstimate], None] | None = None,
 ) -> QuantizationResult:
@@ -116,14 +115,15 @@ def quantize(
     dtype = dtype or default_dtype(device)
     peak = PeakMemory(torch.device(device))
     folder = resolve(model)
-    model_config = read_config(folder, trust_remote_code=trust_remote_code)
+    model_config = read_config(folder)
     if getattr(model_config, "quantization_config", None) is not None:
         raise QuantExpertsError(f"'{folder}' is quantized already: give the original model.")
-    batches, events = _calibration(samples, folder, model_config, config, trust_remote_code)
+    batches, events = _calibration(samples, folder, model_config, config)
     held_out, more = split_held_out(len(batches))
     run = _Run(config, device, dtype, batches, held_out, [*events, *more], strict, progress or (lambda *_: None))
     fingerprint = _fingerprint(folder, run)
-    with RunFolder(Path(output), fingerprint) as store:
+    output = Path(output).expanduser().absolute()
+    with RunFolder(output, fingerprint) as store:
         stream = BlockStream(folder, model_class(model_config), model_config, batches, torch.device(device), dtype)
         estimate = estimate_memory(stream, config.recipe.group_inputs)
         if on_estimate is not None:
@@ -141,7 +141,7 @@ def quantize(
         )
         store.finish(folder, checkpoint, report)
     return QuantizationResult(
-        folder=Path(output),
+        folder=output,
         config=checkpoint,
         records=tuple(records),
         events=tuple(run.events),
@@ -149,7 +149,7 @@ def quantize(
         tokens=tokens,
         seconds=time.perf_counter() - started,
         resumed_blocks=resumed,
-        estimated_bytes=estimate.total,
+        estimated_bytes=estimate.on(torch.device(device)),
         peak_bytes=peak.bytes(),
     )
 
@@ -213,7 +213,15 @@ class _Run:
         prefix = stream.skeleton.block_names[index]
         recipe = self.config.recipe.at_width(stream.width)
         groups, unused = find_groups(stream, block, together=recipe.group_inputs)
-        events = [Event(f"{prefix}.{name}", "never ran during calibration: left in full precision") for name in unused]
+        if not groups:
+            raise QuantExpertsError(
+                f"Block '{prefix}' runs no linear layer (torch.nn.Linear): there is nothing to quantize in this model."
+            )
+        events = [Event(where, what) for where, what in stream.skeleton.unowned_weights(index)]
+        events += [
+            Event(f"{prefix}.{name}", "did not run on the first calibration sample: left in full precision")
+            for name in unused
+        ]
         seed = self.config.seed * 100_003 + index
         statistics = collect_statistics(
             stream,
@@ -235,9 +243,7 @@ class _Run:
                 names, rows, weight, statistics[names], self.config.scheme, recipe, seed=seed, where=where
             )
             specs.append(describe_group(group))
-            plain = quantize_group(
-                names, rows, weight, statistics[names], self.config.scheme, _PLAIN, seed=seed, where=where
-            )[0]
+            plain = QuantizedGroup(names, _split_rows(quantize_rtn(weight, self.config.scheme), rows))
             records.append(measure_group(group, plain, weight, rows, statistics.pop(names), self.config.scheme, prefix))
             events += found
             tensors |= group_state(group)
@@ -249,9 +255,6 @@ class _Run:
             file_prefix=file_prefix,
         )
         return {f"{file_prefix}.{name}": value for name, value in tensors.items()} | rest, record
-
-
-_PLAIN = Recipe(name="rtn")
 
 
 def quantize_group(
@@ -326,12 +329,12 @@ def _with_prefix(spec: GroupSpec, prefix: str) -> GroupSpec:
 
 
 def _calibration(
-    source: Any, folder: Path, model_config: PretrainedConfig, config: QuantizationConfig, trust_remote_code: bool
+    source: Any, folder: Path, model_config: PretrainedConfig, config: QuantizationConfig
 ) -> tuple[list[CalibrationBatch], list[Event]]:
     """Samples -> batches, with the events of both steps."""
     loaded: list[Sample]
     loaded, events = load_samples(source, limit=config.samples, max_pixels=config.max_pixels)
-    processor = load_processor(folder, trust_remote_code=trust_remote_code)
+    processor = load_processor(folder)
     batches, more = make_batches(loaded, processor, model_config, max_tokens=config.max_tokens)
     return batches, [*events, *more]
 
@@ -342,10 +345,12 @@ def _fingerprint(folder: Path, run: _Run) -> dict[str, Any]:
     for batch in run.batches:
         for name, tensor in sorted(batch.inputs.items()):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     names = hashlib.sha256(repr(sorted(TensorFiles(folder).shapes.items())).encode()).hexdigest()
+    from transformers import __version__ as transformers_version
+
     return dict(
-        library_version=__version__,
+        versions={"quant_experts": __version__, "torch": torch.__version__, "transformers": transformers_version},
         config=run.config.to_json(),
         device=torch.device(run.device).type,
         dtype=str(run.dtype),

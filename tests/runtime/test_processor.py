@@ -63,7 +63,7 @@ def test_with_torchvision_nothing_is_changed(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "is_torchvision_available", lambda: True)
     monkeypatch.setattr(module, "_Auto", Recorder)
     assert load_processor(folder) is tokenizer
-    assert seen == [(before, {"trust_remote_code": False})]
+    assert seen == [(before, {})]
 
 
 def test_text_only_model_gives_tokenizer(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ class MemoryEstimate:
 
     resident: int
     """Embeddings, vision encoder, head: everything but the blocks (host)."""
+    inputs: int
+    """Token ids and pixels of all samples (host)."""
     hidden: int
     """Hidden states of all samples in front of one block (host)."""
     block: int
@@ -34,12 +36,16 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All of it, as on a machine where host and device are one."""
-        return self.resident + self.hidden + self.block + self.statistics + self.working
+        return self.resident + self.inputs + self.hidden + self.block + self.statistics + self.working
 
     @property
-    def device(self) -> int:
+    def gpu(self) -> int:
         """What a GPU holds."""
         return self.block + self.statistics + self.working
+
+    def on(self, device: torch.device) -> int:
+        """What `PeakMemory` measures on a device: the GPU's part, or all of it."""
+        return self.gpu if device.type == "cuda" else self.total
 
 
 WORKING_COPIES = 6
@@ -58,11 +64,12 @@ def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
         key = (name.rpartition(".")[0] if group_inputs else name, linear.in_features)
         readers[key] = readers.get(key, 0) + linear.out_features
     moments = sum(8 * width * width for _, width in readers)
-    largest = max((width * max(rows, width) for (_, width), rows in readers.items()), default=0)
+    largest = max((width * rows for (_, width), rows in readers.items()), default=0)
     tokens = sum(batch.inputs["input_ids"].shape[1] for batch in stream.batches)
     item = stream.dtype.itemsize
     return MemoryEstimate(
         resident=sum(p.numel() * p.element_size() for p in skeleton.model.parameters()),
+        inputs=sum(t.numel() * t.element_size() for batch in stream.batches for t in batch.inputs.values()),
         hidden=2 * tokens * stream.width * item,
         block=skeleton.block_bytes(),
         statistics=moments,

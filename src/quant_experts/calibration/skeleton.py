@@ -116,10 +116,23 @@ class Skeleton:
             file_prefix = key.removesuffix(f".{local}")
             if f"{local}_packed" not in quantized:
                 rest[key] = self.files.read(key)
-        if index == 0:
+        if index == 0:  # every block of a supported model has linears, see pipeline
             first = next(name for name in quantized if name.endswith(".weight_packed"))
             rest[f"{file_prefix}.{first.removesuffix('_packed')}"] = torch.zeros(0)
         return file_prefix, rest
+
+    def unowned_weights(self, index: int) -> list[tuple[str, str]]:
+        """(name, remark) of a block's matrices that are no linear layer's (fused experts, convolutions): they stay as
+        they are."""
+        owned = {
+            f"{name}.weight" for name, module in self._blocks[index].named_modules() if isinstance(module, nn.Linear)
+        }
+        prefix = self.block_names[index]
+        return [
+            (f"{prefix}.{name}", f"no linear layer, {list(parameter.shape)}: left in full precision")
+            for name, parameter in self._blocks[index].named_parameters()
+            if parameter.ndim >= 2 and name not in owned
+        ]
 
     def unquantized_linears(self, groups: Iterable[Iterable[str]]) -> list[str]:
         """Names of linears that stay in full precision, as a model's own names, blocks' and others'."""

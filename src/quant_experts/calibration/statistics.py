@@ -79,6 +79,7 @@ class _Collector:
         x = x.float()
         if sample in self.keep:
             rows = self.keep[sample]
+            rows = rows[rows < len(x)]  # a layer may see fewer tokens than the sequence has
             self.reservoir.append(x[rows.to(x.device)].cpu())
             self.reservoir_modality.append(modality[rows])
         if held_out:
@@ -122,7 +123,7 @@ def collect_statistics(
     lengths = [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
     keep = _reservoir_rows(lengths, held_out, seed)
     collectors: dict[tuple[str, ...], _Collector] = {}
-    current: dict[tuple[str, ...], Tensor] = {}
+    current: dict[tuple[str, ...], list[Tensor]] = {}
     handles = []
     for names in groups:
         members = [linears[name] for name in names]
@@ -137,13 +138,13 @@ def collect_statistics(
         )
 
         def watch(module: nn.Module, args: tuple[Tensor, ...], names: tuple[str, ...] = names) -> None:
-            current[names] = args[0].reshape(-1, args[0].shape[-1])
+            current.setdefault(names, []).append(args[0].reshape(-1, args[0].shape[-1]))
 
         handles.append(members[0].register_forward_pre_hook(watch))
     try:
         for sample in stream.run(block):
             batch = stream.batches[sample]
-            for names, x in current.items():
+            for names, x in ((names, x) for names, inputs in current.items() for x in inputs):
                 if not x.isfinite().all():
                     raise QuantExpertsError(
                         f"Activations of calibration sample {sample + 1} are NaN or infinite in block {stream.index} "

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from quant_experts.artifacts import CalibrationBatch
 from quant_experts.calibration.skeleton import Skeleton, load_skeleton
@@ -62,10 +62,11 @@ class BlockStream:
         self._calls: list[BlockCall] = []
         self.outputs: list[Any] = [None] * len(batches)
         """Per sample, the model's own output (after `advance(..., finish=True)` on the last block)."""
+        self._encoder: nn.Module | None = None
         self.width: int = config.get_text_config().hidden_size
         """Hidden size of the blocks."""
         if device.type != "cpu":
-            _run_encoder_on(self.skeleton.model, device)
+            self._encoder = _run_encoder_on(self.skeleton.model, device)
 
     def _forward(self, batch: CalibrationBatch) -> Any:
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
@@ -77,6 +78,8 @@ class BlockStream:
         try:
             with torch.inference_mode():
                 self._calls = [one.switch(batch) for one, batch in zip(self._passes, self.batches, strict=True)]
+            if self._encoder is not None:
+                self._encoder.to("cpu")  # all samples are past it
             for index in range(len(self.skeleton.block_names)):
                 if any(not isinstance(call, BlockCall) or call.index != index for call in self._calls):
                     raise QuantExpertsError(
@@ -122,23 +125,18 @@ class BlockStream:
             if one and not one.dead:
                 one.throw(GreenletExit)
 
-    def hidden_bytes(self) -> int:
-        """Host bytes of the paused samples' block arguments; storage that several share is counted once."""
-        leaves = tree_leaves([(call.args, call.kwargs) for call in self._calls])
-        storages = {
-            leaf.untyped_storage().data_ptr(): leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)
-        }
-        return sum(storage.nbytes() for storage in storages.values())
 
-
-def _run_encoder_on(model: PreTrainedModel, device: torch.device) -> None:
-    """Run the vision encoder on the device; its inputs and outputs stay on the host like all else between blocks."""
+def _run_encoder_on(model: PreTrainedModel, device: torch.device) -> nn.Module | None:
+    """Run the vision encoder, which is returned if there is one, on the device; its inputs and outputs stay on the host
+    like all else between blocks."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     encoder = model.get_encoder(modality="image")
-    if encoder is not model and encoder is not model.base_model:
-        encoder.to(device)
-        add_hook_to_module(encoder, AlignDevicesHook(execution_device=device, io_same_device=True))
+    if encoder is model or encoder is model.base_model:
+        return None
+    encoder.to(device)
+    add_hook_to_module(encoder, AlignDevicesHook(execution_device=device, io_same_device=True))
+    return cast(nn.Module, encoder)
 
 
 def _pause(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     groups = []
     for spec in config.groups:
         stored_names = [_stored_name(files, name) for name in spec.linears]
-        shapes = [files.read(f"{name}.weight_shape").tolist() for name in stored_names]
+        shapes = [_weight_shape(files, name) for name in stored_names]
         rows, width = tuple(shape[0] for shape in shapes), shapes[0][1]
         _check_headers(files, spec, config.scheme, stored_names, rows, width)
         bits = group_stored_bits(spec, config.scheme, rows, width)
@@ -104,3 +104,11 @@ def _stored_name(files: TensorFiles, name: str) -> str:
     raise QuantExpertsError(
         f"Tensor '{name}.weight_shape' is missing from '{files.folder}': the checkpoint is incomplete."
     )
+
+
+def _weight_shape(files: TensorFiles, stored_name: str) -> tuple[int, int]:
+    """(N, K) of a linear. Raises `QuantExpertsError` if it cannot be one."""
+    shape = files.read(f"{stored_name}.weight_shape").tolist()
+    if not (isinstance(shape, list) and len(shape) == 2 and min(shape) > 0):
+        raise QuantExpertsError(f"Tensor '{stored_name}.weight_shape' says {shape}: the checkpoint is damaged.")
+    return int(shape[0]), int(shape[1])

@@ -11,10 +11,10 @@ from quant_experts.checkpoint.schema import FACTOR_DTYPE, GROUP_CHILD, GroupSpec
 from quant_experts.errors import QuantExpertsError
 
 
-def describe_group(group: QuantizedGroup, prefix: str = "") -> GroupSpec:
-    """The group's entry in `config.json`; `prefix` is put before each linear's name."""
+def describe_group(group: QuantizedGroup) -> GroupSpec:
+    """The group's entry in `config.json`, names as the group has them."""
     return GroupSpec(
-        linears=tuple(prefix + name for name in group.linears),
+        linears=group.linears,
         smooth=group.smooth_scale is not None,
         shared_rank=group.shared.down.shape[0] if group.shared else 0,
         routed_rank=group.routed.down.shape[1] if group.routed else 0,

@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 
-def open_model(
-    model: str | Path, *, device: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Any]:
+def open_model(model: str | Path, *, device: str | None = None) -> tuple[PreTrainedModel, Any]:
     """A model and its processor, on a device ("cuda" if there is one, by default)."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve(model)
-    processor = load_processor(folder, trust_remote_code=trust_remote_code)
-    return load(folder, device_map=device, trust_remote_code=trust_remote_code), processor
+    processor = load_processor(folder)
+    return load(folder, device_map=device), processor
 
 
 def score_file(
@@ -45,7 +43,6 @@ def score_file(
     max_new_tokens: int = 32,
     device: str | None = None,
     predictions: Path | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Answer a JSONL file of questions and score the answers by kind.
@@ -56,7 +53,7 @@ def score_file(
     if scorer not in SCORERS:
         raise QuantExpertsError(f"Unknown scorer '{scorer}': choose one of {', '.join(SCORERS)}.")
     items = read_questions(questions, limit=limit, default_scorer=scorer)
-    opened, processor = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    opened, processor = open_model(model, device=device)
     answers = generate_answers(
         opened,
         processor,
@@ -101,10 +98,9 @@ def ask_model(
     *,
     max_new_tokens: int = 128,
     device: str | None = None,
-    trust_remote_code: bool = False,
 ) -> str:
     """One greedy answer. Raises `QuantExpertsError` for a bad model or image."""
     reader = ImageReader(Path.cwd(), MAX_PIXELS)
     item = EvaluationItem(question, ("",), tuple(reader.read(str(image), "--image") for image in images))
-    opened, processor = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    opened, processor = open_model(model, device=device)
     return generate_answers(opened, processor, [item], max_new_tokens=max_new_tokens)[0]

@@ -6,14 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_experts.artifacts import GroupStatistics, Modality
+from quant_experts.artifacts import GroupStatistics
 
 
-def channel_counts(statistics: GroupStatistics, modality: Modality | None = None) -> Tensor:
-    """m_c: the number of tokens (of one modality, or all) for which channel c is important -> (K,) int64, on the
-    CPU."""
-    chosen = statistics.important if modality is None else statistics.important[statistics.modality == modality]
-    return torch.bincount(chosen.flatten().long(), minlength=len(statistics.mean_abs))
+def channel_counts(statistics: GroupStatistics) -> Tensor:
+    """m_c: the number of tokens for which channel c is important -> (K,) int64, on the CPU."""
+    return torch.bincount(statistics.important.flatten().long(), minlength=len(statistics.mean_abs))
 
 
 def partition_channels(counts: Tensor, exempt: int, dependent: int) -> tuple[Tensor, Tensor]:

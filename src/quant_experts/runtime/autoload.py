@@ -9,6 +9,7 @@ must never break an interpreter: it imports nothing but the standard library and
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -29,7 +30,11 @@ class _RegisteringLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         module.__loader__ = self._loader
-        import quant_experts.runtime.transformers_hook  # noqa: F401
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        try:
+            import quant_experts.runtime.transformers_hook  # noqa: F401
+        except Exception as error:  # whatever it is, transformers must work for programs that do not need us
+            warnings.warn(f"quant-experts cannot load its checkpoints with this transformers: {error!r}", stacklevel=2)
 
 
 class _Finder(MetaPathFinder):
@@ -38,7 +43,6 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != _TRIGGER:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
     """The model's configuration. Raises `QuantExpertsError` for a folder that is no model or a model type nobody
     knows."""
     from transformers import AutoConfig
 
     raw = read_json(folder / "config.json")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise QuantExpertsError(
             f"transformers cannot read '{folder}' (model type {raw.get('model_type')!r}): {_first_sentence(error)}"
@@ -60,7 +60,11 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
+        return Path(
+            snapshot_download(
+                name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "consolidated*"]
+            )
+        )
     except Exception as error:  # the hub's client raises many unrelated types
         raise QuantExpertsError(
             f"Model '{name}' is neither a folder nor downloadable: {_first_sentence(error)}"
@@ -75,11 +79,12 @@ def default_dtype(device: str) -> torch.dtype:
 def check_device(device: str) -> torch.device:
     """The device of a name. Raises `QuantExpertsError` if there is none here."""
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise QuantExpertsError(
-            f"Device '{device}' is not available here: choose cpu, or cuda where there is a GPU."
-        ) from error
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise QuantExpertsError(f"Device '{device}' is not available here: choose cpu, or cuda where there is a GPU.")
+    return found
 
 
 def load_weights(model_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
@@ -133,7 +138,6 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
     backend: str | None = None,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint, or a plain model, ready for `generate`.
 
@@ -142,7 +146,6 @@ def load(
         dtype: compute dtype; float32 on a CPU and bfloat16 on a GPU by default.
         device_map: as in `from_pretrained`, for example "auto" or "cuda"; the CPU by default.
         backend: name of the backend for quantized layers; chosen by device by default.
-        trust_remote_code: run code that the model's folder brings.
 
     Raises:
         QuantExpertsError: no such model, missing, damaged or mismatched files, or a backend that does not apply.
@@ -151,13 +154,11 @@ def load(
 
     folder = resolve(model)
     weight_files(folder)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder)
     if isinstance(device_map, str) and device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
         check_device(device_map)
     dtype = dtype or default_dtype("cpu" if device_map in (None, "cpu") or not torch.cuda.is_available() else "cuda")
-    loaded = load_weights(
-        model_class(config), folder, dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
+    loaded = load_weights(model_class(config), folder, dtype, device_map=device_map)
     loaded.eval()
     if backend is not None:
         force_backend(loaded, backend)

@@ -25,13 +25,12 @@ _Mixin: Any = ProcessorMixin
 _all_attributes = _Mixin.__dict__["get_attributes"]
 
 
-def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_processor(path: str | Path) -> Any:
     """The processor of a vision-language model, or the tokenizer of a text-only one, padding on the left as generation
     needs.
 
     Args:
         path: a model folder, or a name on the Hugging Face hub.
-        trust_remote_code: run Python code that the checkpoint brings along.
 
     Raises:
         QuantExpertsError: no such folder, or its processor or tokenizer files are missing, broken or of an unknown
@@ -39,10 +38,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     _refuse_missing_folder(path)
     try:
-        if is_torchvision_available():
-            processor = _Auto.from_pretrained(path, trust_remote_code=trust_remote_code)
-        else:
-            processor = _load_without_video(path, trust_remote_code)
+        processor = (_Auto.from_pretrained if is_torchvision_available() else _load_without_video)(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         # transformers reports damaged or incomplete files through all of these.
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
@@ -81,9 +77,9 @@ def _refuse_missing_folder(path: str | Path) -> None:
         raise QuantExpertsError(f"'{path}' is not a folder: give the folder that holds the model's config.json.")
 
 
-def _load_without_video(path: str | Path, trust_remote_code: bool) -> Any:
+def _load_without_video(path: str | Path) -> Any:
     with _no_video_slot():
-        processor = _Auto.from_pretrained(path, trust_remote_code=trust_remote_code)
+        processor = _Auto.from_pretrained(path)
     if isinstance(processor, ProcessorMixin) and not hasattr(processor, "video_processor"):
         # The loaded object asks its class again, when it is saved or printed; that class alone keeps the shorter
         # answer.

@@ -1,0 +1,77 @@
+"""The figures of a record, against the definition written out in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_experts.artifacts import (
+    GroupStatistics,
+    LowRankExpert,
+    Modality,
+    QuantizedGroup,
+    RoutedExperts,
+    Router,
+)
+from quant_experts.calibration.measurement import measure_group
+from quant_experts.config import Scheme
+from quant_experts.quantizers.rtn import dequantize, quantize_rtn
+
+K, ROWS, RANK, EXPERTS = 40, (6, 10), 2, 3
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(x: Tensor, modality: Tensor) -> GroupStatistics:
+    important = x.abs().topk(4, dim=1).indices.int()
+    return GroupStatistics(x.abs().mean(0).double(), (x.T @ x).double() / len(x), important, modality, x, modality)
+
+
+@pytest.mark.parametrize("text", ["W4A8", "W3A16g16"])
+def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
+    scheme = Scheme.parse(text)
+    weight, x = draw(sum(ROWS), K, seed=0), draw(90, K, seed=1)
+    modality = torch.tensor([Modality.TEXT, Modality.IMAGE, Modality.IMAGE] * 30, dtype=torch.int8)
+    parts = tuple(quantize_rtn(w, scheme) for w in weight.split(ROWS))
+    up, down = draw(sum(ROWS), RANK, seed=2).half().float(), draw(RANK, K, seed=3).half().float()
+    routed_up = (draw(EXPERTS, sum(ROWS), RANK, seed=4) * 0.1).half().float()
+    routed_down = draw(EXPERTS, RANK, K, seed=5).half().float()
+    router = draw(EXPERTS, K, seed=6).abs().half().float()
+    group = QuantizedGroup(
+        ("a.q", "a.k"),
+        parts,
+        shared=LowRankExpert(up * 0.01, down),
+        routed=RoutedExperts(routed_up, routed_down),
+        router=Router(router, torch.zeros(EXPERTS)),
+    )
+    plain = QuantizedGroup(("a.q", "a.k"), parts)
+    record = measure_group(group, plain, weight, ROWS, statistics(x, modality), scheme, "layers.3")
+
+    base = torch.cat([dequantize(part) for part in parts]).double()
+    seen = x.double()
+    if not scheme.weight_only:
+        scale = x.abs().amax(1, keepdim=True) / 127
+        seen = ((x / scale).round() * scale).double()
+    chosen = (router.double() @ x.abs().double().T).argmin(0)
+    rebuilt = seen @ base.T + x.double() @ down.double().T @ (up * 0.01).half().double().T
+    for t, e in enumerate(chosen.tolist()):
+        rebuilt[t] += routed_up[e].double() @ (routed_down[e].double() @ x[t].double())
+    exact = x.double() @ weight.double().T
+
+    def relative(output: Tensor, rows: Tensor) -> float:
+        return float((output - exact)[rows].square().sum() / exact[rows].square().sum())
+
+    for name, rows in {"all": modality >= 0, "text": modality == 0, "image": modality == 1}.items():
+        assert record.error[name] == pytest.approx(relative(rebuilt, rows), rel=1e-3), name
+        assert record.rtn_error[name] == pytest.approx(relative(seen @ base.T, rows), rel=1e-3), name
+        use = [float((chosen[rows] == e).float().mean()) for e in range(EXPERTS)]
+        assert record.expert_use[name] == pytest.approx(use, abs=1e-6)
+    counts = torch.zeros(K)
+    for row in x.abs().topk(4, dim=1).indices:
+        counts[row] += 1
+    assert record.channel_frequency["all"] == pytest.approx(
+        (counts.sort(descending=True).values / 90).tolist(), abs=1e-6
+    )
+    assert record.linears == ("layers.3.a.q", "layers.3.a.k") and record.shape == (16, K)
+    assert record.weights == 16 * K and record.tokens == 90 and "answer" not in record.error
