@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import SMALL, python, small_samples, write_samples
 from tiny_models import build_tiny
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from quant_experts import QuantExpertsError, QuantizationConfig, Recipe, cli, load, quantize
 
@@ -498,3 +500,40 @@ def test_a_real_process_says_the_same(place: Place) -> None:
     stored(f"{Q}.weight_scale", first_value(torch.nan))(place)
     done = python(main, "ask", place.checkpoint, "What?", PYTHONPATH="")
     check_refusal(Ended(done.returncode, done.stdout, done.stderr.splitlines()), "holds NaN or infinity")
+
+
+def test_a_model_whose_blocks_have_no_linears(
+    tiny: Callable[..., Path], tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    """GPT-2's layers are of a class of their own."""
+    model = Path(shutil.copytree(tiny("qwen2"), tmp_path / "model"))
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / "config.json").unlink()
+    config = GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2, n_positions=128)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    samples = write_samples(tmp_path, small_samples("qwen2", 2))
+    ended = command("quantize", model, samples, tmp_path / "out", "--scheme", "W4A6")
+    check_refusal(ended, "runs no linear layer.*nothing to quantize")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_current_folder_is_an_output_like_any_other(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = QuantizationConfig.of("W4A6", SMALL)
+    result = quantize(place.model, place.samples, ".", config, device="cpu")
+    assert result.folder == tmp_path / "here" and (tmp_path / "here" / "config.json").is_file()
+
+
+def test_the_demo_notices_a_missing_extra_before_its_work(
+    tmp_path: Path, command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("quant_experts.report.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    check_refusal(command("demo", "--output", tmp_path / "out"), r"install quant-experts\[report\]")
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quant_experts import __version__
-from quant_experts.config import RECIPES
+from quant_experts.config import MAX_PIXELS, RECIPES
 from quant_experts.errors import QuantExpertsError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def quantize(
     recipe: RecipeOption = "paper",
     limit: Annotated[int, typer.Option(help="Use at most this many samples.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Longest sample in tokens; longer answers are cut.")] = 2048,
-    max_pixels: Annotated[int, typer.Option(help="Scale larger images down to this area.")] = 1280 * 28 * 28,
+    max_pixels: Annotated[int, typer.Option(help="Scale larger images down to this area.")] = MAX_PIXELS,
     scale_ranks: Annotated[
         bool, typer.Option(help="Scale ranks and channel counts with the model's width (the paper's at width 1536).")
     ] = False,

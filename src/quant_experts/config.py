@@ -16,6 +16,9 @@ FORMAT_VERSION = 1
 
 Config = TypeVar("Config", bound="StrictModel")
 
+MAX_PIXELS = 1280 * 28 * 28
+"""Area to which larger images are scaled down: 1,280 tokens of Qwen2-VL."""
+
 PAPER_WIDTH = 1536
 """Width of Qwen2-VL-2B, the model on which the paper's rank 64 and k = 32 were chosen."""
 
@@ -174,7 +177,7 @@ class QuantizationConfig(StrictModel):
     seed: int = Field(default=0, ge=0)
     samples: int = Field(default=128, ge=1, description="how many calibration samples to use at most")
     max_tokens: int = Field(default=2048, ge=1, description="longest sample in tokens")
-    max_pixels: int = Field(default=1280 * 28 * 28, ge=1, description="larger images are scaled down to this area")
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="larger images are scaled down to this area")
 
     @classmethod
     def of(

@@ -93,3 +93,23 @@ def test_the_hook_is_there_when_transformers_was_imported_first() -> None:
     )
     done = python(code, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_hook_that_cannot_load_leaves_transformers_alone() -> None:
+    """Another transformers may lack what our hook needs; programs that do not use us must see no more than a warning."""
+    code = (
+        "import sys\nsys.modules['quant_experts.runtime.transformers_hook'] = None\n"
+        "import transformers.quantizers.auto as auto\nassert 'gptq' in auto.AUTO_QUANTIZER_MAPPING\n"
+    )
+    done = python(code, flags=["-W", "default"], PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    assert "quant-experts cannot load its checkpoints with this transformers" in done.stderr
+
+
+def test_asking_where_the_module_is_does_not_use_up_the_finder() -> None:
+    code = (
+        "import importlib.util\nassert importlib.util.find_spec('transformers.quantizers.auto')\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\nprint('quant_experts' in known)\n"
+    )
+    done = python(code, PYTHONPATH="")
+    assert done.stdout.split() == ["True"], done.stderr

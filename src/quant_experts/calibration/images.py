@@ -10,10 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from quant_experts.config import MAX_PIXELS
 from quant_experts.errors import QuantExpertsError
-
-MAX_PIXELS = 1280 * 28 * 28
-"""About a megapixel: the usual training budget of Qwen2-VL (1280 image tokens); 3 MB of memory for each image."""
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for damaged files, by format."""

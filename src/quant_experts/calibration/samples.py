@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from quant_experts.artifacts import Event, Sample
-from quant_experts.calibration.images import MAX_PIXELS, ImageReader
+from quant_experts.calibration.images import ImageReader
+from quant_experts.config import MAX_PIXELS
 from quant_experts.errors import QuantExpertsError
 
 CAPTION_QUESTION = "Describe the image."

@@ -14,8 +14,9 @@ from typing import Any
 from PIL.Image import Image
 
 from quant_experts.artifacts import Sample
-from quant_experts.calibration.images import MAX_PIXELS, ImageReader
+from quant_experts.calibration.images import ImageReader
 from quant_experts.calibration.samples import read_json_lines
+from quant_experts.config import MAX_PIXELS
 from quant_experts.demo.questions import Split, questions
 from quant_experts.errors import QuantExpertsError
 from quant_experts.evaluation.scorers import SCORERS

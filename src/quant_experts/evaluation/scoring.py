@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_experts.calibration.images import MAX_PIXELS, ImageReader
+from quant_experts.calibration.images import ImageReader
+from quant_experts.config import MAX_PIXELS
 from quant_experts.errors import QuantExpertsError
 from quant_experts.evaluation.generation import generate_answers
 from quant_experts.evaluation.questions_file import EvaluationItem, read_questions
