@@ -96,7 +96,7 @@ def test_the_hook_is_there_when_transformers_was_imported_first() -> None:
 
 
 def test_a_hook_that_cannot_load_leaves_transformers_alone() -> None:
-    """Another transformers may lack what our hook needs; programs that do not use us must see no more than a warning."""
+    """Another transformers may lack what our hook needs; programs that do not use us must see a warning at most."""
     code = (
         "import sys\nsys.modules['quant_experts.runtime.transformers_hook'] = None\n"
         "import transformers.quantizers.auto as auto\nassert 'gptq' in auto.AUTO_QUANTIZER_MAPPING\n"
