@@ -1,4 +1,6 @@
-"""README's table from what `quant-experts demo --json` prints; several files are merged, full precision taken from the first.
+"""README's table from what `quant-experts demo --json` prints.
+
+Several files are merged; full precision is taken from the first.
 
 quant-experts demo --schemes W4A6,W4A8,W3A16,W4A4 --questions 2000 --split test --json > demo.json
 python benchmarks/demo_table.py demo.json
