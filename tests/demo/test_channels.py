@@ -16,7 +16,7 @@ def model() -> Any:
     built: Any = build_model(
         build_tokenizer(),
         0,
-        hidden_size=64,
+        hidden_size=256,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
