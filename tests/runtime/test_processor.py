@@ -1,16 +1,19 @@
 """Processors load where torchvision is missing, nothing is changed where it is not, and bad folders are named."""
 
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import python
 from tiny_models import VISION_FAMILIES, build_tiny, tiny_image
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, Qwen2VLProcessor
 
 from quant_experts.errors import QuantExpertsError
-from quant_experts.runtime import processor as module
+from quant_experts.runtime import video_slot
 from quant_experts.runtime.processor import find_tokenizer, load_processor, takes_images
 
 # The InternVL processor of transformers 5.17 gives NumPy a tensor.
@@ -39,31 +42,22 @@ def test_loads_saves_and_reloads(family: str, tmp_path: Path) -> None:
     assert "image_processor" in repr(first)
 
 
-def test_patch_does_not_outlive_loading(folder: Path) -> None:
-    before = ProcessorMixin.__dict__["get_attributes"]
-    load_processor(folder)
-    assert ProcessorMixin.__dict__["get_attributes"] is before
-    (folder / "processor_config.json").write_text("{")
-    with pytest.raises(QuantExpertsError):
-        load_processor(folder)
-    assert ProcessorMixin.__dict__["get_attributes"] is before
+def test_plain_transformers_loads_it_too(folder: Path) -> None:
+    """In a program that never names this package."""
+    load = "from transformers import AutoProcessor\nprint(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)"
+    done = python(f"import sys\n{load}", folder, PYTHONPATH="")
+    assert done.stdout.split() == ["Qwen2VLProcessor"], done.stderr
 
 
-def test_with_torchvision_nothing_is_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    class Recorder:
-        @staticmethod
-        def from_pretrained(path: Path, **options: object) -> object:
-            seen.append((ProcessorMixin.__dict__["get_attributes"], options))
-            return tokenizer
-
-    tokenizer = find_tokenizer(load_processor(folder))
-    before = ProcessorMixin.__dict__["get_attributes"]
-    monkeypatch.setattr(module, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(module, "_Auto", Recorder)
-    assert load_processor(folder) is tokenizer
-    assert seen == [(before, {})]
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_video_slot_stays_where_torchvision_is(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    before = video_slot._all_attributes
+    monkeypatch.setattr(ProcessorMixin, "get_attributes", before)
+    monkeypatch.setattr("transformers.utils.import_utils.is_torchvision_available", lambda: installed)
+    monkeypatch.delitem(sys.modules, video_slot.__name__)
+    importlib.import_module(video_slot.__name__)
+    assert (ProcessorMixin.__dict__["get_attributes"] is before) is installed
+    assert ("video_processor" in Qwen2VLProcessor.get_attributes()) is installed
 
 
 def test_text_only_model_gives_tokenizer(tmp_path: Path) -> None:

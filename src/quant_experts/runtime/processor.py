@@ -1,28 +1,17 @@
-"""Loads what turns text and images into a model's inputs, also where torchvision is not installed.
-
-transformers 5 gives the processors of most vision-language families a `video_processor`, and every video processor
-needs torchvision, although their image processors also come in a version for Pillow. Without torchvision such a
-processor cannot be made at all, images or not. The video slot is therefore left out in that case. With torchvision
-nothing is changed.
-"""
+"""Loads what turns text and images into a model's inputs, also where torchvision is not installed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, ProcessorMixin
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import AutoProcessor
 
+import quant_experts.runtime.video_slot  # noqa: F401  (lets processors load without torchvision)
 from quant_experts.errors import QuantExpertsError
 
-# transformers is only partly typed; these two are used beyond what its annotations allow.
-_Auto: Any = AutoProcessor
-_Mixin: Any = ProcessorMixin
-_all_attributes = _Mixin.__dict__["get_attributes"]
+_Auto: Any = AutoProcessor  # transformers is only partly typed
 
 
 def load_processor(path: str | Path) -> Any:
@@ -38,7 +27,7 @@ def load_processor(path: str | Path) -> Any:
     """
     _refuse_missing_folder(path)
     try:
-        processor = (_Auto.from_pretrained if is_torchvision_available() else _load_without_video)(path)
+        processor = _Auto.from_pretrained(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         # transformers reports damaged or incomplete files through all of these.
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
@@ -75,28 +64,3 @@ def _refuse_missing_folder(path: str | Path) -> None:
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not isinstance(path, Path)
     if not Path(path).is_dir() and (Path(path).exists() or not is_hub_name):
         raise QuantExpertsError(f"'{path}' is not a folder: give the folder that holds the model's config.json.")
-
-
-def _load_without_video(path: str | Path) -> Any:
-    with _no_video_slot():
-        processor = _Auto.from_pretrained(path)
-    if isinstance(processor, ProcessorMixin) and not hasattr(processor, "video_processor"):
-        # The loaded object asks its class again, when it is saved or printed; that class alone keeps the shorter
-        # answer.
-        processor_class: Any = type(processor)
-        processor_class.get_attributes = classmethod(_attributes_without_video)
-    return processor
-
-
-@contextmanager
-def _no_video_slot() -> Iterator[None]:
-    _Mixin.get_attributes = classmethod(_attributes_without_video)
-    try:
-        yield
-    finally:
-        _Mixin.get_attributes = _all_attributes
-
-
-def _attributes_without_video(cls: type) -> list[str]:
-    names: list[str] = _all_attributes.__func__(cls)
-    return [name for name in names if name != "video_processor"]
