@@ -534,6 +534,7 @@ def test_the_demo_notices_a_missing_extra_before_its_work(
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("quant_experts.report.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     check_refusal(command("demo", "--output", tmp_path / "out"), r"install quant-experts\[report\]")
     assert not (tmp_path / "out").exists()
