@@ -98,25 +98,56 @@ class Scheme(StrictModel):
 
 
 class Recipe(StrictModel):
-    """How the error of plain rounding is repaired. Defaults are the paper's (Quant Experts, CVPR 2026)."""
+    """How a group is quantized and how the error of rounding is repaired, stage by stage in the order of the fields."""
 
     name: str
+    smoothing: Literal["none", "exempt", "smoothquant", "awq", "mbq", "balanced"] = Field(
+        default="none",
+        description="per-channel scale that moves difficulty from activations to weights: none; of the exempt channels "
+        "only (ASER, Quant Experts); SmoothQuant's; AWQ's or MBQ's search; or the one that balances the expected errors "
+        "of weights and activations (ours)",
+    )
+    rotation: int = Field(
+        default=0,
+        ge=0,
+        description="largest block of input channels that a Hadamard rotation mixes before rounding; 0 for none",
+    )
     exempt: Literal["none", "magnitude", "frequency"] = Field(
         default="none",
         description="which input channels are left out of the base and rebuilt by the shared expert: none; those "
-        "with the largest"
-        " mean|x| * mean|W| (ASER); or those most often among a token's top k (Quant Experts, C_s)",
+        "with the largest mean|x| * mean|W| (ASER); or those most often among a token's top k (Quant Experts, C_s)",
     )
     important_channels: int = Field(
         default=32,
         ge=1,
         description="k: how many channels are important for a token, and the number of exempt channels",
     )
+    base: Literal["rtn", "gptq"] = Field(default="rtn", description="rounds to nearest, or with error feedback (GPTQ)")
+    act_order: bool = Field(default=False, description="GPTQ goes from the input channel of most energy to the least")
+    clip: bool = Field(default=False, description="search the range of each grid that leaves the least weighted error")
+    shared: Literal["moment", "rms", "mean_abs", "principal"] = Field(
+        default="moment",
+        description="what the shared expert is: the best correction for the inputs' second moments (whitened SVD: ASER, "
+        "QERA-exact), for their diagonal (QERA-approx), for mean magnitudes (LQER); or the weight's own principal part, "
+        "taken out before rounding (SVDQuant)",
+    )
     shared_rank: int = Field(default=0, ge=0, description="rank of the shared expert; 0 for none")
+    routed: Literal["co_importance", "random", "tokens"] = Field(
+        default="co_importance",
+        description="what routed experts are fitted to: clusters of channels that are important together (Quant "
+        "Experts), random clusters (a control), or the tokens that each serves best (ours)",
+    )
     routed_rank: int = Field(default=0, ge=0, description="rank of each routed expert; 0 for none")
     num_experts: int = Field(
         default=8, ge=1, le=128, description="N_r: the number of routed experts; each token uses one"
     )
+    router: Literal["magnitude", "fitted", "random"] = Field(
+        default="magnitude",
+        description="scores an expert by |x|-weighted residuals (Quant Experts), by a fit to true residuals (ours), or "
+        "at random (a control)",
+    )
+    factor_bits: Literal[8, 16] = Field(default=16, description="how expert factors are stored: int8 with scales, fp16")
+    refine: bool = Field(default=False, description="train routed experts and router on the layer's output afterwards")
     group_inputs: bool = Field(
         default=True, description="treat linears that read one tensor together; share their factors"
     )
@@ -129,6 +160,12 @@ class Recipe(StrictModel):
     def _consistent(self) -> Recipe:
         if self.exempt != "none" and self.shared_rank == 0:
             raise ValueError("exempt channels need a shared expert to rebuild them: set shared_rank")
+        if self.smoothing == "exempt" and self.exempt == "none":
+            raise ValueError("smoothing of exempt channels needs exempt channels: set exempt")
+        if self.rotation and self.exempt != "none":
+            raise ValueError("a rotation mixes channels, so that none can be exempt: set exempt to none")
+        if self.rotation and self.rotation & (self.rotation - 1):
+            raise ValueError(f"rotation is {self.rotation}; it must be a power of two")
         return self
 
     def at_width(self, width: int) -> Recipe:
@@ -154,9 +191,25 @@ class Recipe(StrictModel):
 
 
 RECIPES: dict[str, Recipe] = {
-    "rtn": Recipe(name="rtn"),
-    "aser": Recipe(name="aser", exempt="magnitude", shared_rank=64),
-    "paper": Recipe(name="paper", exempt="frequency", shared_rank=32, routed_rank=32, group_inputs=False),
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="rtn"),
+        Recipe(name="gptq", base="gptq"),
+        Recipe(name="aser", smoothing="exempt", exempt="magnitude", shared_rank=64),
+        Recipe(
+            name="paper", smoothing="exempt", exempt="frequency", shared_rank=32, routed_rank=32, group_inputs=False
+        ),
+        Recipe(
+            name="quant-experts",
+            smoothing="balanced",
+            rotation=64,
+            base="gptq",
+            act_order=True,
+            clip=True,
+            shared_rank=64,
+            factor_bits=8,
+        ),
+    )
 }
 
 

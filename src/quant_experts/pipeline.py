@@ -276,7 +276,7 @@ def quantize_group(
     events: list[Event] = []
     exempt, dependent = _choose_channels(weight, statistics, recipe)
     smooth_scale = None
-    if len(exempt) and not scheme.weight_only:
+    if recipe.smoothing == "exempt" and not scheme.weight_only:
         smooth_scale = smoothing_scale(statistics.mean_abs, exempt)
         weight = weight * smooth_scale
     base = quantize_rtn(without_channels(weight, exempt), scheme)
