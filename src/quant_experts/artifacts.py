@@ -71,6 +71,10 @@ class GroupStatistics:
     """(S, K) float32, a uniform sample of tokens, S bounded."""
     reservoir_modality: Tensor
     """(S,) int8."""
+    absmax: Tensor
+    """(K,) float64, the largest |x| of any token."""
+    max_mean_abs: Tensor
+    """(K,) float64, the largest over samples of the mean of |x| over a sample's tokens (LQER)."""
 
     @property
     def tokens(self) -> int:

@@ -25,7 +25,10 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def statistics(x: Tensor, modality: Tensor) -> GroupStatistics:
     important = x.abs().topk(4, dim=1).indices.int()
-    return GroupStatistics(x.abs().mean(0).double(), (x.T @ x).double() / len(x), important, modality, x, modality)
+    moment, magnitude = (x.T @ x).double() / len(x), x.abs().double()
+    return GroupStatistics(
+        magnitude.mean(0), moment, important, modality, x, modality, magnitude.amax(0), magnitude.mean(0)
+    )
 
 
 @pytest.mark.parametrize("text", ["W4A8", "W3A16g16"])

@@ -17,7 +17,7 @@ def statistics(tokens: int, width: int, k: int, seed: int = 0) -> GroupStatistic
     mean_abs = torch.rand(width, generator=generator, dtype=torch.float64)
     empty = torch.empty(0)
     chosen = torch.tensor(important, dtype=torch.int32).reshape(tokens, k)
-    return GroupStatistics(mean_abs, empty, chosen, modality, empty, empty)
+    return GroupStatistics(mean_abs, empty, chosen, modality, empty, empty, empty, empty)
 
 
 @pytest.mark.parametrize(("tokens", "width", "k"), [(50, 11, 3), (1, 4, 4), (0, 5, 2), (9, 30, 1)])

@@ -16,7 +16,7 @@ def statistics(important: list[list[int]], width: int) -> GroupStatistics:
     """Tokens with the given important channels."""
     empty = torch.empty(0)
     rows = torch.tensor(important, dtype=torch.int32)
-    return GroupStatistics(torch.zeros(width, dtype=torch.float64), empty, rows, empty, empty, empty)
+    return GroupStatistics(torch.zeros(width, dtype=torch.float64), empty, rows, empty, empty, empty, empty, empty)
 
 
 def naive_npmi(important: list[list[int]], channels: list[int]) -> list[list[float]]:

@@ -69,6 +69,8 @@ class _Collector:
     """sample index -> rows of that sample to keep in the reservoir"""
     abs_sum: Tensor
     moment_sum: Tensor
+    absmax: Tensor
+    max_mean_abs: Tensor
     important: list[Tensor] = field(default_factory=list)
     modality: list[Tensor] = field(default_factory=list)
     reservoir: list[Tensor] = field(default_factory=list)
@@ -82,10 +84,13 @@ class _Collector:
             rows = rows[rows < len(x)]  # a layer may see fewer tokens than the sequence has
             self.reservoir.append(x[rows.to(x.device)].cpu())
             self.reservoir_modality.append(modality[rows])
-        if held_out:
+        if held_out or not len(x):
             return
         magnitude = x.abs()
-        self.abs_sum += magnitude.sum(dim=0, dtype=torch.float64)
+        total = magnitude.sum(dim=0, dtype=torch.float64)
+        self.abs_sum += total
+        self.max_mean_abs = torch.maximum(self.max_mean_abs, total / len(x))
+        self.absmax = torch.maximum(self.absmax, magnitude.amax(dim=0))
         for start in range(0, x.shape[1], MOMENT_ROWS):
             self.moment_sum[start : start + MOMENT_ROWS] += x[:, start : start + MOMENT_ROWS].T @ x
         top = (magnitude * self.channel_weight).topk(self.k, dim=1, sorted=False).indices
@@ -101,6 +106,8 @@ class _Collector:
             modality=modality,
             reservoir=torch.cat(self.reservoir),
             reservoir_modality=torch.cat(self.reservoir_modality),
+            absmax=self.absmax,
+            max_mean_abs=self.max_mean_abs,
         )
 
 
@@ -135,6 +142,8 @@ def collect_statistics(
             keep=keep,
             abs_sum=torch.zeros(width, dtype=torch.float64, device=device),
             moment_sum=torch.zeros(width, width, dtype=torch.float64, device=device),
+            absmax=torch.zeros(width, dtype=torch.float64, device=device),
+            max_mean_abs=torch.zeros(width, dtype=torch.float64, device=device),
         )
 
         def watch(module: nn.Module, args: tuple[Tensor, ...], names: tuple[str, ...] = names) -> None:

@@ -1,0 +1,51 @@
+"""What calibration keeps of a group's tokens, against a plain pass over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from small_runs import block_stream, small_batches
+from torch import Tensor, nn
+
+from quant_experts.calibration.statistics import _Collector, collect_statistics, find_groups
+
+
+def collector(width: int) -> _Collector:
+    zeros = torch.zeros(width, dtype=torch.float64)
+    return _Collector(torch.ones(width), 1, {}, zeros.clone(), zeros.outer(zeros), zeros.clone(), zeros.clone())
+
+
+def test_maxima_of_unequal_samples() -> None:
+    found = collector(3)
+    samples = [torch.tensor([[1.0, -8.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0], [4.0, 1.0, 0.0]]), torch.zeros(0, 3)]
+    for i, x in enumerate(samples):
+        found.add(x, torch.zeros(len(x), dtype=torch.int8), i, held_out=False)
+    found.add(torch.full((1, 3), 99.0), torch.zeros(1, dtype=torch.int8), 3, held_out=True)
+    assert found.absmax.tolist() == [4, 8, 0]
+    assert found.max_mean_abs.tolist() == [3, 8, 0]
+
+
+def test_sums_and_maxima_leave_held_out_samples_out(tiny: Callable[..., Path]) -> None:
+    folder = tiny("qwen2_vl")
+    seen: list[Tensor] = []
+    with block_stream(folder, small_batches("qwen2_vl", folder)) as stream:
+        next(stream.blocks())
+        block = stream.skeleton.load_block(0, torch.device("cpu"))
+        groups, _ = find_groups(stream, block, together=True)
+        statistics = collect_statistics(stream, block, groups, important_channels=4, held_out=frozenset({1}), seed=0)
+        linear = block.get_submodule(groups[0][0])
+        assert isinstance(linear, nn.Linear)
+        handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double()))
+        list(stream.run(block))
+        handle.remove()
+    fitted = [x for i, x in enumerate(seen) if i != 1]
+    found, x = statistics[groups[0]], torch.cat(fitted)
+    torch.testing.assert_close(found.mean_abs, x.abs().mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    assert torch.equal(found.absmax, x.abs().amax(0))
+    torch.testing.assert_close(
+        found.max_mean_abs, torch.stack([part.abs().mean(0) for part in fitted]).amax(0), rtol=1e-6, atol=0
+    )
+    assert torch.equal(found.reservoir.double(), seen[1])
