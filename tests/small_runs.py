@@ -23,6 +23,7 @@ from quant_experts.runtime.processor import load_processor
 
 SMALL = Recipe(
     name="paper",
+    smoothing="exempt",
     exempt="frequency",
     important_channels=8,
     shared_rank=4,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -140,6 +140,11 @@ class QuantizedGroup:
     weights: tuple[QuantizedWeight, ...]
     smooth_scale: Tensor | None = None
     """(K,) float32; the input is divided by it. None: no smoothing."""
+    rotation: int = 0
+    """Block of channels mixed by a Hadamard rotation after smoothing; 0 for none. Weights and factors are for the
+    rotated input."""
+    factor_bits: Literal[8, 16] = 16
+    """How factors are stored."""
     shared: LowRankExpert | None = None
     routed: RoutedExperts | None = None
     router: Router | None = None

@@ -78,6 +78,25 @@ def test_group_tensors() -> None:
     }
 
 
+def test_int8_factors_have_a_scale_a_row() -> None:
+    spec = FULL.model_copy(update=dict(factor_bits=8))
+    assert group_tensors(spec, 48) | linear_tensors(spec, Scheme.parse("W4A6"), 7, 48) == {
+        **group_tensors(PLAIN, 48),
+        **linear_tensors(PLAIN, Scheme.parse("W4A6"), 7, 48),
+        "smooth_scale": ((48,), torch.float32),
+        "shared_down": ((5, 48), torch.int8),
+        "shared_down_scale": ((5,), torch.float32),
+        "routed_down": ((4, 3, 48), torch.int8),
+        "routed_down_scale": ((4, 3), torch.float32),
+        "router_weight": ((4, 48), torch.float16),
+        "router_bias": ((4,), torch.float16),
+        "shared_up": ((7, 5), torch.int8),
+        "shared_up_scale": ((7,), torch.float32),
+        "routed_up": ((4, 7, 3), torch.int8),
+        "routed_up_scale": ((4, 7), torch.float32),
+    }
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("columns", [1, 32, 48, 129, 300])
 @pytest.mark.parametrize("grid", ["pc-sym", "g128-asym", "g2-sym", "pc-asym"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quant_experts.kernels import cpu_int8, reference
-from quant_experts.kernels.operands import GroupOperands
+from quant_experts.kernels.operands import Factor, GroupOperands
 
 SIZES = [(1, 1, 1), (1, 7, 3), (1, 2048, 5), (2, 1, 3), (17, 33, 9), (16, 64, 64), (31, 257, 129)]
 EMPTY = [(0, 5, 3), (3, 5, 0), (3, 0, 2)]
@@ -72,7 +72,8 @@ def group_operands(k: int, experts: int, rank: int, bits: int, seed: int) -> Gro
         return torch.randn(*shape, generator=generator).half()
 
     smooth, router = 1 + normal(k).abs().float(), normal(experts, k).abs()
-    return GroupOperands(bits, smooth, normal(rank, k), normal(experts, rank, k), router, normal(experts))
+    shared, routed = Factor(normal(rank, k), None), Factor(normal(experts, rank, k), None)
+    return GroupOperands(bits, smooth, 0, shared, routed, router, normal(experts))
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

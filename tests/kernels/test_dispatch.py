@@ -12,14 +12,14 @@ import torch
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import dispatch
 from quant_experts.kernels.dispatch import BACKENDS, Backend, select
-from quant_experts.kernels.operands import GroupOperands, LinearOperands
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 TOLERANCE = 1e-5
 CPU_BACKENDS = [b for b in BACKENDS if b.device in ("cpu", "any")]
 
 
 class Layer:
-    """Random operands of one linear and its group. parts: any of smooth, shared, routed, bias, asymmetric."""
+    """Random operands of one linear and its group. parts: any of smooth, rotated, shared, routed, bias, asymmetric, int8."""
 
     def __init__(
         self, k: int, n: int, bits: int, parts: str = "", group_size: int | None = None, experts: int = 4, seed: int = 0
@@ -32,14 +32,23 @@ class Layer:
         def chosen(part: str, tensor: torch.Tensor) -> torch.Tensor | None:
             return tensor if part in parts.split() else None
 
+        def factor(part: str, *shape: int) -> Factor | None:
+            if part not in parts.split():
+                return None
+            if "int8" in parts.split():
+                codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+                return Factor(codes, normal(*shape[:-1]).abs() / 100)
+            return Factor(normal(*shape).half(), None)
+
         groups = -(-k // (group_size or k))
         codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
         zero = torch.randint(-8, 8, (n, groups), generator=generator, dtype=torch.int8)
         self.group = GroupOperands(
             bits,
             chosen("smooth", normal(k).abs() + 0.5),
-            chosen("shared", normal(5, k).half()),
-            chosen("routed", normal(experts, 3, k).half()),
+            k & -k if "rotated" in parts.split() else 0,
+            factor("shared", 5, k),
+            factor("routed", experts, 3, k),
             chosen("routed", normal(experts, k).half()),
             chosen("routed", normal(experts).half()),
         )
@@ -48,8 +57,8 @@ class Layer:
             normal(n, groups).abs() * 0.1 + 0.01,
             chosen("asymmetric", zero),
             group_size,
-            chosen("shared", normal(n, 5).half()),
-            chosen("routed", normal(experts, n, 3).half()),
+            factor("shared", n, 5),
+            factor("routed", experts, n, 3),
             chosen("bias", normal(n)),
         )
 
@@ -64,11 +73,16 @@ class Layer:
         return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
 
     def _token(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        def exact(t: torch.Tensor) -> np.ndarray:
+        def exact(t: torch.Tensor | Factor) -> np.ndarray:
+            if isinstance(t, Factor):
+                return exact(t.values) * (1 if t.scale is None else exact(t.scale)[..., None])
             return t.double().numpy()
 
         group, linear = self.group, self.linear
         z = x if group.smooth_scale is None else x / group.smooth_scale.numpy()  # float32, as the format says
+        if block := group.rotation:
+            signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+            z = (z.astype(np.float64).reshape(-1, block) @ signs / block**0.5).reshape(-1).astype(np.float32)
         left = z.astype(np.float64)
         if group.activation_bits < 16:
             largest = 2 ** (group.activation_bits - 1) - 1
@@ -110,6 +124,13 @@ def backends(*bits: int) -> list:
 
 ALL = "smooth shared routed bias asymmetric"
 PARTS = ["", "bias", "asymmetric", "smooth shared", "routed", "smooth shared routed bias", ALL]
+
+
+@pytest.mark.parametrize(("backend", "bits"), backends(4, 6, 8, 16))
+@pytest.mark.parametrize("parts", ["rotated", "smooth rotated", "shared routed int8", "rotated int8 " + ALL])
+@pytest.mark.parametrize("k", [16, 48, 128])
+def test_rotation_and_int8_factors(backend: Backend, bits: int, k: int, parts: str) -> None:
+    Layer(k, 11, bits, parts).check(backend, tokens(13, k))
 
 
 @pytest.mark.parametrize(("backend", "bits"), backends(4, 6, 8, 16))
@@ -233,7 +254,7 @@ def test_asymmetric_sums_near_the_end_of_int32(backend: Backend, bits: int) -> N
     k = 65535  # 127 * 255 * k = 2.122e9, just below 2^31
     codes = torch.stack([torch.full((k,), value, dtype=torch.int8) for value in (-128, 127)])
     zero = torch.tensor([[127], [-128]], dtype=torch.int8)
-    group = GroupOperands(bits, None, None, None, None, None)
+    group = GroupOperands(bits, None, 0, None, None, None, None)
     linear = LinearOperands(codes, torch.ones(2, 1), zero, None, None, None, None)
     y = backend.linear(backend.prepare(torch.ones(1, k), group), linear)
     np.testing.assert_allclose(y.numpy(), [[-255.0 * k, 255.0 * k]], rtol=1e-6)

@@ -95,12 +95,12 @@ def _frequency_curves(statistics: GroupStatistics) -> dict[str, list[float]]:
 
 def _expert_use(module: QuantizedLinear, x: Tensor, modality: Tensor) -> dict[str, list[float]]:
     """Share of the tokens of each modality that each expert serves."""
-    from quant_experts.kernels.reference import route, smooth
+    from quant_experts.kernels.reference import route, transform
 
     operands = module.group.operands()
     assert operands.router_weight is not None and operands.router_bias is not None
     experts = len(operands.router_weight)
-    chosen = route(smooth(x, operands.smooth_scale), operands.router_weight, operands.router_bias).cpu()
+    chosen = route(transform(x, operands), operands.router_weight, operands.router_bias).cpu()
     use = {"all": torch.bincount(chosen, minlength=experts) / len(chosen)}
     for kind in Modality:
         mask = modality == kind

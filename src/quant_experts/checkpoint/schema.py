@@ -30,14 +30,18 @@ class GroupSpec(StrictModel):
 
     linears: tuple[str, ...] = Field(min_length=1, description="module names; the first owns the shared tensors")
     smooth: bool = False
+    rotation: int = Field(default=0, ge=0, description="block of channels mixed by a Hadamard rotation; 0 for none")
     shared_rank: int = Field(default=0, ge=0)
     routed_rank: int = Field(default=0, ge=0)
     experts: int = Field(default=0, ge=0)
+    factor_bits: Literal[8, 16] = 16
 
     @model_validator(mode="after")
     def _experts_with_rank(self) -> GroupSpec:
         if (self.experts > 0) != (self.routed_rank > 0):
             raise ValueError("experts and routed_rank must both be zero or both be positive")
+        if self.rotation & (self.rotation - 1):
+            raise ValueError(f"rotation is {self.rotation}; it must be a power of two")
         return self
 
 
@@ -73,9 +77,9 @@ def group_tensors(spec: GroupSpec, in_features: int) -> TensorSpecs:
     if spec.smooth:
         tensors["smooth_scale"] = ((in_features,), torch.float32)
     if spec.shared_rank:
-        tensors["shared_down"] = ((spec.shared_rank, in_features), FACTOR_DTYPE)
+        tensors |= _factor("shared_down", (spec.shared_rank, in_features), spec)
     if spec.experts:
-        tensors["routed_down"] = ((spec.experts, spec.routed_rank, in_features), FACTOR_DTYPE)
+        tensors |= _factor("routed_down", (spec.experts, spec.routed_rank, in_features), spec)
         tensors["router_weight"] = ((spec.experts, in_features), FACTOR_DTYPE)
         tensors["router_bias"] = ((spec.experts,), FACTOR_DTYPE)
     return tensors
@@ -92,10 +96,17 @@ def linear_tensors(spec: GroupSpec, scheme: Scheme, out_features: int, in_featur
     if not scheme.symmetric:
         tensors["weight_zero_point"] = ((out_features, scales), torch.int8)
     if spec.shared_rank:
-        tensors["shared_up"] = ((out_features, spec.shared_rank), FACTOR_DTYPE)
+        tensors |= _factor("shared_up", (out_features, spec.shared_rank), spec)
     if spec.experts:
-        tensors["routed_up"] = ((spec.experts, out_features, spec.routed_rank), FACTOR_DTYPE)
+        tensors |= _factor("routed_up", (spec.experts, out_features, spec.routed_rank), spec)
     return tensors
+
+
+def _factor(name: str, shape: tuple[int, ...], spec: GroupSpec) -> TensorSpecs:
+    """An expert's factor: float16, or int8 with a scale for each row."""
+    if spec.factor_bits == 16:
+        return {name: (shape, FACTOR_DTYPE)}
+    return {name: (shape, torch.int8), f"{name}_scale": (shape[:-1], torch.float32)}
 
 
 def stored_bits(tensors: TensorSpecs) -> int:

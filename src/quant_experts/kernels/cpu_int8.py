@@ -61,7 +61,7 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def prepare(x: Tensor, group: GroupOperands) -> Prepared:
     """As `reference.prepare`, rows sorted by expert."""
-    x = reference.smooth(x, group.smooth_scale)
+    x = reference.transform(x, group)
     restore = expert = routed_hidden = None
     if group.routed_down is not None:
         assert group.router_weight is not None and group.router_bias is not None

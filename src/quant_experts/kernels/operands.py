@@ -7,7 +7,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix of an expert as it is stored; `factor[e]` is expert e's where there is a leading expert axis."""
+
+    values: Tensor
+    """(..., rows, columns) float16, or int8 codes"""
+    scale: Tensor | None
+    """(..., rows) float32 of int8 codes; None for float16"""
+
+    def float(self) -> Tensor:
+        """The values in float32."""
+        values = self.values.float()
+        return values if self.scale is None else values.mul_(self.scale[..., None])
+
+    def __getitem__(self, expert: int) -> Factor:
+        return Factor(self.values[expert], None if self.scale is None else self.scale[expert])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the values."""
+        return self.values.shape
 
 
 @dataclass(frozen=True)
@@ -18,9 +45,11 @@ class GroupOperands:
     """4 to 8, or 16 when the weights alone are quantized."""
     smooth_scale: Tensor | None
     """(K,) float32"""
-    shared_down: Tensor | None
+    rotation: int
+    """Size of the blocks of channels that a Hadamard rotation mixes after smoothing; it divides K. 0 for none."""
+    shared_down: Factor | None
     """(R, K)"""
-    routed_down: Tensor | None
+    routed_down: Factor | None
     """(E, R, K)"""
     router_weight: Tensor | None
     """(E, K)"""
@@ -39,9 +68,9 @@ class LinearOperands:
     zero_point: Tensor | None
     """(N, G) int8; None when all are zero"""
     group_size: int | None
-    shared_up: Tensor | None
+    shared_up: Factor | None
     """(N, R)"""
-    routed_up: Tensor | None
+    routed_up: Factor | None
     """(E, N, R)"""
     bias: Tensor | None
     """(N,)"""
@@ -49,11 +78,11 @@ class LinearOperands:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A group's input after smoothing, quantization, routing and down projection: computed once, read by each
+    """A group's input after smoothing, rotation, quantization, routing and down projection: computed once, read by each
     linear."""
 
     values: Tensor | None
-    """(M, K) float32 smoothed input; kept for weight-only schemes, None otherwise."""
+    """(M, K) float32 smoothed and rotated input; kept for weight-only schemes, None otherwise."""
     codes: Tensor | None
     """(M, K) int8 activation codes; None for weight-only schemes."""
     token_scale: Tensor | None

@@ -1,11 +1,13 @@
 """The oracle: each operation as plainly as PyTorch can say it, on any device. Other backends are tested against it.
 
-`y = s_x s_w (q(x/m) Wq^T) + up_s (down_s x/m) + up_e (down_e x/m) + bias`, e chosen by the router. The integer product
-is exact.
+`y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x/m), H a rotation or nothing, e chosen by
+the router. The integer product is exact.
 A token that holds NaN or infinity gets NaN outputs, and no other token is touched.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -50,9 +52,34 @@ def smooth(x: Tensor, smooth_scale: Tensor | None) -> Tensor:
     return x.float() if smooth_scale is None else x.float() / smooth_scale
 
 
+@cache
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """The (size, size) symmetric orthogonal matrix of +-1 / sqrt(size), Sylvester's, float32; size is a power of two."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Mix each run of `block` input channels by a Hadamard matrix: x (..., K) -> (..., K), x itself if block is 0.
+
+    The rotation is its own inverse and spreads a large channel over its block (QuaRot's online rotation, in blocks). The
+    order of its float32 sums is free, so that codes of two backends may differ by one where a value lies on a tie.
+    """
+    if not block:
+        return x
+    return (x.reshape(-1, block) @ hadamard(block, x.device).to(x.dtype)).reshape(x.shape)
+
+
+def transform(x: Tensor, group: GroupOperands) -> Tensor:
+    """What all that follows reads: x / m, rotated. (M, K) any float dtype -> float32."""
+    return rotate(smooth(x, group.smooth_scale), group.rotation)
+
+
 def prepare(x: Tensor, group: GroupOperands) -> Prepared:
-    """Smooth, quantize, route and project down, once per group and input. x (M, K), any float dtype."""
-    x = smooth(x, group.smooth_scale)
+    """Transform, quantize, route and project down, once per group and input. x (M, K), any float dtype."""
+    x = transform(x, group)
     codes = token_scale = None
     if group.activation_bits == 16:
         x = torch.where(x.isfinite().all(dim=1, keepdim=True), x, torch.full_like(x, torch.nan))

@@ -14,28 +14,48 @@ import torch
 from torch import Tensor, nn
 
 from quant_experts.checkpoint.packing import pack, unpack
-from quant_experts.checkpoint.schema import GROUP_CHILD, GroupSpec, group_tensors, linear_tensors
+from quant_experts.checkpoint.schema import GROUP_CHILD, GroupSpec, TensorSpecs, group_tensors, linear_tensors
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.dispatch import Backend, select
-from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
+
+
+FACTOR_TENSORS = {
+    end: (f"shared_{end}", f"routed_{end}", f"shared_{end}_scale", f"routed_{end}_scale") for end in ("down", "up")
+}
+GROUP_TENSORS = ("smooth_scale", *FACTOR_TENSORS["down"], "router_weight", "router_bias")
+LINEAR_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", *FACTOR_TENSORS["up"])
+
+
+def _register(module: nn.Module, names: Sequence[str], specs: TensorSpecs) -> None:
+    """A zero buffer for each tensor that the format has here, None for the others."""
+    for name in names:
+        module.register_buffer(name, torch.zeros(specs[name][0], dtype=specs[name][1]) if name in specs else None)
+
+
+def _factor(module: nn.Module, name: str) -> Factor | None:
+    """An expert's factor from a module's buffers."""
+    values = module._buffers[name]
+    return None if values is None else Factor(values, module._buffers[f"{name}_scale"])
 
 
 class InputGroup(nn.Module):
     """What the linears of one group share: smoothing, expert down factors and the router."""
 
     smooth_scale: Tensor | None
-    shared_down: Tensor | None
-    routed_down: Tensor | None
     router_weight: Tensor | None
     router_bias: Tensor | None
 
     def __init__(self, spec: GroupSpec, scheme: Scheme, in_features: int) -> None:
         super().__init__()
         self.spec, self.scheme, self.in_features = spec, scheme, in_features
-        specs = group_tensors(spec, in_features)
-        for name in ("smooth_scale", "shared_down", "routed_down", "router_weight", "router_bias"):
-            self.register_buffer(name, torch.zeros(specs[name][0], dtype=specs[name][1]) if name in specs else None)
+        if spec.rotation and in_features % spec.rotation:
+            raise QuantExpertsError(
+                f"Group '{spec.linears[0]}' has {in_features} input channels, which blocks of {spec.rotation} do not "
+                "divide: the checkpoint is damaged."
+            )
+        _register(self, GROUP_TENSORS, group_tensors(spec, in_features))
         self.backend: str | None = None
         """Name of a backend to use instead of the table's choice."""
         self._last: tuple[Tensor, int, Prepared, frozenset[int]] | None = None
@@ -50,8 +70,9 @@ class InputGroup(nn.Module):
         return GroupOperands(
             self.scheme.activation_bits,
             self.smooth_scale,
-            self.shared_down,
-            self.routed_down,
+            self.spec.rotation,
+            _factor(self, "shared_down"),
+            _factor(self, "routed_down"),
             self.router_weight,
             self.router_bias,
         )
@@ -89,8 +110,6 @@ class QuantizedLinear(nn.Module):
     weight_scale: Tensor
     weight_shape: Tensor
     weight_zero_point: Tensor | None
-    shared_up: Tensor | None
-    routed_up: Tensor | None
 
     def __init__(
         self,
@@ -105,10 +124,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.scheme = scheme
-        specs = linear_tensors(spec, scheme, *shape)
-        names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "shared_up", "routed_up")
-        for name in names:
-            self.register_buffer(name, torch.zeros(specs[name][0], dtype=specs[name][1]) if name in specs else None)
+        _register(self, LINEAR_TENSORS, linear_tensors(spec, scheme, *shape))
         self.register_buffer("weight_codes", None, persistent=False)
         self.register_parameter("bias", bias)
         self._group = (group,) if group is not None else None  # in a tuple: not registered a second time
@@ -146,8 +162,8 @@ class QuantizedLinear(nn.Module):
             self.weight_scale,
             self.weight_zero_point,
             self.scheme.group_size,
-            self.shared_up,
-            self.routed_up,
+            _factor(self, "shared_up"),
+            _factor(self, "routed_up"),
             self.bias,
         )
 
