@@ -171,3 +171,13 @@ class GroupRecord:
     tokens."""
     expert_use: dict[str, list[float]] = field(default_factory=dict)
     """By modality name: share of tokens that each routed expert serves."""
+    oracle_error: dict[str, float] = field(default_factory=dict)
+    """As `error`, if each token had the expert that leaves it the smallest error; empty without routed experts."""
+    important_tokens: dict[str, list[list[int]]] = field(default_factory=dict)
+    """By modality name: the important channels of a few tokens, as places in the order of `channel_frequency`."""
+    base_flops: int = 0
+    """Operations a token takes in the integer base (see checkpoint/costs.py)."""
+    repair_flops: int = 0
+    """The same of smoothing, rotation, experts and router."""
+    token_bytes: int = 0
+    """Bytes read for one token in decoding."""

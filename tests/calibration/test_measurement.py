@@ -70,6 +70,11 @@ def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
         assert record.rtn_error[name] == pytest.approx(relative(seen @ base.T, rows), rel=1e-3), name
         use = [float((chosen[rows] == e).float().mean()) for e in range(EXPERTS)]
         assert record.expert_use[name] == pytest.approx(use, abs=1e-6)
+    best = seen @ base.T + x.double() @ down.double().T @ (up * 0.01).half().double().T
+    tried = [best + x.double() @ d.double().T @ u.double().T for u, d in zip(routed_up, routed_down, strict=True)]
+    least = torch.stack([(output - exact).square().sum(1) for output in tried]).amin(0)
+    assert record.oracle_error["all"] == pytest.approx(float(least.sum() / exact.square().sum()), rel=1e-3)
+    assert record.oracle_error["image"] <= record.error["image"]
     counts = torch.zeros(K)
     for row in x.abs().topk(4, dim=1).indices:
         counts[row] += 1
@@ -77,4 +82,9 @@ def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
         (counts.sort(descending=True).values / 90).tolist(), abs=1e-6
     )
     assert record.linears == ("layers.3.a.q", "layers.3.a.k") and record.shape == (16, K)
+    order = counts.argsort(descending=True, stable=True).tolist()
+    shown = record.important_tokens["text"]
+    assert len(shown) == 30 and record.important_tokens.keys() == {"text", "image"}
+    assert {order[place] for place in shown[1]} == set(x[3].abs().topk(4).indices.tolist())
+    assert record.base_flops == 2 * 16 * K and record.repair_flops > 0 and record.token_bytes > 0
     assert record.weights == 16 * K and record.tokens == 90 and "answer" not in record.error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_experts.artifacts import GroupRecord, GroupStatistics, Modality, QuantizedGroup
+from quant_experts.checkpoint.costs import token_cost
 from quant_experts.checkpoint.schema import group_stored_bits
 from quant_experts.checkpoint.tensors import describe_group, group_state
 from quant_experts.config import Scheme
@@ -15,6 +16,8 @@ from quant_experts.runtime.modules import QuantizedLinear, install_groups
 
 CURVE_POINTS = 512
 """Longest channel-frequency curve that a record keeps."""
+SHOWN_TOKENS = 32
+"""Tokens of each modality whose important channels a record keeps."""
 
 
 def measure_group(
@@ -36,6 +39,7 @@ def measure_group(
     output = torch.cat([module(x) for module in modules], dim=1)
     plain_output = torch.cat([module(x) for module in _modules(plain, rows, scheme, weight.device)], dim=1)
     spec = describe_group(group)
+    cost = token_cost(spec, scheme, tuple(rows), weight.shape[1])
     return GroupRecord(
         linears=tuple(f"{prefix}.{name}" for name in group.linears),
         tokens=statistics.tokens,
@@ -46,6 +50,11 @@ def measure_group(
         rtn_error=_relative_error(plain_output, exact, statistics.reservoir_modality),
         channel_frequency=_frequency_curves(statistics),
         expert_use=_expert_use(modules[0], x, statistics.reservoir_modality) if group.routed else {},
+        oracle_error=_oracle_error(modules, x, output, exact, statistics.reservoir_modality) if group.routed else {},
+        important_tokens=_important_tokens(statistics),
+        base_flops=cost.base_flops,
+        repair_flops=cost.repair_flops,
+        token_bytes=cost.bytes,
     )
 
 
@@ -68,7 +77,12 @@ def _modules(group: QuantizedGroup, rows: Sequence[int], scheme: Scheme, device:
 
 def _relative_error(output: Tensor, exact: Tensor, modality: Tensor) -> dict[str, float]:
     """sum |output - exact|^2 / sum |exact|^2 over the tokens of each modality that occurs, and over all."""
-    error = (output - exact).double().square().sum(dim=1).cpu()
+    return _shares((output - exact).double().square().sum(dim=1), exact, modality)
+
+
+def _shares(error: Tensor, exact: Tensor, modality: Tensor) -> dict[str, float]:
+    """Squared errors (S,) float64 of the tokens as a share of sum |exact|^2, for each modality that occurs and all."""
+    error = error.cpu()
     size = exact.double().square().sum(dim=1).cpu()
     result = {"all": float(error.sum() / size.sum().clamp_min(1e-300))}
     for kind in Modality:
@@ -78,12 +92,60 @@ def _relative_error(output: Tensor, exact: Tensor, modality: Tensor) -> dict[str
     return result
 
 
+def _oracle_error(
+    modules: Sequence[QuantizedLinear], x: Tensor, output: Tensor, exact: Tensor, modality: Tensor
+) -> dict[str, float]:
+    """The error if each token were routed to the expert that serves it best: what a perfect router could reach.
+
+    output (S, N) is what the modules give for x (S, K) with the router's choice, which is taken out first.
+    """
+    from quant_experts.kernels.reference import route, transform
+
+    operands, ups = modules[0].group.operands(), [module.operands().routed_up for module in modules]
+    assert operands.routed_down is not None and operands.router_weight is not None and operands.router_bias is not None
+    downs, z = operands.routed_down, transform(x, operands)
+
+    def correction(expert: int) -> Tensor:
+        up = torch.cat([factor[expert].float() for factor in ups if factor is not None])
+        return z @ downs[expert].float().T @ up.T
+
+    chosen = route(z, operands.router_weight, operands.router_bias)
+    left = output - exact
+    for e in range(len(downs)):
+        left[chosen == e] -= correction(e)[chosen == e]
+    best = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    for e in range(len(downs)):
+        best = torch.minimum(best, (left + correction(e)).double().square().sum(dim=1))
+    return _shares(best, exact, modality)
+
+
+def _frequency_order(statistics: GroupStatistics) -> tuple[Tensor, Tensor]:
+    """How many tokens each channel is important for (K,), and the channels by that, most often first (K,)."""
+    counts = torch.bincount(statistics.important.flatten().long(), minlength=len(statistics.mean_abs))
+    return counts, counts.argsort(descending=True, stable=True)
+
+
+def _important_tokens(statistics: GroupStatistics) -> dict[str, list[list[int]]]:
+    """Important channels of up to SHOWN_TOKENS tokens of each modality, evenly spaced, as places in the frequency
+    order; those past CURVE_POINTS are left out."""
+    _, order = _frequency_order(statistics)
+    place = order.argsort()
+    result = {}
+    for kind in Modality:
+        tokens = (statistics.modality == kind).nonzero()[:, 0]
+        if len(tokens):
+            picked = tokens[torch.linspace(0, len(tokens) - 1, min(SHOWN_TOKENS, len(tokens))).long()]
+            places = place[statistics.important[picked].long()].sort(dim=1).values
+            result[kind.name.lower()] = [[p for p in row if p < CURVE_POINTS] for row in places.tolist()]
+    return result
+
+
 def _frequency_curves(statistics: GroupStatistics) -> dict[str, list[float]]:
     """Share of the tokens of each modality for which a channel is important; channels by their share over all
     tokens."""
     width = len(statistics.mean_abs)
-    counts = torch.bincount(statistics.important.flatten().long(), minlength=width)
-    order = counts.argsort(descending=True, stable=True)[:CURVE_POINTS]
+    counts, order = _frequency_order(statistics)
+    order = order[:CURVE_POINTS]
     curves = {"all": (counts[order] / max(1, statistics.tokens)).tolist()}
     for kind in Modality:
         chosen = statistics.modality == kind
