@@ -6,10 +6,26 @@ by one low-rank correction that is optimal for the calibration tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from quant_experts.artifacts import LowRankExpert
+from quant_experts.artifacts import GroupStatistics, LowRankExpert
 from quant_experts.experts.low_rank import fit_low_rank
+
+MOMENTS: dict[str, Callable[[GroupStatistics], Tensor]] = {
+    "moment": lambda statistics: statistics.second_moment,
+    "rms": lambda statistics: statistics.second_moment.diagonal().clamp_min(0),
+    "mean_abs": lambda statistics: statistics.max_mean_abs.square(),
+}
+"""By `Recipe.shared`: the second moments of x (K, K), or their stand-in on the diagonal (K,), that a correction is
+fitted to; each method's SVD of error @ S is `fit_low_rank` with S S^T.
+
+- "moment": S = E[x x^T]^(1/2), QERA exact (Zhang et al., ICLR 2025, theorem 1) and ASER's whitening.
+- "rms": S = diag(sqrt(E[x_j^2])), QERA approx (theorem 2).
+- "mean_abs": S = diag(s), s_j the largest over samples of mean|x_j|, L2QER (Zhang et al., ICML 2024). Its division of s
+  by sqrt(min * max) scales the objective as a whole, which changes no optimum, and is left out.
+"""
 
 
 def without_channels(weight: Tensor, channels: Tensor) -> Tensor:
@@ -24,8 +40,8 @@ def fit_shared_expert(
 ) -> LowRankExpert:
     """Whitened SVD of error = W_scaled - Q(W_s) (N, K) for inputs x/m. -> rank-r expert on x/m, float64.
 
-    moment (K, K) is that of x, before smoothing. The error is brought to x instead of the moment to x/m, which is the
-    same (docs/math.md) and needs no second matrix of K x K.
+    moment (K, K), or (K,) for a diagonal one (`MOMENTS`), is that of x, before smoothing. The error is brought to x
+    instead of the moment to x/m, which is the same (docs/math.md) and needs no second matrix of K x K.
     """
     if smooth_scale is None:
         return fit_low_rank(error, moment, rank, seed=seed)
