@@ -54,10 +54,16 @@ class BlockStream:
         batches: Sequence[CalibrationBatch],
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        differentiable: bool = False,
     ) -> None:
+        """differentiable: tensors can take part in a graph, and what the model runs between blocks is recorded in one
+        (`resume`); else passes run in inference mode."""
         self.skeleton: Skeleton = load_skeleton(folder, model_class, config, dtype, _pause)
         self.device, self.dtype = device, dtype
         self.batches = batches
+        self._quiet = torch.no_grad if differentiable else torch.inference_mode
+        self._between = torch.enable_grad if differentiable else torch.inference_mode
         self._passes = [greenlet(self._forward) for _ in batches]
         self._calls: list[BlockCall] = []
         self.outputs: list[Any] = [None] * len(batches)
@@ -76,7 +82,7 @@ class BlockStream:
         """Block indices in order, with every sample paused in front of that block. Call `advance` before asking for the
         next."""
         try:
-            with torch.inference_mode():
+            with self._quiet():
                 self._calls = [one.switch(batch) for one, batch in zip(self._passes, self.batches, strict=True)]
             if self._encoder is not None:
                 self._encoder.to("cpu")  # all samples are past it
@@ -93,8 +99,8 @@ class BlockStream:
     def run(self, block: nn.Module) -> Iterator[int]:
         """Run each sample through the block in turn, yielding its index after each; outputs are dropped."""
         for i, call in enumerate(self._calls):
-            with torch.inference_mode():
-                block(*_to(call.args, self.device), **_to(call.kwargs, self.device))
+            with self._quiet():
+                self.call_block(block, call)
             yield i
 
     def advance(self, block: nn.Module, *, finish: bool = False) -> None:
@@ -106,13 +112,28 @@ class BlockStream:
         if last and not finish:
             return
         for i, call in enumerate(self._calls):
-            with torch.inference_mode():
-                output = _to(block(*_to(call.args, self.device), **_to(call.kwargs, self.device)), torch.device("cpu"))
-                result = self._passes[i].switch(output)
+            with self._quiet():
+                output = to_device(self.call_block(block, call), torch.device("cpu"))
+            result = self.resume(i, output)
             if last:
                 self.outputs[i] = result
-            else:
-                self._calls[i] = result
+
+    def call_block(self, block: nn.Module, call: BlockCall) -> Any:
+        """The block's output for a call, both on the device."""
+        return block(*to_device(call.args, self.device), **to_device(call.kwargs, self.device))
+
+    def resume(self, sample: int, output: Any) -> Any:
+        """Give a sample its block's output, on the host. -> its call of the next block, or the model's own output."""
+        with self._between():
+            result = self._passes[sample].switch(output)
+        if isinstance(result, BlockCall):
+            self._calls[sample] = result
+        return result
+
+    @property
+    def calls(self) -> Sequence[BlockCall]:
+        """What each sample waits for."""
+        return self._calls
 
     @property
     def index(self) -> int:
@@ -147,6 +168,6 @@ def _pause(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return driver.switch(BlockCall(index, args, kwargs))
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """Move every tensor of a nested structure."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
