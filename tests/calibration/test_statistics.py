@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from small_runs import block_stream, small_batches
 from torch import Tensor, nn
 
-from quant_experts.calibration.statistics import _Collector, collect_statistics, find_groups
+from quant_experts.artifacts import CalibrationBatch
+from quant_experts.calibration.statistics import collect_statistics, find_groups
 
 
-def collector(width: int) -> _Collector:
-    zeros = torch.zeros(width, dtype=torch.float64)
-    return _Collector(torch.ones(width), 1, {}, zeros.clone(), zeros.outer(zeros), zeros.clone(), zeros.clone())
+class Readings:
+    """A stream whose block is one linear that reads the given samples."""
+
+    device, index = torch.device("cpu"), 0
+
+    def __init__(self, samples: list[Tensor]) -> None:
+        self.samples = samples
+        self.batches = [
+            CalibrationBatch({"input_ids": torch.zeros(1, len(x))}, torch.zeros(len(x), dtype=torch.int8))
+            for x in samples
+        ]
+
+    def run(self, block: nn.Module) -> Iterator[int]:
+        for i, x in enumerate(self.samples):
+            block(x)
+            yield i
 
 
 def test_maxima_of_unequal_samples() -> None:
-    found = collector(3)
+    """A sample without tokens counts for nothing, a held-out one neither."""
     samples = [torch.tensor([[1.0, -8.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0], [4.0, 1.0, 0.0]]), torch.zeros(0, 3)]
-    for i, x in enumerate(samples):
-        found.add(x, torch.zeros(len(x), dtype=torch.int8), i, held_out=False)
-    found.add(torch.full((1, 3), 99.0), torch.zeros(1, dtype=torch.int8), 3, held_out=True)
-    assert found.absmax.tolist() == [4, 8, 0]
-    assert found.max_mean_abs.tolist() == [3, 8, 0]
+    stream: Any = Readings([*samples, torch.full((1, 3), 99.0)])
+    block = nn.Sequential(nn.Linear(3, 2))
+    found = collect_statistics(stream, block, [("0",)], important_channels=1, held_out=frozenset({3}), seed=0)
+    assert found[("0",)].absmax.tolist() == [4, 8, 0]
+    assert found[("0",)].max_mean_abs.tolist() == [3, 8, 0]
+    assert found[("0",)].mean_abs.tolist() == [7 / 3, 10 / 3, 0]
 
 
 def test_sums_and_maxima_leave_held_out_samples_out(tiny: Callable[..., Path]) -> None:
