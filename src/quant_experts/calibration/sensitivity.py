@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quant_experts.artifacts import CalibrationBatch, Modality
 from quant_experts.calibration.statistics import block_linears
-from quant_experts.calibration.streaming import BlockCall, BlockStream, to_device
+from quant_experts.calibration.streaming import BlockCall, BlockStream, hidden_state, to_device
 from quant_experts.errors import QuantExpertsError
 
 SENSITIVITY_SAMPLES = 32
@@ -97,7 +97,7 @@ def _forward(stream: BlockStream) -> tuple[list[list[_Entry]], list[Tensor]]:
         for i, call in enumerate(calls):
             with torch.no_grad():
                 output = to_device(stream.call_block(block, call), HOST)
-            hidden = left[i] = _hidden_state(output).requires_grad_()
+            hidden = left[i] = hidden_state(output).requires_grad_()
             result = stream.resume(i, output)
             if not isinstance(result, BlockCall):
                 gradients += torch.autograd.grad(answer_loss(result.logits, stream.batches[i]), hidden)
@@ -110,7 +110,7 @@ def _through_block(
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """From the gradient of a block's output to that of the output of the block before (or of the first block's input),
     and those of its branches' outputs by name, once a run."""
-    entered = _hidden_state((entry.call.args, entry.call.kwargs))
+    entered = hidden_state((entry.call.args, entry.call.kwargs))
     leaves, structure = tree_flatten((entry.call.args, entry.call.kwargs))
     inputs = [leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     hidden = inputs[next(i for i, leaf in enumerate(leaves) if leaf is entered)].requires_grad_()
@@ -120,23 +120,17 @@ def _through_block(
         for name in branch_names(block):
 
             def watch(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                outputs.append((name, _hidden_state(output)))
+                outputs.append((name, hidden_state(output)))
 
             hooks.callback(block.get_submodule(name).register_forward_hook(watch).remove)
         with torch.enable_grad():
-            final = _hidden_state(block(*args, **kwargs))
+            final = hidden_state(block(*args, **kwargs))
     names, tensors = [name for name, _ in outputs], [tensor for _, tensor in outputs]
     inward, *found = torch.autograd.grad(final, [hidden, *tensors], gradient.to(device), materialize_grads=True)
     inward = inward.to(HOST)
     if entry.left is not None:
         inward = torch.autograd.grad(entered, entry.left, inward)[0]
     return inward, list(zip(names, found, strict=True))
-
-
-def _hidden_state(value: Any) -> Tensor:
-    """Of a nested structure the first tensor with a gradient, or else the first floating-point one."""
-    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return next((tensor for tensor in tensors if tensor.requires_grad), tensors[0])
 
 
 def _by_modality(gradient: Tensor, modality: Tensor) -> Tensor:

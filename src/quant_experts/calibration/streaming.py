@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quant_experts.artifacts import CalibrationBatch
 from quant_experts.calibration.skeleton import Skeleton, load_skeleton
@@ -171,3 +171,9 @@ def _pause(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def to_device(value: Any, device: torch.device) -> Any:
     """Move every tensor of a nested structure."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+
+
+def hidden_state(value: Any) -> Tensor:
+    """Of a nested structure the first tensor with a gradient, or else the first floating-point one."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return next((tensor for tensor in tensors if tensor.requires_grad), tensors[0])
