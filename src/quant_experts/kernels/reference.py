@@ -1,7 +1,7 @@
 """The oracle: each operation as plainly as PyTorch can say it, on any device. Other backends are tested against it.
 
-`y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x/m), H a rotation or nothing, e chosen by
-the router. The integer product is exact.
+`y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x/m), H a rotation or nothing, e chosen
+by the router. The integer product is exact.
 A token that holds NaN or infinity gets NaN outputs, and no other token is touched.
 """
 
@@ -29,7 +29,8 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     largest = 2 ** (bits - 1) - 1
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     finite = absmax.isfinite()
-    scale = torch.where(finite & (absmax > 0), absmax / largest, torch.ones_like(absmax))
+    quotient = absmax / torch.full_like(absmax, largest)  # by a plain number CUDA would multiply with 1 / largest
+    scale = torch.where(finite & (absmax > 0), quotient, torch.ones_like(absmax))
     # absmax / largest underflows to 0 for the smallest subnormal numbers; such a token is a zero token.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = torch.where(finite, x / scale, torch.zeros_like(x)).round_().clamp_(-largest - 1, largest).to(torch.int8)
@@ -54,18 +55,19 @@ def smooth(x: Tensor, smooth_scale: Tensor | None) -> Tensor:
 
 @cache
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """The (size, size) symmetric orthogonal matrix of +-1 / sqrt(size), Sylvester's, float32; size is a power of two."""
+    """Sylvester's (size, size) symmetric orthogonal matrix of +-1 / sqrt(size), float32; size is a power of two."""
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    normalised: Tensor = matrix / size**0.5
+    return normalised
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
     """Mix each run of `block` input channels by a Hadamard matrix: x (..., K) -> (..., K), x itself if block is 0.
 
-    The rotation is its own inverse and spreads a large channel over its block (QuaRot's online rotation, in blocks). The
-    order of its float32 sums is free, so that codes of two backends may differ by one where a value lies on a tie.
+    The rotation is its own inverse and spreads a large channel over its block (QuaRot's online rotation, in blocks).
+    The order of its float32 sums is free, so that codes of two backends may differ by one where a value lies on a tie.
     """
     if not block:
         return x
