@@ -194,7 +194,18 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(name="rtn"),
+        Recipe(name="smoothquant", smoothing="smoothquant"),
+        Recipe(name="awq", smoothing="awq"),
+        Recipe(name="mbq", smoothing="mbq"),
         Recipe(name="gptq", base="gptq"),
+        # Static adapters, per linear as published: rank 32 at 4 bits, 64 at 3 bits (LQER, QERA).
+        Recipe(name="lqer", shared="mean_abs", shared_rank=32, group_inputs=False),
+        Recipe(name="lqer-r64", shared="mean_abs", shared_rank=64, group_inputs=False),
+        Recipe(name="qera-approx", shared="rms", shared_rank=32, group_inputs=False),
+        Recipe(name="qera-approx-r64", shared="rms", shared_rank=64, group_inputs=False),
+        Recipe(name="qera", shared="moment", shared_rank=32, group_inputs=False),
+        Recipe(name="qera-r64", shared="moment", shared_rank=64, group_inputs=False),
+        Recipe(name="svdquant", smoothing="smoothquant", shared="principal", shared_rank=32),
         Recipe(name="aser", smoothing="exempt", exempt="magnitude", shared_rank=64),
         Recipe(
             name="paper", smoothing="exempt", exempt="frequency", shared_rank=32, routed_rank=32, group_inputs=False
