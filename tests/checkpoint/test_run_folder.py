@@ -339,3 +339,15 @@ def test_an_output_where_nothing_may_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(QuantExpertsError, match="Cannot write"), RunFolder(tmp_path / "file" / "out", SETTINGS):
         pass
+
+
+def test_what_is_remembered_is_computed_once_and_gone_with_the_run(source: Path, output: Path) -> None:
+    values = {"block.0": {"mlp": 0.1 + 0.2}}
+    with RunFolder(output, SETTINGS) as run:
+        assert run.remember("weights", lambda: values) == values
+    with RunFolder(output, SETTINGS) as run:
+        assert run.remember("weights", lambda: {"computed": "again"}) == values
+        with pytest.raises(OSError, match="of its own"):
+            run.remember("others", lambda: (_ for _ in ()).throw(OSError("of its own")))
+    whole_run(source, output)
+    assert not list(output.rglob("weights.json"))

@@ -56,10 +56,11 @@ class BlockStream:
         dtype: torch.dtype,
         *,
         differentiable: bool = False,
+        skeleton: Skeleton | None = None,
     ) -> None:
         """differentiable: tensors can take part in a graph, and what the model runs between blocks is recorded in one
-        (`resume`); else passes run in inference mode."""
-        self.skeleton: Skeleton = load_skeleton(folder, model_class, config, dtype, _pause)
+        (`resume`); else passes run in inference mode. skeleton: another stream's, which must not run meanwhile."""
+        self.skeleton: Skeleton = skeleton or load_skeleton(folder, model_class, config, dtype, _pause)
         self.device, self.dtype = device, dtype
         self.batches = batches
         self._quiet = torch.no_grad if differentiable else torch.inference_mode
@@ -82,6 +83,8 @@ class BlockStream:
         """Block indices in order, with every sample paused in front of that block. Call `advance` before asking for the
         next."""
         try:
+            if self._encoder is not None:
+                self._encoder.to(self.device)
             with self._quiet():
                 self._calls = [one.switch(batch) for one, batch in zip(self._passes, self.batches, strict=True)]
             if self._encoder is not None:

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,15 @@ class RunFolder:
                 f"'{path}' of an unfinished run is damaged ({error}): delete '{self.partial}'."
             ) from error
         return tensors, read_json(self._record_file(index))
+
+    def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` gave when this run, interrupted or not, first asked for it: a JSON object."""
+        path = self._run / f"{name}.json"
+        if not path.exists():
+            value = compute()
+            with _disk_errors(self.partial):
+                _write_json(path, value)
+        return read_json(path)
 
     def _record_file(self, index: int) -> Path:
         return self._run / f"block-{index:05d}.json"
