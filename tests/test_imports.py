@@ -13,7 +13,7 @@ import quant_experts
 
 ROOT = Path(quant_experts.__file__).parent
 LAYERS = [
-    *({"cli"}, {"report"}, {"evaluation"}, {"pipeline"}),
+    *({"cli"}, {"report"}, {"evaluation"}, {"pipeline"}, {"group"}),
     {"calibration", "quantizers", "experts"},
     *({"runtime"}, {"checkpoint"}, {"kernels"}, {"artifacts"}, {"config"}, {"errors"}, {"demo"}),
 ]

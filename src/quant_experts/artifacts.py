@@ -76,6 +76,9 @@ class GroupStatistics:
     max_mean_abs: Tensor
     """(K,) float64, the largest over samples of the mean of |x| over a sample's tokens (LQER)."""
 
+    fit_tokens: Tensor | None = None
+    """(F, K) float32, a uniform sample of the tokens behind the sums above, F bounded; None unless asked for."""
+
     @property
     def tokens(self) -> int:
         """T, the number of tokens seen."""

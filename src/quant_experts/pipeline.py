@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,7 @@ from quant_experts.artifacts import (
     CalibrationBatch,
     Event,
     GroupRecord,
-    GroupStatistics,
     QuantizedGroup,
-    QuantizedWeight,
     Sample,
 )
 from quant_experts.calibration.batches import count_tokens, make_batches
@@ -37,13 +35,10 @@ from quant_experts.checkpoint.run_folder import RunFolder
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
 from quant_experts.checkpoint.source import TensorFiles, spot_check, weight_files
 from quant_experts.checkpoint.tensors import describe_group, group_state
-from quant_experts.config import QuantizationConfig, Recipe, Scheme
+from quant_experts.config import QuantizationConfig
 from quant_experts.errors import QuantExpertsError
-from quant_experts.experts.importance import channel_counts, magnitude_channels, partition_channels, smoothing_scale
-from quant_experts.experts.routed import cluster_channels, co_importance, fit_routed_experts
-from quant_experts.experts.router import fit_router
-from quant_experts.experts.shared import fit_shared_expert, without_channels
-from quant_experts.quantizers.rtn import dequantize, quantize_rtn
+from quant_experts.group import fit_tokens_needed, quantize_group, split_rows
+from quant_experts.quantizers.rtn import quantize_rtn
 from quant_experts.runtime.loading import check_device, default_dtype, model_class, read_config, resolve
 from quant_experts.runtime.modules import install_groups
 from quant_experts.runtime.processor import load_processor
@@ -230,6 +225,7 @@ class _Run:
             important_channels=recipe.important_channels,
             held_out=self.held_out,
             seed=seed,
+            fit_tokens=fit_tokens_needed(recipe),
         )
         linears = block_linears(block)
         tensors: dict[str, Tensor] = {}
@@ -243,7 +239,7 @@ class _Run:
                 names, rows, weight, statistics[names], self.config.scheme, recipe, seed=seed, where=where
             )
             specs.append(describe_group(group))
-            plain = QuantizedGroup(names, _split_rows(quantize_rtn(weight, self.config.scheme), rows))
+            plain = QuantizedGroup(names, split_rows(quantize_rtn(weight, self.config.scheme), rows))
             records.append(measure_group(group, plain, weight, rows, statistics.pop(names), self.config.scheme, prefix))
             events += found
             tensors |= group_state(group)
@@ -255,72 +251,6 @@ class _Run:
             file_prefix=file_prefix,
         )
         return {f"{file_prefix}.{name}": value for name, value in tensors.items()} | rest, record
-
-
-def quantize_group(
-    names: tuple[str, ...],
-    rows: Sequence[int],
-    weight: Tensor,
-    statistics: GroupStatistics,
-    scheme: Scheme,
-    recipe: Recipe,
-    *,
-    seed: int,
-    where: str,
-) -> tuple[QuantizedGroup, list[Event]]:
-    """The method on one input group (paper steps 1 to 5): weight (N, K) float32 stacked over linears of `rows` outputs
-    each.
-
-    Returns the group and events for what could not be done as configured.
-    """
-    events: list[Event] = []
-    exempt, dependent = _choose_channels(weight, statistics, recipe)
-    smooth_scale = None
-    if recipe.smoothing == "exempt" and not scheme.weight_only:
-        smooth_scale = smoothing_scale(statistics.mean_abs, exempt)
-        weight = weight * smooth_scale
-    base = quantize_rtn(without_channels(weight, exempt), scheme)
-    group = QuantizedGroup(names, _split_rows(base, rows), smooth_scale)
-    if not recipe.shared_rank and not recipe.routed_rank:
-        return group, events
-    residual = (weight - dequantize(base)).double()
-    if recipe.shared_rank:
-        group.shared = fit_shared_expert(
-            residual, statistics.second_moment, smooth_scale, recipe.shared_rank, seed=seed
-        )
-        residual -= group.shared.up @ group.shared.down
-    experts = min(recipe.num_experts, len(dependent)) if recipe.routed_rank else 0
-    if recipe.routed_rank and experts < recipe.num_experts:
-        events.append(Event(where, f"only {len(dependent)} token-dependent channels: {experts} routed experts"))
-    if experts:
-        labels, events_here = cluster_channels(co_importance(statistics, dependent), experts, seed=seed, where=where)
-        events += events_here
-        rms = statistics.second_moment.diagonal().clamp_min(0).sqrt()
-        if smooth_scale is not None:
-            rms = rms / smooth_scale
-        group.routed = fit_routed_experts(residual, rms, dependent, labels, experts, recipe.routed_rank, seed=seed)
-        group.router = fit_router(residual, group.routed)
-    return group, events
-
-
-def _choose_channels(weight: Tensor, statistics: GroupStatistics, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """C_s, the exempt channels, and C_r, those that routed experts are clustered from."""
-    width = weight.shape[1]
-    k = min(recipe.important_channels, width)
-    exempt, dependent = partition_channels(channel_counts(statistics), k, k * recipe.num_experts)
-    if recipe.exempt == "none":
-        exempt = exempt[:0]
-    elif recipe.exempt == "magnitude":
-        exempt = magnitude_channels(statistics, weight.abs().mean(dim=0), k)
-    return exempt, dependent
-
-
-def _split_rows(base: QuantizedWeight, rows: Sequence[int]) -> tuple[QuantizedWeight, ...]:
-    """A stacked quantized weight, cut into its linears."""
-    sizes = list(rows)
-    zeros = [None] * len(sizes) if base.zero_point is None else base.zero_point.split(sizes)
-    parts = zip(base.codes.split(sizes), base.scale.split(sizes), zeros, strict=True)
-    return tuple(replace(base, codes=codes, scale=scale, zero_point=zero) for codes, scale, zero in parts)
 
 
 def _with_prefix(spec: GroupSpec, prefix: str) -> GroupSpec:

@@ -14,7 +14,8 @@ from quant_experts.artifacts import (
 )
 from quant_experts.calibration.measurement import measure_group
 from quant_experts.config import Scheme
-from quant_experts.quantizers.rtn import dequantize, quantize_rtn
+from quant_experts.quantizers.grids import dequantize
+from quant_experts.quantizers.rtn import quantize_rtn
 
 K, ROWS, RANK, EXPERTS = 40, (6, 10), 2, 3
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from quant_experts.config import Scheme
-from quant_experts.quantizers.rtn import dequantize, quantize_rtn
+from quant_experts.quantizers.grids import dequantize
+from quant_experts.quantizers.rtn import quantize_rtn
 
 TIE = 1e-4
 SHAPES = [(1, 1), (5, 1), (1, 7), (4, 128), (3, 300), (2, 129)]

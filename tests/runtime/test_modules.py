@@ -15,7 +15,8 @@ from quant_experts.checkpoint.tensors import describe_group, group_state
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.operands import GroupOperands, Prepared
-from quant_experts.quantizers.rtn import dequantize, quantize_rtn
+from quant_experts.quantizers.grids import dequantize
+from quant_experts.quantizers.rtn import quantize_rtn
 from quant_experts.runtime import modules
 from quant_experts.runtime.modules import QuantizedLinear, install_groups, swap_linears
 

@@ -17,6 +17,7 @@ from quant_experts.calibration.streaming import BlockStream
 from quant_experts.errors import QuantExpertsError
 
 RESERVOIR_TOKENS = 2048
+"""Most held-out tokens that errors are measured on."""
 MOMENT_ROWS = 512
 """Rows of a second moment that are updated at once: bounds the float32 product beside the float64 sum."""
 
@@ -66,7 +67,9 @@ class _Collector:
     """(K,) float32, mean over rows of |W|"""
     k: int
     keep: dict[int, Tensor]
-    """sample index -> rows of that sample to keep in the reservoir"""
+    """held-out sample -> its rows to keep in the reservoir"""
+    fit: dict[int, Tensor]
+    """sample that is not held out -> its rows to keep among the tokens to fit to"""
     abs_sum: Tensor
     moment_sum: Tensor
     absmax: Tensor
@@ -75,15 +78,17 @@ class _Collector:
     modality: list[Tensor] = field(default_factory=list)
     reservoir: list[Tensor] = field(default_factory=list)
     reservoir_modality: list[Tensor] = field(default_factory=list)
+    fit_tokens: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, modality: Tensor, sample: int, *, held_out: bool) -> None:
         """x (T, K) of one sample."""
         x = x.float()
         if sample in self.keep:
-            rows = self.keep[sample]
-            rows = rows[rows < len(x)]  # a layer may see fewer tokens than the sequence has
+            rows = _existing(self.keep[sample], x)
             self.reservoir.append(x[rows.to(x.device)].cpu())
             self.reservoir_modality.append(modality[rows])
+        if sample in self.fit:
+            self.fit_tokens.append(x[_existing(self.fit[sample], x).to(x.device)].cpu())
         if held_out or not len(x):
             return
         magnitude = x.abs()
@@ -106,6 +111,7 @@ class _Collector:
             modality=modality,
             reservoir=torch.cat(self.reservoir),
             reservoir_modality=torch.cat(self.reservoir_modality),
+            fit_tokens=torch.cat(self.fit_tokens) if self.fit_tokens else None,
             absmax=self.absmax,
             max_mean_abs=self.max_mean_abs,
         )
@@ -119,16 +125,21 @@ def collect_statistics(
     important_channels: int,
     held_out: frozenset[int],
     seed: int,
+    fit_tokens: int = 0,
 ) -> dict[tuple[str, ...], GroupStatistics]:
     """One pass of all samples through the full-precision block.
 
-    held_out: indices of samples whose tokens go into the reservoir only. Raises `QuantExpertsError` for NaN or infinite
+    held_out: indices of samples whose tokens go into the reservoir only. fit_tokens: how many tokens of the others to
+    keep as they are. Raises `QuantExpertsError` for NaN or infinite
     activations, naming the sample.
     """
     device = stream.device
     linears = block_linears(block)
     lengths = [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
-    keep = _reservoir_rows(lengths, held_out, seed)
+    keep = _sample_rows(lengths, held_out, RESERVOIR_TOKENS, seed)
+    # One sample alone serves both purposes.
+    others = frozenset(range(len(lengths))) - held_out or held_out
+    fit = _sample_rows(lengths, others, fit_tokens, seed)
     collectors: dict[tuple[str, ...], _Collector] = {}
     current: dict[tuple[str, ...], list[Tensor]] = {}
     handles = []
@@ -140,6 +151,7 @@ def collect_statistics(
             channel_weight=(absolute / sum(m.out_features for m in members)).float(),
             k=min(important_channels, width),
             keep=keep,
+            fit=fit,
             abs_sum=torch.zeros(width, dtype=torch.float64, device=device),
             moment_sum=torch.zeros(width, width, dtype=torch.float64, device=device),
             absmax=torch.zeros(width, dtype=torch.float64, device=device),
@@ -160,9 +172,7 @@ def collect_statistics(
                         f"at "
                         f"'{names[0]}': remove the sample, calibrate in float32, or check the model's weights."
                     )
-                # One sample alone serves both purposes.
-                unseen = sample in held_out and len(held_out) < len(stream.batches)
-                collectors[names].add(x, _labels(batch, len(x)), sample, held_out=unseen)
+                collectors[names].add(x, _labels(batch, len(x)), sample, held_out=sample not in others)
             current.clear()
     finally:
         for handle in handles:
@@ -178,12 +188,19 @@ def _labels(batch: CalibrationBatch, tokens: int) -> Tensor:
     return torch.full((tokens,), Modality.TEXT, dtype=torch.int8)
 
 
-def _reservoir_rows(lengths: Sequence[int], held_out: frozenset[int], seed: int) -> dict[int, Tensor]:
-    """Choose at most RESERVOIR_TOKENS held-out tokens uniformly: sample index -> its chosen rows, ascending."""
-    samples = sorted(held_out)
+def _existing(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows that x has: a layer may see fewer tokens than the sequence has."""
+    return rows[rows < len(x)]
+
+
+def _sample_rows(lengths: Sequence[int], chosen_from: frozenset[int], limit: int, seed: int) -> dict[int, Tensor]:
+    """Choose at most `limit` tokens of some samples uniformly: sample index -> its chosen rows, ascending."""
+    if not limit:
+        return {}
+    samples = sorted(chosen_from)
     origin = torch.cat([torch.full((lengths[i],), i) for i in samples])
     row = torch.cat([torch.arange(lengths[i]) for i in samples])
-    chosen = torch.randperm(len(origin), generator=torch.Generator().manual_seed(seed))[:RESERVOIR_TOKENS].sort().values
+    chosen = torch.randperm(len(origin), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
     return {i: row[chosen][origin[chosen] == i] for i in samples}
 
 

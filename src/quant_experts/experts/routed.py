@@ -57,6 +57,12 @@ def cluster_channels(similarity: Tensor, clusters: int, *, seed: int, where: str
     return torch.from_numpy(np.asarray(labels, dtype=np.int64)), events
 
 
+def random_clusters(channels: int, clusters: int, *, seed: int) -> Tensor:
+    """Labels (channels,) int64 of clusters of equal size, drawn at random: a control."""
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
+    return order % clusters
+
+
 def fit_routed_experts(
     residual: Tensor, rms: Tensor, channels: Tensor, labels: Tensor, experts: int, rank: int, *, seed: int
 ) -> RoutedExperts:

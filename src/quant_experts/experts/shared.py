@@ -35,15 +35,11 @@ def without_channels(weight: Tensor, channels: Tensor) -> Tensor:
     return kept
 
 
-def fit_shared_expert(
-    error: Tensor, moment: Tensor, smooth_scale: Tensor | None, rank: int, *, seed: int
-) -> LowRankExpert:
-    """Whitened SVD of error = W_scaled - Q(W_s) (N, K) for inputs x/m. -> rank-r expert on x/m, float64.
+def fit_shared_expert(error: Tensor, moment: Tensor, rank: int, *, seed: int) -> LowRankExpert:
+    """Whitened SVD of error (N, K), as it acts on x. -> rank-r expert on x, float64.
 
-    moment (K, K), or (K,) for a diagonal one (`MOMENTS`), is that of x, before smoothing. The error is brought to x
-    instead of the moment to x/m, which is the same (docs/math.md) and needs no second matrix of K x K.
+    moment (K, K), or (K,) for a diagonal one (`MOMENTS`), is that of x. Where the input is smoothed or rotated, the
+    caller brings the error W' - Q(W') back to x and the expert forth: the same optimum (docs/math.md) without a second
+    matrix of K x K.
     """
-    if smooth_scale is None:
-        return fit_low_rank(error, moment, rank, seed=seed)
-    expert = fit_low_rank(error / smooth_scale, moment, rank, seed=seed)
-    return LowRankExpert(expert.up, expert.down * smooth_scale)
+    return fit_low_rank(error, moment, rank, seed=seed)
