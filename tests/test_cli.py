@@ -36,14 +36,14 @@ def test_version() -> None:
 
 
 def test_every_command_is_covered_here() -> None:
-    assert sorted(COMMANDS) == ["ask", "demo", "eval", "inspect", "quantize"]
+    assert sorted(COMMANDS) == ["ask", "compare", "demo", "eval", "inspect", "quantize"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command: str) -> None:
     text = run(*([command] if command else []), "--help")
     assert "Usage:" in text and command in text
-    documented = ["quantize", "demo", "eval", "ask", "inspect"] if not command else ["--json"]
+    documented = ["quantize", "demo", "compare", "eval", "ask", "inspect"] if not command else ["--json"]
     assert all(word in text for word in documented)
 
 
@@ -139,6 +139,19 @@ def test_demo(tmp_path: Path) -> None:
     written = checkpoint.stat().st_mtime_ns
     assert "rtn" in run("demo", "--output", tmp_path / "demo", *few)
     assert checkpoint.stat().st_mtime_ns == written, "a finished checkpoint is used again"
+
+
+def test_compare_a_model_of_the_users(tiny: Callable[..., Path], samples: Path, tmp_path: Path) -> None:
+    given = ["compare", tiny("qwen2_vl"), "--samples", samples, "--questions", samples, "--device", "cpu"]
+    given += ["--methods", "rtn,aser", "--max-new-tokens", 2, "--output", tmp_path / "out", "--controls", "text-only"]
+    found = json.loads(run(*given, "--json"))
+    assert [row["label"] for row in found["rows"]] == [
+        *("full precision", "rtn W4A6", "aser W4A6", "aser, text-only calibration W4A6")
+    ]
+    assert "--methods rtn,aser" in found["command"] and "--limit" not in found["command"]
+    assert Path(found["report"]).is_file()
+    text = run(*given)
+    assert "Layer errors and what a token costs" in text and "text-only" in text
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from rich.table import Table
 
 from quant_experts import __version__
 from quant_experts.config import MAX_PIXELS, RECIPES
-from quant_experts.errors import QuantExpertsError
+from quant_experts.errors import QuantExpertsError, printable
 
 if TYPE_CHECKING:
     from quant_experts.calibration.memory import MemoryEstimate
+    from quant_experts.evaluation.comparison import Comparison
 
 app = typer.Typer(
     name="quant-experts",
@@ -45,6 +46,9 @@ SchemeOption = Annotated[
     str, typer.Option(help="Weight and activation bits: W4A6, W4A8, W3A16, W4A16g64-sym ... (A16: weights only).")
 ]
 RecipeOption = Annotated[str, typer.Option(help=f"How the error is repaired: {', '.join(RECIPES)}.")]
+ScaleOption = Annotated[
+    bool, typer.Option(help="Scale ranks and channel counts with the model's width (the paper's at width 1536).")
+]
 SeedOption = Annotated[int, typer.Option(help="Makes a run repeatable.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 JsonOption = Annotated[
@@ -68,10 +72,10 @@ def main() -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that rich prints as it is; control characters, which a model may produce, do not reach the terminal."""
+    """Text that rich prints as it is, without control characters."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    return escape(printable(text))
 
 
 def _show_version(value: bool) -> None:
@@ -132,9 +136,7 @@ def quantize(
     limit: Annotated[int, typer.Option(help="Use at most this many samples.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Longest sample in tokens; longer answers are cut.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Scale larger images down to this area.")] = MAX_PIXELS,
-    scale_ranks: Annotated[
-        bool, typer.Option(help="Scale ranks and channel counts with the model's width (the paper's at width 1536).")
-    ] = False,
+    scale_ranks: ScaleOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     strict: Annotated[bool, typer.Option(help="Stop where a layer is left out or a computation falls back.")] = False,
@@ -206,7 +208,7 @@ def _show_estimate(estimate: MemoryEstimate) -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="Where checkpoints and report.html go.")] = Path("demo-output"),
     schemes: Annotated[str, typer.Option(help="Comma-separated schemes.")] = "W4A6",
-    recipes: Annotated[str, typer.Option(help="Comma-separated recipes.")] = "rtn,aser,paper",
+    recipes: Annotated[str, typer.Option(help="Comma-separated recipes.")] = "rtn,aser,paper,quant-experts",
     questions: Annotated[int, typer.Option(help="Score this many questions.")] = 280,
     split: Annotated[str, typer.Option(help="tuning, or test (2,000 questions, to be looked at last).")] = "tuning",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
@@ -216,13 +218,9 @@ def demo(
     """Quantize the bundled vision-language model, ask it questions before and after, and write a report. Needs no
     network."""
     from quant_experts.evaluation.demo import run_demo
-    from quant_experts.report.answers import same_answer
     from quant_experts.report.html import load_renderer, write_report
-    from quant_experts.report.text import comparison_json, comparison_tables
 
     load_renderer()  # missing libraries are better noticed now than after minutes of work
-    options = [f"--schemes {schemes}", f"--recipes {recipes}", f"--questions {questions}", f"--split {split}"]
-    command = " ".join(["quant-experts demo", *options, f"--samples {samples}", f"--seed {seed}"])
     with _bar("Demo", quiet=as_json) as progress:
         comparison = run_demo(
             output,
@@ -232,23 +230,76 @@ def demo(
             split=split,
             samples=samples,
             seed=seed,
-            command=command,
             progress=progress,
         )
-    report = write_report(comparison, output / "report.html")
-    result = comparison_json(comparison) | {"report": str(report)}
+    _show_comparison(comparison, write_report(comparison, output / "report.html"), as_json=as_json)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Folder or Hugging Face name of the model, or demo.")],
+    methods: Annotated[str, typer.Option(help=f"Comma-separated recipes: {', '.join(RECIPES)}.")] = (
+        "rtn,gptq,aser,paper,quant-experts"
+    ),
+    schemes: Annotated[str, typer.Option(help="Comma-separated schemes.")] = "W4A6",
+    samples: Annotated[str | None, typer.Option(help="Calibration samples, as for quantize; demo has its own.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="JSONL of questions, as for eval; demo has its own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score at most this many questions; demo: 280 unless told.")] = None,
+    sample_limit: Annotated[int, typer.Option(help="Calibrate with at most this many samples.")] = 128,
+    split: Annotated[str, typer.Option(help="Of demo's questions: tuning, or test, to be looked at last.")] = "tuning",
+    controls: Annotated[
+        str, typer.Option(help="Comma-separated controls, or all (listed in docs/scoreboard.md).")
+    ] = "",
+    control_of: Annotated[str | None, typer.Option(help="Controls of this method; the first with experts.")] = None,
+    scale_ranks: ScaleOption = True,
+    output: Annotated[Path, typer.Option(help="Where all goes; repeat the call to go on.")] = Path("compare-output"),
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model by several methods and schemes and put them on one scoreboard: accuracy, bits, operations, time.
+
+    Example: `quant-experts compare demo --schemes W4A6,W4A8 --controls all`
+    """
+    from quant_experts.evaluation.scoreboard import run_comparison
+    from quant_experts.report.html import load_renderer, write_report
+
+    load_renderer()  # missing libraries are better noticed now than after minutes of work
+    with _bar("Comparing", quiet=as_json) as progress:
+        comparison = run_comparison(
+            model,
+            output,
+            methods=methods.split(","),
+            schemes=schemes.split(","),
+            controls=controls.split(",") if controls else [],
+            control_of=control_of,
+            scale_with_width=scale_ranks,
+            seed=seed,
+            progress=progress,
+            samples=samples,
+            questions=questions,
+            sample_limit=sample_limit,
+            question_limit=limit,
+            split=split,
+            device=device,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        )
+    _show_comparison(comparison, write_report(comparison, output / "report.html"), as_json=as_json)
+
+
+def _show_comparison(comparison: Comparison, report: Path, *, as_json: bool) -> None:
+    """Tables, or one JSON object."""
+    from quant_experts.report.text import comparison_json, comparison_tables
+
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(comparison_json(comparison) | {"report": str(report)}))
         return
     for table in comparison_tables(comparison):
         console.print(table)
-    for example in comparison.answers:
-        table = Table("who", "answer", title=_plain(example.question), title_justify="left")
-        table.add_row("reference", _plain(example.reference))
-        for who, answer in example.answers.items():
-            table.add_row(who, _plain(answer), style=None if same_answer(answer, example.reference) else "red")
-        console.print(table)
-    console.print(f"Report with figures: [bold]{_plain(str(report))}[/]")
+    console.print(f"Report with figures: [bold]{_plain(str(report))}[/]", soft_wrap=True)
 
 
 @app.command("eval")

@@ -8,3 +8,8 @@ exception is a bug of ours and keeps its traceback.
 
 class QuantExpertsError(Exception):
     """A problem in the input or the environment, described in one sentence that says what to do."""
+
+
+def printable(text: str) -> str:
+    """The text for a terminal, without control characters: a model may produce them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -53,6 +53,12 @@ def rows(schemes: tuple[str, ...] = ("W4A6",), methods: tuple[str, ...] = tuple(
                     seconds,
                     int(4.1e8 + 1e7 * seconds),
                     12.5,
+                    layer_error=error,
+                    oracle_layer_error=0.8 * error if method == "paper" else None,
+                    base_flops=18_000_000,
+                    repair_flops=int(1.2e6 * (bits - 4)),
+                    token_bytes=int(9e6 * min(bits, 5.2) / 8),
+                    over_rtn={"accuracy": score(0.874 * (kept - 0.86), 0.01)} if method != "rtn" else {},
                 )
             )
     return tuple(result)
@@ -85,6 +91,12 @@ def records(factor: float, blocks: int = 12, routed: bool = True, image: bool = 
                     rtn_error={"all": plain, **{k: plain * (1 + 0.3 * i) for i, k in enumerate(kinds)}},
                     channel_frequency=frequency,
                     expert_use=use,
+                    important_tokens={
+                        kind: [
+                            sorted({min(rng.randrange(160), rng.randrange(160)) for _ in range(24)}) for _ in range(30)
+                        ]
+                        for kind in kinds
+                    },
                 )
             )
     return tuple(result)

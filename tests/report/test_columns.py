@@ -50,7 +50,7 @@ def test_values_without_intervals_are_tied_only_if_equal() -> None:
 
 def test_units() -> None:
     assert [duration(3.14), duration(600), duration(9000)] == ["3.1 s", "10.0 min", "2.5 h"]
-    assert [size(12), size(2_000), size(3.5e6), size(1.5e9)] == ["12 B", "2 kB", "4 MB", "1.50 GB"]
+    assert [size(12), size(2_000), size(3.5e6), size(1.5e9)] == ["12 B", "2.00 kB", "3.50 MB", "1.50 GB"]
     assert [small_number(v) for v in (0.03, 123.4, 1e-5, 0.0)] == ["0.0300", "123", "1.00e-05", "0.00"]
 
 

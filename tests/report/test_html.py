@@ -94,7 +94,8 @@ def test_the_page_loads_nothing_from_elsewhere(full_page: str) -> None:
 def test_pictures_have_descriptions_and_tables_have_scopes(full_page: str) -> None:
     tags = parsed(full_page).tags
     pictures = [a for tag, a in tags if tag == "svg" and a.get("role") == "img"]
-    assert len(pictures) == 1 + 1 + 3 + 2 * 3
+    accuracy, fronts, errors, by_kind_of_token, curves, maps, experts = 1, 4, 1, len(made_up.METHODS), 3, 3, 2 * 3
+    assert len(pictures) == accuracy + fronts + errors + by_kind_of_token + curves + maps + experts
     assert all(a["aria-label"] for a in pictures)
     assert all(a.get("alt") for tag, a in tags if tag == "img")
     assert all(a.get("scope") for tag, a in tags if tag == "th")
@@ -120,6 +121,22 @@ def test_best_and_tied_values_are_marked(full_page: str) -> None:
     assert row_of(full_page, "gptq").startswith("gptq tie 84.3")
     assert row_of(full_page, "rtn").startswith("rtn 75.2")
     assert "<strong>" not in row_of(full_page, FULL_PRECISION)
+
+
+def test_a_paired_difference_decides_on_ties_where_it_was_taken() -> None:
+    base = made_up.comparison(blocks=1)
+    clear = {"accuracy": Score(0.022, 0.011, 0.033)}
+    rows = [dataclasses.replace(row, behind_best=clear) if row.method == "gptq" else row for row in base.rows]
+    html = page.render(dataclasses.replace(base, rows=tuple(rows)))
+    assert row_of(html, "gptq").startswith("gptq 84.3") and "tied with gptq" not in visible(html)
+
+
+def test_costs_and_gains_have_tables_of_their_own(full_page: str) -> None:
+    gains = full_page[full_page.index("Gain over plain rounding</h3>") :]
+    assert row_of(gains, "quant-experts").startswith("quant-experts <strong>+11.4</strong>")
+    costs = full_page[full_page.index("what a token costs</h3>") :]
+    assert row_of(costs, "paper").startswith("paper 0.390 0.312 1.325 5.85 MB")
+    assert FULL_PRECISION not in gains[: gains.index("</table>")]
 
 
 def test_answers_are_marked_in_words(full_page: str) -> None:
@@ -173,7 +190,7 @@ def test_missing_values_are_dashes_and_missing_parts_are_named() -> None:
     empty = MethodRow("rtn", "W4A6", {"average": Score(nan, nan, nan)}, Score(nan, nan, nan), None, nan, None, None)
     text = visible(page.render(Comparison("t", "m", "", 0, (empty,))))
     assert "At W4A6, no accuracy was measured." in text
-    assert "rtn - - - - - -" in text
+    assert "rtn - - - - -" in text
     assert "nan" not in text.lower()
     for sentence in (
         "no quantized row has both an accuracy and a size",

@@ -10,7 +10,14 @@ import pytest
 
 from quant_experts.evaluation.comparison import Score
 from quant_experts.report.palette import method_styles
-from quant_experts.report.plots import accuracy_svg, channel_curve_svg, expert_use_svg, layer_error_svg
+from quant_experts.report.plots import (
+    accuracy_svg,
+    channel_curve_svg,
+    channel_map_svg,
+    expert_use_svg,
+    front_svg,
+    layer_error_svg,
+)
 
 STYLES = method_styles(["rtn", "$a_1$", "_b<"])
 
@@ -34,7 +41,16 @@ def experts() -> str:
     return expert_use_svg([[0.5, 0.5], [1.0]], ["0", "0"], 1.0, name="f", description="d")
 
 
-@pytest.mark.parametrize("draw", [accuracy, errors, channels, experts])
+def fronts() -> str:
+    points = {"rtn": (4.0, Score(0.5, 0.4, 0.6)), "$a_1$": (4.5, Score(0.7, 0.0, math.nan))}
+    return front_svg(points, ["rtn"], STYLES, ("$x$", "y"), name="f", description="d")
+
+
+def maps() -> str:
+    return channel_map_svg([[0, 3, 9], []], 5, "#000000", name="f", description="d")
+
+
+@pytest.mark.parametrize("draw", [accuracy, errors, channels, experts, fronts, maps])
 def test_figures_are_repeatable_xml_with_a_description(draw: object) -> None:
     svg = draw()  # type: ignore[operator]
     assert svg == draw()  # type: ignore[operator]

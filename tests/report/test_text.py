@@ -10,7 +10,7 @@ import math
 from report import made_up
 from rich.console import Console
 
-from quant_experts.evaluation.comparison import Comparison, MethodRow, Score
+from quant_experts.evaluation.comparison import AnswerExample, Comparison, MethodRow, Score
 from quant_experts.report.text import comparison_json, comparison_tables
 
 
@@ -22,12 +22,18 @@ def printed(comparison: Comparison, width: int = 200) -> str:
 
 
 def test_the_table_holds_the_figures_and_the_marks() -> None:
-    lines = {
-        line.split()[1]: line.split() for line in printed(made_up.comparison(blocks=1)).splitlines() if "W4A6" in line
-    }
+    found = [line.split() for line in printed(made_up.comparison(blocks=1)).splitlines() if "W4A6" in line]
+    lines, costs = ({line[1]: line for line in part} for part in (found[:7], found[7:14]))
     assert "86.5*" in lines["quant-experts"] and "85.2–87.8" in lines["quant-experts"]
     assert "84.3≈" in lines["gptq"] and "75.2" in lines["rtn"] and "4.02*" in lines["rtn"]
     assert "3.2" in lines["mbq"] and "min" in lines["mbq"]
+    assert {"0.390", "0.312", "1.325", "5.85"} <= set(costs["paper"]) and "0.126*" in costs["quant-experts"]
+
+
+def test_answers_are_shown_without_what_would_steer_a_terminal() -> None:
+    example = AnswerExample("[b]What?", "a", None, {"rtn W4A6": "\x1b[31mred"})
+    text = printed(Comparison("t", "m", "c", 1, (), answers=(example,)))
+    assert "[b]What?" in text and "\x1b" not in text and "[31mred" in text
 
 
 def test_nothing_is_cut_at_80_columns() -> None:

@@ -36,6 +36,22 @@ class MethodRow:
     quantize_seconds: float | None = None
     peak_bytes: int | None = None
     evaluate_seconds: float | None = None
+    layer_error: float | None = None
+    """Squared output error over that of plain rounding on held-out tokens, geometric mean over quantized linears."""
+    oracle_layer_error: float | None = None
+    """The same if each token had the expert that serves it best; None without routed experts."""
+    base_flops: int | None = None
+    """Operations of one token in all quantized linears (2 a multiply-add), integer base alone."""
+    repair_flops: int | None = None
+    """What smoothing, rotation, experts and router add to them."""
+    token_bytes: int | None = None
+    """Bytes of quantized linears that decoding one token reads."""
+    over_rtn: dict[str, Score] = field(default_factory=dict)
+    """By measure ("accuracy", "nll", "kl"): by how much the row is better than `rtn` at its scheme, paired by
+    question."""
+    behind_best: dict[str, Score] = field(default_factory=dict)
+    """By measure: by how much the row is worse than the best of its scheme, paired by question. A tie if the interval
+    holds 0; the best row itself has none."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class Column:
     value: Callable[[MethodRow], Score | float | None]
     write: Callable[[float], str]
     higher_is_better: bool = False
+    measure: str = ""
+    """Of which paired differences tell ties (`MethodRow.behind_best`); empty: overlapping intervals tell them."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def overlap(one: Score, other: Score) -> bool:
 
 def accuracy_column(kind: str, title: str) -> Column:
     """Exact match on one kind of question."""
-    return Column(title, "%", lambda row: row.accuracy.get(kind), percent, higher_is_better=True)
+    measure = "accuracy" if kind == AVERAGE else ""
+    return Column(title, "%", lambda row: row.accuracy.get(kind), percent, higher_is_better=True, measure=measure)
 
 
 def kinds(comparison: Comparison) -> list[str]:
@@ -91,19 +94,46 @@ def kinds(comparison: Comparison) -> list[str]:
 
 
 def main_columns() -> list[Column]:
-    """Every measured quantity but the kinds of question."""
+    """What a reader looks at first: accuracy, closeness to full precision, size, time."""
     return [
         accuracy_column(AVERAGE, "Exact match"),
-        Column("NLL", "nats per token", lambda row: row.nll, "{:.4f}".format),
-        Column("KL to full precision", "nats per token", lambda row: row.kl, "{:.4f}".format),
+        Column("NLL", "nats per token", lambda row: row.nll, "{:.4f}".format, measure="nll"),
+        Column("KL to full precision", "nats per token", lambda row: row.kl, "{:.4f}".format, measure="kl"),
         Column("Stored bits", "per weight", lambda row: row.bits_per_weight, "{:.2f}".format),
         Column("Quantization", "time", lambda row: row.quantize_seconds, duration),
+    ]
+
+
+def cost_columns() -> list[Column]:
+    """Layer errors, and what a token and a quantization cost."""
+    return [
+        Column("Layer error", "over rtn's", lambda row: row.layer_error, "{:.3f}".format),
+        Column("Best routing", "layer error over rtn's", lambda row: row.oracle_layer_error, "{:.3f}".format),
+        Column("Operations", "a token, over full precision's", active_flops, "{:.3f}".format),
+        Column("Bytes read", "a token, when decoding", lambda row: row.token_bytes, size),
         Column("Peak memory", "while quantizing", lambda row: row.peak_bytes, size),
     ]
 
 
+def gain_columns() -> list[Column]:
+    """By how much a row is better than plain rounding, paired by question."""
+    return [
+        Column("Exact match", "points over rtn", lambda row: row.over_rtn.get("accuracy"), points, True, "accuracy"),
+        Column("NLL", "nats under rtn", lambda row: row.over_rtn.get("nll"), "{:+.4f}".format, True, "nll"),
+        Column("KL", "nats under rtn", lambda row: row.over_rtn.get("kl"), "{:+.4f}".format, True, "kl"),
+    ]
+
+
+def active_flops(row: MethodRow) -> float | None:
+    """Operations of a token in the quantized linears over those of full precision: 1 and the repair's part."""
+    return 1 + (row.repair_flops or 0) / row.base_flops if row.base_flops else None
+
+
 def cells(rows: Sequence[MethodRow], column: Column) -> list[Cell]:
-    """One cell a row. Marks compare the quantized rows of one scheme, and only where there is something to compare."""
+    """One cell a row. Marks compare the quantized rows of one scheme, and only where there is something to compare.
+
+    A tie is a difference, paired by question where it was taken so, that the interval does not tell from none.
+    """
     scores = [as_score(column.value(row)) for row in rows]
     marks: list[Mark] = [""] * len(rows)
     for scheme in by_scheme(rows):
@@ -119,9 +149,15 @@ def cells(rows: Sequence[MethodRow], column: Column) -> list[Cell]:
             # What reads the same must be marked the same, whatever the digits that are not shown say.
             if column.write(score.mean) == column.write(best.mean):
                 marks[index] = "best"
-            elif overlap(score, best):
+            elif ties(rows[index], score, best, column.measure):
                 marks[index] = "tie"
     return [_cell(score, column, mark) for score, mark in zip(scores, marks, strict=True)]
+
+
+def ties(row: MethodRow, score: Score, best: Score, measure: str) -> bool:
+    """Whether a row's score cannot be told from the best: by the difference paired by question, if it was taken."""
+    behind = row.behind_best.get(measure)
+    return behind.low <= 0 if behind else overlap(score, best)
 
 
 def best_score(scores: Sequence[Score], higher_is_better: bool) -> Score:
@@ -142,6 +178,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def points(share: float) -> str:
+    """0.0123 as "+1.2"."""
+    return f"{100 * share:+.1f}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the unit that reads best."""
     if seconds < 120:
@@ -153,7 +194,7 @@ def size(count: float) -> str:
     """Bytes in the decimal unit that reads best."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{count / scale:.2f} {unit}" if unit == "GB" else f"{count / scale:.0f} {unit}"
+            return f"{count / scale:.{0 if count >= 10 * scale else 2}f} {unit}"
     return f"{count:.0f} B"
 
 

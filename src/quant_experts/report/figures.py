@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -30,7 +30,7 @@ from quant_experts.report.layers import (
     overall_error,
     place,
 )
-from quant_experts.report.palette import RTN_STYLE, Style
+from quant_experts.report.palette import RTN_STYLE, TOKEN_STYLES, Style
 from quant_experts.report.plots import accuracy_svg, channel_curve_svg, expert_use_svg, layer_error_svg
 
 Records = tuple[GroupRecord, ...]
@@ -123,6 +123,36 @@ def layer_errors(layers: Mapping[str, Mapping[str, Records]], styles: Mapping[st
     left_out = sum(1 for error in errors if error is None or not finite(error) or error <= 0)
     methods = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     return LayerErrors(figures, methods, headings, groups, left_out)
+
+
+def modality_errors(
+    layers: Mapping[str, Mapping[str, Records]],
+) -> list[Figure]:
+    """Error by block for each kind of token, one figure a method and scheme, all with one y axis."""
+    drawn = {
+        f"{method} {scheme}".strip(): {kind: errors_by(records, "block", tokens=kind) for kind in TOKEN_KINDS}
+        for scheme, methods in layers.items()
+        for method, records in methods.items()
+    }
+    drawn = {
+        label: {kind: line for kind, line in lines.items() if any(v is not None for v in line.values())}
+        for label, lines in drawn.items()
+    }
+    found = [v for lines in drawn.values() for line in lines.values() for v in line.values() if v is not None]
+    figures = []
+    for number, (label, lines) in enumerate(drawn.items()):
+        if len(lines) > 1:
+            blocks = list(next(iter(lines.values())))
+            svg = layer_error_svg(
+                {kind: [line.get(block) for block in blocks] for kind, line in lines.items()},
+                [Place(block, "").block_number for block in blocks],
+                {kind: replace(TOKEN_STYLES[kind], line=True) for kind in lines},
+                (min(found) / 1.4, max(found) * 1.4),
+                name=f"kinds{number}",
+                description=f"Relative output error by block and kind of token, {label}.",
+            )
+            figures.append(Figure(label, Markup(svg)))
+    return figures
 
 
 def _with_reference(methods: Mapping[str, Records]) -> dict[str, tuple[Records, bool]]:

@@ -12,19 +12,24 @@ from quant_experts.artifacts import GroupRecord
 from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow
 from quant_experts.report import figures
 from quant_experts.report.answers import shown
+from quant_experts.report.channels import channels
 from quant_experts.report.columns import (
     Cell,
     Column,
     accuracy_column,
+    as_score,
     by_scheme,
     cells,
+    cost_columns,
+    gain_columns,
     is_full_precision,
     kinds,
     main_columns,
     ordered,
     row_label,
 )
-from quant_experts.report.layers import early_middle_late, expert_use
+from quant_experts.report.fronts import fronts
+from quant_experts.report.layers import TOKEN_KINDS, expert_use
 from quant_experts.report.palette import FULL_PRECISION_STYLE, RTN_STYLE, TOKEN_STYLES, Style, method_styles
 from quant_experts.report.verdict import verdict
 
@@ -54,12 +59,17 @@ def _sections(comparison: Comparison) -> dict[str, Any]:
         "comparison": comparison,
         "verdict": verdict(comparison),
         "main_table": _table(comparison, main_columns()),
+        "costs_table": _table(comparison, _measured(comparison, cost_columns()), full=False),
+        "gains_table": _table(comparison, _measured(comparison, gain_columns()), full=False),
+        "fronts": fronts(comparison, styles),
         "kinds_table": _table(comparison, [accuracy_column(kind, kind) for kind in kinds(comparison)]),
         "accuracy": figures.accuracy(comparison, styles),
         "accuracy_legend": _accuracy_legend(comparison, styles),
         "errors": errors,
         "error_legend": [(name, styles[name]) for name in errors.methods] if errors else [],
-        "channels": _channels(comparison),
+        "modality_errors": figures.modality_errors(layers),
+        "modality_legend": [(TOKEN_KINDS[kind], replace(TOKEN_STYLES[kind], line=True)) for kind in TOKEN_KINDS],
+        "channels": channels(comparison.layers),
         "experts": _experts(comparison),
         "answers": [shown(example) for example in comparison.answers],
         "events": _events(comparison),
@@ -77,8 +87,14 @@ class Table:
     """Scheme -> rows; full precision under ""."""
 
 
-def _table(comparison: Comparison, columns: list[Column]) -> Table:
-    rows = ordered(comparison)
+def _measured(comparison: Comparison, columns: list[Column]) -> list[Column]:
+    """The columns for which some row has a figure."""
+    return [column for column in columns if any(as_score(column.value(row)) for row in comparison.rows)]
+
+
+def _table(comparison: Comparison, columns: list[Column], *, full: bool = True) -> Table:
+    """full: whether full precision has a row."""
+    rows = [row for row in ordered(comparison) if full or not is_full_precision(row)]
     lines = zip(*(cells(rows, column) for column in columns), strict=True) if columns else ([] for _ in rows)
     groups: dict[str, list[tuple[MethodRow, list[Cell]]]] = {}
     for row, line in zip(rows, lines, strict=True):
@@ -104,25 +120,6 @@ def _accuracy_legend(comparison: Comparison, styles: dict[str, Style]) -> Legend
     legend = [(name, replace(styles[name], line=False)) for name in dict.fromkeys(drawn)]
     has_full = any(is_full_precision(row) for row in comparison.rows)
     return [*legend, (FULL_PRECISION, FULL_PRECISION_STYLE)] if has_full else legend
-
-
-def _channels(comparison: Comparison) -> dict[str, Any]:
-    """Curves of the first row that has them: importance is measured on inputs and hardly depends on the method."""
-    for label, records in comparison.layers.items():
-        chosen = early_middle_late(records)
-        if chosen:
-            drawn = {kind for record in chosen.values() for kind, curve in record.channel_frequency.items() if curve}
-            return {
-                "label": label,
-                "figures": figures.channel_curves(chosen),
-                "legend": [
-                    ("all tokens" if kind == "all" else f"{kind} tokens", style)
-                    for kind, style in TOKEN_STYLES.items()
-                    if kind in drawn
-                ],
-                "has_image": "image" in drawn,
-            }
-    return {}
 
 
 def _experts(comparison: Comparison) -> list[dict[str, Any]]:

@@ -81,6 +81,40 @@ def accuracy_svg(
     return _figure(draw, name, description)
 
 
+def front_svg(
+    points: Mapping[str, tuple[float, Score]],
+    front: Sequence[str],
+    styles: Mapping[str, Style],
+    labels: tuple[str, str],
+    *,
+    name: str,
+    description: str,
+) -> str:
+    """Error on a log scale over cost, by method, and the front: the least error that each cost buys.
+
+    front: names of points by rising cost. labels: of the x axis (cost) and the y axis (error).
+    """
+
+    def draw(axes: Axes) -> None:
+        edges = [points[method] for method in front]
+        right = max(x for x, _ in points.values())
+        across = [x for x, _ in edges] + [right]
+        axes.step(across, [y.mean for _, y in edges] + [edges[-1][1].mean], where="post", color="#9AA5B1", zorder=1)
+        for method, (x, y) in points.items():
+            style = styles[method]
+            if finite(y.low) and finite(y.high) and y.low > 0:
+                axes.plot([x, x], [y.low, y.high], color=style.color, alpha=0.55, linewidth=1.6)
+            axes.plot([x], [y.mean], color=style.color, markeredgecolor="white", **_marker(style, 7.5))
+        axes.set_yscale("log")
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.margins(x=0.08, y=0.1)
+        _log_ticks(axes, axes.get_ylim())
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+
+    return _figure(draw, name, description)
+
+
 def layer_error_svg(
     lines: Mapping[str, Sequence[float | None]],
     blocks: Sequence[str],
@@ -139,6 +173,22 @@ def channel_curve_svg(curves: Mapping[str, Sequence[float]], width: int, *, name
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
     return _figure(draw, name, description, (3.8, 2.3))
+
+
+def channel_map_svg(tokens: Sequence[Sequence[int]], width: int, color: str, *, name: str, description: str) -> str:
+    """A dot for each important channel of each token: channels across in one common order, tokens down."""
+    spots = [(place + 1, row) for row, places in enumerate(tokens) for place in places if place < width]
+
+    def draw(axes: Axes) -> None:
+        axes.plot([x for x, _ in spots], [y for _, y in spots], linestyle="", marker="s", color=color, markersize=1.7)
+        axes.grid(False)
+        axes.set_xlim(0, width + 1)
+        axes.set_ylim(len(tokens), -1)
+        axes.set_yticks([])
+        axes.set_xlabel("channel, most often important first")
+        axes.set_ylabel("tokens")
+
+    return _figure(draw, name, description, (3.8, 1.9))
 
 
 def expert_use_svg(

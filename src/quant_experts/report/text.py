@@ -9,12 +9,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from quant_experts.errors import printable
 from quant_experts.evaluation.comparison import AnswerExample, Comparison
+from quant_experts.report.answers import same_answer
 from quant_experts.report.columns import (
     Cell,
     accuracy_column,
     by_scheme,
     cells,
+    cost_columns,
     is_full_precision,
     kinds,
     main_columns,
@@ -27,19 +30,21 @@ _SUFFIX = {"best": "*", "tie": "≈", "": ""}
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """The summary, one line a method, then for each scheme exact match by kind of question, one line a kind.
+    """The summary, one line a method; what each costs; by scheme, exact match by kind of question; example answers.
 
     Each fits 80 columns for a handful of methods. All text is shown literally: names cannot inject rich markup.
     """
-    return [_summary(comparison), *(_by_kind(comparison, scheme) for scheme in by_scheme(comparison.rows))]
+    costs = [_costs(comparison)] if any(row.layer_error is not None for row in comparison.rows) else []
+    by_kind = [_by_kind(comparison, scheme) for scheme in by_scheme(comparison.rows)]
+    return [_summary(comparison), *costs, *by_kind, *map(_answers, comparison.answers)]
 
 
 def _summary(comparison: Comparison) -> Table:
-    average, nll, kl, bits, seconds, _ = main_columns()
+    average, nll, kl, bits, seconds = main_columns()
     columns = [average, kl, nll, bits, seconds]
     table = Table(
         title=Text(f"{comparison.title} ({comparison.questions} questions)"),
-        caption=Text("* best at its scheme   ≈ a tie with the best: the 95% intervals overlap"),
+        caption=Text("* best at its scheme   ≈ a tie: the 95% interval does not tell it from the best"),
     )
     table.add_column("method", overflow="fold")
     table.add_column("scheme", no_wrap=True)
@@ -53,6 +58,32 @@ def _summary(comparison: Comparison) -> Table:
             table.add_section()
         previous = row.scheme
         table.add_row(Text(row.method), Text(row.scheme or "-"), *(column[index] for column in written))
+    return table
+
+
+def _costs(comparison: Comparison) -> Table:
+    columns = cost_columns()
+    table = Table(
+        title=Text("Layer errors and what a token costs"),
+        caption=Text("layer error: over plain rounding's, on held-out tokens; operations: over full precision's"),
+    )
+    table.add_column("method", overflow="fold")
+    table.add_column("scheme", no_wrap=True)
+    for title in ("layer error", "best routing", "operations", "bytes/token", "peak memory"):
+        table.add_column(Text(title), justify="right")
+    rows = [row for row in ordered(comparison) if not is_full_precision(row)]
+    written = [_written(cells(rows, column), False) for column in columns]
+    for index, row in enumerate(rows):
+        table.add_row(Text(row.method), Text(row.scheme), *(column[index] for column in written))
+    return table
+
+
+def _answers(example: AnswerExample) -> Table:
+    table = Table("who", "answer", title=Text(printable(example.question)), title_justify="left")
+    table.add_row("reference", Text(printable(example.reference)))
+    for who, answer in example.answers.items():
+        right = same_answer(answer, example.reference)
+        table.add_row(Text(printable(who)), Text(printable(answer)), style=None if right else "red")
     return table
 
 

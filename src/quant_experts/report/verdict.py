@@ -14,6 +14,7 @@ from quant_experts.report.columns import (
     is_full_precision,
     overlap,
     percent,
+    ties,
 )
 
 
@@ -40,7 +41,7 @@ def _sentence(scheme: str, rows: Sequence[MethodRow], full: Score | None, questi
         return f"{where}no accuracy was measured."
     best = best_score([score for _, score in measured], higher_is_better=True)
     winner = next(row for row, score in measured if score is best)
-    rivals = [row.method for row, score in measured if row is not winner and overlap(score, best)]
+    rivals = [row.method for row, score in measured if row is not winner and ties(row, score, best, "accuracy")]
     if len(measured) == 1:
         lead = f"{where}{winner.method} answers"
     else:
