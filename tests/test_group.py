@@ -77,8 +77,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_stage_lowers_the_error(name: str, text: str) -> None:
     ours, plain = run(CASES[name], text)
-    # Correlations are weak here, which leaves clipping and error feedback little to gain; in groups that are as small as
-    # its blocks, a rotation alone has nothing to spread.
+    # Correlations are weak here, which leaves clipping and error feedback little to gain; and in groups that are as
+    # small as its blocks, a rotation alone has nothing to spread.
     assert ours < (1.2 if name in ("clip", "gptq", "rotation") else 0.9) * plain
 
 

@@ -132,7 +132,7 @@ def quantize(
     ],
     output: Annotated[Path, typer.Argument(help="Folder to create. Repeat the call to resume an interrupted run.")],
     scheme: SchemeOption = "W4A6",
-    recipe: RecipeOption = "paper",
+    recipe: RecipeOption = "quant-experts",
     limit: Annotated[int, typer.Option(help="Use at most this many samples.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Longest sample in tokens; longer answers are cut.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Scale larger images down to this area.")] = MAX_PIXELS,

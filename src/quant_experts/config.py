@@ -164,6 +164,8 @@ class Recipe(StrictModel):
             raise ValueError("smoothing of exempt channels needs exempt channels: set exempt")
         if self.rotation and self.exempt != "none":
             raise ValueError("a rotation mixes channels, so that none can be exempt: set exempt to none")
+        if self.rotation and self.routed_rank and self.routed != "tokens":
+            raise ValueError("a rotation mixes the channels that experts are clustered from: set routed to tokens")
         if self.rotation and self.rotation & (self.rotation - 1):
             raise ValueError(f"rotation is {self.rotation}; it must be a power of two")
         return self
@@ -247,12 +249,12 @@ class QuantizationConfig(StrictModel):
     def of(
         cls,
         scheme: str | Scheme = "W4A6",
-        recipe: str | Recipe = "paper",
+        recipe: str | Recipe = "quant-experts",
         *,
         scale_with_width: bool = False,
         **limits: int,
     ) -> QuantizationConfig:
-        """From names: `QuantizationConfig.of("W4A6", "paper", seed=1, samples=64)`.
+        """From names: `QuantizationConfig.of("W4A6", "quant-experts", seed=1, samples=64)`.
 
         scale_with_width: let the recipe's ranks follow the model's width (see `Recipe`). Raises `QuantExpertsError` for
         a scheme, recipe or limit that does not exist.
