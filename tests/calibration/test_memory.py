@@ -9,6 +9,7 @@ from torch import nn
 
 from quant_experts.artifacts import CalibrationBatch
 from quant_experts.calibration.memory import MemoryEstimate, PeakMemory, estimate_memory, resident_bytes
+from quant_experts.config import Recipe
 
 MIB = 2**20
 
@@ -32,7 +33,7 @@ def stream() -> Any:
     [(True, 64 * 64 * 2 + 32 * 32, 64 * 80), (False, 64 * 64 * 3 + 32 * 32, 64 * 64)],
 )
 def test_the_parts_are_counted_from_shapes(together: bool, statistics: int, largest: int) -> None:
-    estimate = estimate_memory(stream(), together)
+    estimate = estimate_memory(stream(), Recipe(name="x", group_inputs=together))
     assert estimate == MemoryEstimate(
         resident=5 * 7 * 4,
         inputs=2 * 10 * 8,
@@ -41,6 +42,8 @@ def test_the_parts_are_counted_from_shapes(together: bool, statistics: int, larg
         statistics=8 * statistics,
         working=6 * 8 * largest,
     )
+    feedback = estimate_memory(stream(), Recipe(name="x", group_inputs=together, base="gptq"))
+    assert feedback.working == 8 * max(6 * largest, 4 * 64 * 64)
     assert estimate.total == sum(vars(estimate).values())
     assert estimate.on(torch.device("cpu")) == estimate.total
     assert estimate.on(torch.device("cuda")) == estimate.block + estimate.statistics + estimate.working

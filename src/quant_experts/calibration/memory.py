@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quant_experts.calibration.streaming import BlockStream
+from quant_experts.config import Recipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class MemoryEstimate:
     statistics: int
     """Second moments of the block's groups in float64 (device)."""
     working: int
-    """float64 copies of the largest group while its experts are fitted (device)."""
+    """float64 copies of the largest group while it is quantized and its experts are fitted (device)."""
 
     @property
     def total(self) -> int:
@@ -51,9 +52,12 @@ class MemoryEstimate:
 WORKING_COPIES = 6
 """float64 matrices of a group's size that are alive at once while experts are fitted: weight and base (float32),
 residual, low-rank product, and two temporaries."""
+MOMENT_COPIES = 4
+"""float64 matrices of a second moment's size that are alive beside it while error feedback (GPTQ) or a rotation uses
+it: the transformed moment, the same in order of rounding, its Cholesky factor, and the inverse."""
 
 
-def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
+def estimate_memory(stream: BlockStream, recipe: Recipe) -> MemoryEstimate:
     """From the shapes of the skeleton and the calibration batches alone."""
     skeleton = stream.skeleton
     block = skeleton.meta_block(0)
@@ -61,10 +65,12 @@ def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
     # Linears of one submodule with one input width most likely read the same tensor.
     readers: dict[tuple[str, int], int] = {}
     for name, linear in linears.items():
-        key = (name.rpartition(".")[0] if group_inputs else name, linear.in_features)
+        key = (name.rpartition(".")[0] if recipe.group_inputs else name, linear.in_features)
         readers[key] = readers.get(key, 0) + linear.out_features
     moments = sum(8 * width * width for _, width in readers)
     largest = max((width * rows for (_, width), rows in readers.items()), default=0)
+    widest = max((width for _, width in readers), default=0)
+    squares = MOMENT_COPIES * widest**2 if recipe.base == "gptq" or recipe.rotation else 0
     tokens = sum(batch.inputs["input_ids"].shape[1] for batch in stream.batches)
     item = stream.dtype.itemsize
     return MemoryEstimate(
@@ -73,7 +79,7 @@ def estimate_memory(stream: BlockStream, group_inputs: bool) -> MemoryEstimate:
         hidden=2 * tokens * stream.width * item,
         block=skeleton.block_bytes(),
         statistics=moments,
-        working=WORKING_COPIES * 8 * largest,
+        working=8 * max(WORKING_COPIES * largest, squares),
     )
 
 

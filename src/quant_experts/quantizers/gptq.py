@@ -31,7 +31,6 @@ def quantize_gptq(
     if act_order:
         order = torch.sort(moment.diagonal(), descending=True, stable=True).indices
     factor, events = _inverse_factor(moment[order][:, order].double(), where)
-    factor = factor.to(torch.float32)
     grids = _Grids(weight.float(), moment.diagonal(), scheme, clip)
     if act_order:
         for start in range(0, columns, grids.size):
@@ -83,7 +82,7 @@ class _Grids:
 
 
 def _inverse_factor(moment: Tensor, where: str) -> tuple[Tensor, list[Event]]:
-    """Upper Cholesky factor of the damped moment's inverse, float64 (K, K).
+    """Upper Cholesky factor of the damped moment's inverse, float32 (K, K). The moment is used up.
 
     Where the damped moment is not positive definite, ten times more damping is tried, with an event; raises
     `QuantExpertsError` if that never helps.
@@ -91,13 +90,16 @@ def _inverse_factor(moment: Tensor, where: str) -> tuple[Tensor, list[Event]]:
     mean = moment.diagonal().mean()
     unit = torch.where(mean > 0, mean, torch.ones_like(mean))
     events: list[Event] = []
+    before = 0.0
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
-        damped = moment.clone()
-        damped.diagonal().add_(damping * unit)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        moment.diagonal().add_((damping - before) * unit)
+        before = damping
+        # One name for each step's result: the widest layers have moments of gigabytes.
+        factor, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not failed:
-                return factor, events
+                return factor.float(), events
         events.append(Event(where, f"GPTQ: the second moment is singular with damping {damping:g}; ten times more"))
     raise QuantExpertsError(f"The inputs of '{where}' have no usable second moment: calibrate in float32.")
