@@ -24,11 +24,12 @@ from quant_experts.artifacts import (
 from quant_experts.config import Recipe, Scheme
 from quant_experts.experts.importance import channel_counts, magnitude_channels, partition_channels, smoothing_scale
 from quant_experts.experts.principal import fit_principal_expert
+from quant_experts.experts.refinement import refine_routed
 from quant_experts.experts.routed import cluster_channels, co_importance, fit_routed_experts, random_clusters
 from quant_experts.experts.router import fit_router, fit_router_to_tokens, random_router
 from quant_experts.experts.shared import MOMENTS, fit_shared_expert, without_channels
 from quant_experts.experts.token_experts import fit_token_experts
-from quant_experts.kernels.reference import rotate
+from quant_experts.kernels.reference import quantize_tokens, rotate
 from quant_experts.quantizers.balanced import balanced_scale
 from quant_experts.quantizers.gptq import quantize_gptq
 from quant_experts.quantizers.grids import dequantize
@@ -46,7 +47,7 @@ Search = Callable[["GroupTask"], Tensor]
 
 def fit_tokens_needed(recipe: Recipe) -> int:
     """How many calibration tokens the recipe's stages need as they are."""
-    if recipe.routed_rank and (recipe.routed == "tokens" or recipe.router == "fitted"):
+    if recipe.routed_rank and (recipe.routed == "tokens" or recipe.router == "fitted" or recipe.refine):
         return ROUTED_TOKENS
     return BALANCE_TOKENS if recipe.smoothing == "balanced" else 0
 
@@ -119,6 +120,8 @@ def quantize_group(
     group = QuantizedGroup(names, split_rows(base, rows), task.smooth_scale, task.rotation, recipe.factor_bits, shared)
     if recipe.routed_rank:
         group.routed, group.router = _routed(task, residual, dependent)
+    if recipe.refine and group.routed and group.router:
+        group.routed, group.router = _refine(task, base, residual, group.routed, group.router)
     return group, task.events
 
 
@@ -144,6 +147,11 @@ def _smooth_exempt(task: GroupTask, exempt: Tensor) -> Tensor | None:
     return None if task.scheme.weight_only else smoothing_scale(task.statistics.mean_abs, exempt)
 
 
+def _smooth_quant(task: GroupTask, exempt: Tensor) -> Tensor | None:
+    """Where activations are not rounded, there is nothing to move into the weights."""
+    return None if task.scheme.weight_only else smoothquant_scale(task.statistics.absmax, task.weight)
+
+
 def _smooth_by_search(task: GroupTask, exempt: Tensor) -> Tensor | None:
     assert task.search is not None, "the caller gives a search where the recipe asks for one"
     return task.search(task)
@@ -152,7 +160,7 @@ def _smooth_by_search(task: GroupTask, exempt: Tensor) -> Tensor | None:
 _SMOOTHING: dict[str, Callable[[GroupTask, Tensor], Tensor | None]] = {
     "none": lambda task, exempt: None,
     "exempt": _smooth_exempt,
-    "smoothquant": lambda task, exempt: smoothquant_scale(task.statistics.absmax, task.weight),
+    "smoothquant": _smooth_quant,
     "awq": _smooth_by_search,
     "mbq": _smooth_by_search,
     "balanced": lambda task, exempt: balanced_scale(task.statistics, task.weight, task.scheme, task.rotation),
@@ -234,6 +242,19 @@ _ROUTERS: dict[str, Callable[[GroupTask, Tensor, RoutedExperts], Router]] = {
     "fitted": lambda task, residual, routed: fit_router_to_tokens(residual, routed, task.tokens(), seed=task.seed),
     "random": lambda task, residual, routed: random_router(routed, seed=task.seed),
 }
+
+
+def _refine(
+    task: GroupTask, base: QuantizedWeight, residual: Tensor, routed: RoutedExperts, router: Router
+) -> tuple[RoutedExperts, Router]:
+    """Routed experts and router trained on what base and shared expert leave of the layer's output: the transformed
+    residual's part (N, K) and that of rounded activations."""
+    tokens = task.tokens()
+    target = tokens @ residual.float().T
+    if not task.scheme.weight_only:
+        codes, scale = quantize_tokens(tokens, task.scheme.activation_bits)
+        target += (tokens - codes * scale) @ dequantize(base).T
+    return refine_routed(target, tokens, routed, router, seed=task.seed)
 
 
 def split_rows(base: QuantizedWeight, rows: Sequence[int]) -> tuple[QuantizedWeight, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from quant_experts.quantizers.rtn import quantize_rtn
 from quant_experts.runtime.loading import check_device, default_dtype, model_class, read_config, resolve
 from quant_experts.runtime.modules import install_groups
 from quant_experts.runtime.processor import load_processor
+from quant_experts.scale_search import ImageWeights, measure_image_weights, scale_search
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -93,7 +95,7 @@ def quantize(
         captions, a data
             set's name, or an iterable of (image, text).
         output: folder to create. A run that was interrupted goes on when the same call is repeated.
-        config: scheme, recipe, seed and calibration limits; W4A6 with the paper's recipe by default.
+        config: scheme, recipe, seed and calibration limits; W4A6 with the default recipe if None.
         device: "cpu" or "cuda"; the GPU if there is one.
         dtype: compute dtype of the full-precision passes; float32 on a CPU, bfloat16 on a GPU.
         strict: raise where a layer is left out or a computation falls back, instead of recording an event.
@@ -119,11 +121,17 @@ def quantize(
     fingerprint = _fingerprint(folder, run)
     output = Path(output).expanduser().absolute()
     with RunFolder(output, fingerprint) as store:
-        stream = BlockStream(folder, model_class(model_config), model_config, batches, torch.device(device), dtype)
-        estimate = estimate_memory(stream, config.recipe.group_inputs)
+        open_stream = partial(
+            BlockStream, folder, model_class(model_config), model_config, device=torch.device(device), dtype=dtype
+        )
+        stream = open_stream(batches=batches)
+        estimate = estimate_memory(stream, config.recipe)
         if on_estimate is not None:
             on_estimate(estimate)
         store.copy_rest(stream.skeleton.files, stream.skeleton.keys_outside_blocks())
+        if config.recipe.smoothing == "mbq":
+            again = partial(open_stream, skeleton=stream.skeleton)
+            run.image_weights = store.remember("image_weights", lambda: measure_image_weights(again, batches, held_out))
         checkpoint, records, resumed = run.blocks(stream, store)
         tokens = count_tokens(batches)
         report = dict(
@@ -161,6 +169,8 @@ class _Run:
     events: list[Event]
     strict: bool
     progress: Progress
+    image_weights: Mapping[str, ImageWeights] = field(default_factory=dict)
+    """MBQ's, by block name."""
 
     def note(self, events: Sequence[Event]) -> None:
         """Record events, or raise the first in a strict run."""
@@ -227,6 +237,7 @@ class _Run:
             seed=seed,
             fit_tokens=fit_tokens_needed(recipe),
         )
+        search = scale_search(stream, block, groups, self.held_out, self.image_weights.get(prefix))
         linears = block_linears(block)
         tensors: dict[str, Tensor] = {}
         specs: list[GroupSpec] = []
@@ -236,7 +247,15 @@ class _Run:
             rows = [linears[name].out_features for name in names]
             where = f"{prefix}.{names[0]}"
             group, found = quantize_group(
-                names, rows, weight, statistics[names], self.config.scheme, recipe, seed=seed, where=where
+                names,
+                rows,
+                weight,
+                statistics[names],
+                self.config.scheme,
+                recipe,
+                seed=seed,
+                where=where,
+                search=search,
             )
             specs.append(describe_group(group))
             plain = QuantizedGroup(names, split_rows(quantize_rtn(weight, self.config.scheme), rows))
