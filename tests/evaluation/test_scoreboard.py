@@ -60,7 +60,7 @@ def test_every_row_has_every_measure(made: Comparison) -> None:
     assert set(paper.over_rtn) == {"accuracy", "nll", "kl"}
     best = [row.method for row in made.rows[1:] if "kl" not in row.behind_best]
     assert len(best) == 1 and all(row.behind_best["kl"].mean >= 0 for row in made.rows[1:] if row.method not in best)
-    assert set(made.layers) == set(labels[1:]) and len(made.answers) == 3
+    assert set(made.layers) == set(labels[1:4]) and len(made.answers) == 3
 
 
 def test_finished_rows_are_read_back(made: Comparison, task: Task, folder: Path, monkeypatch: object) -> None:
@@ -168,8 +168,19 @@ def test_a_difference_is_paired_by_question() -> None:
 
 
 def test_layer_errors_count_each_linear(parent: Outcome) -> None:
-    first = replace(parent.records[0], error={"all": 0.1}, rtn_error={"all": 1.0}, linears=("a", "b", "c"))
-    second = replace(parent.records[0], error={"all": 0.001}, rtn_error={"all": 0.1}, linears=("d",))
-    nothing = replace(second, error={"all": 0.0})
-    assert relative_error([first, second, nothing]) == pytest.approx((0.1**3 * 0.01) ** (1 / 4))
-    assert relative_error([nothing]) is None
+    first = replace(parent.records[0], error={"all": 0.1}, linears=("a", "b", "c"))
+    second = replace(parent.records[0], error={"all": 0.001}, linears=("d",))
+    nothing = replace(second, error={"all": 0.0}, linears=("e",))
+    plain = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.1, "e": 1.0}
+    assert relative_error([first, second, nothing], plain) == pytest.approx((0.1**3 * 0.01) ** (1 / 4))
+    assert relative_error([nothing], plain) is None
+
+
+def test_a_control_at_another_scheme_is_measured_against_the_listed_one(
+    made: Comparison, task: Task, folder: Path
+) -> None:
+    found = compare(task, [contender(RECIPES["rtn"]), contender()], folder, controls=["more-bits", "text-only"])
+    wider, text = found.rows[3:]
+    assert "8-bit weights" in wider.method and wider.layer_error and wider.layer_error < 0.5
+    assert text.layer_error is None and text.token_bytes and "text-only" not in "".join(found.layers)
+    assert "8-bit" not in "".join(found.answers[0].answers)

@@ -71,6 +71,8 @@ class Outcome:
     groups: tuple[GroupSpec, ...] = ()
     """In the order of the records."""
     events: tuple[Event, ...] = ()
+    contender: Contender | None = None
+    """None for full precision."""
 
     @property
     def label(self) -> str:
@@ -123,6 +125,7 @@ class Bench:
             records=tuple(GroupRecord(**group) for group in report["groups"]),
             groups=checkpoint.groups,
             events=tuple(Event(**event) for event in report["events"]),
+            contender=contender,
         )
 
     def _quantized(self, contender: Contender) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,8 @@ def compare(
         command=command,
         questions=len(task.items),
         rows=tuple(table(task.items, outcomes)),
-        layers={outcome.label: outcome.records for outcome in outcomes if outcome.records},
-        answers=_examples(task.items, {outcome.label: outcome.answers for outcome in outcomes}),
+        layers={outcome.label: outcome.records for outcome in outcomes if _same_tokens(outcome)},
+        answers=_examples(task.items, {o.label: o.answers for o in outcomes if o.contender in (None, *rows)}),
         events={"calibration": task.events} | {outcome.label: outcome.events for outcome in outcomes if outcome.facts},
         versions=_versions(),
     )
@@ -165,7 +165,7 @@ def table(items: Sequence[EvaluationItem], outcomes: Sequence[Outcome]) -> list[
                 over_rtn=_over_rtn(outcome, peers),
                 behind_best=_behind_best(outcome, peers),
                 **outcome.facts,
-                **_layer_facts(outcome.records),
+                **_layer_facts(outcome, peers),
             )
         )
     return rows
@@ -191,30 +191,54 @@ def _differences(first: Outcome, second: Outcome) -> dict[str, Score]:
     return {name: difference_interval(a, b) for name, (a, b) in pairs.items() if a is not None and b is not None}
 
 
-def _layer_facts(records: Sequence[GroupRecord]) -> dict[str, Any]:
+def _layer_facts(outcome: Outcome, peers: Sequence[Outcome]) -> dict[str, Any]:
     """What a row says of all its layers together; empty for full precision."""
+    records = outcome.records
     if not records:
         return {}
-    return dict(
-        layer_error=relative_error(records),
-        oracle_layer_error=relative_error(records, oracle=True) if any(r.oracle_error for r in records) else None,
+    facts = dict(
         base_flops=sum(record.base_flops for record in records) or None,
         repair_flops=sum(record.repair_flops for record in records) if records[0].base_flops else None,
         token_bytes=sum(record.token_bytes for record in records) or None,
     )
+    if not _same_tokens(outcome):
+        return facts
+    plain = _plain_errors(outcome, peers)
+    return facts | dict(
+        layer_error=relative_error(records, plain),
+        oracle_layer_error=relative_error(records, plain, oracle=True)
+        if any(r.oracle_error for r in records)
+        else None,
+    )
 
 
-def relative_error(records: Sequence[GroupRecord], *, oracle: bool = False, tokens: str = "all") -> float | None:
+def _same_tokens(outcome: Outcome) -> bool:
+    """Whether layer errors were measured on the tokens of all rows: those of samples without images are others."""
+    return bool(outcome.records) and not (outcome.contender and outcome.contender.text_only)
+
+
+def _plain_errors(outcome: Outcome, peers: Sequence[Outcome]) -> dict[str, float]:
+    """Plain rounding's error at the listed scheme, by linear. A control that is stored at another scheme recorded that
+    scheme's, so it takes a peer's."""
+
+    def at_listed_scheme(each: Outcome) -> bool:
+        return each.contender is None or str(each.contender.config.scheme) == each.scheme
+
+    source = next((each for each in (outcome, *peers) if at_listed_scheme(each) and _same_tokens(each)), outcome)
+    return {linear: record.rtn_error.get("all", 0.0) for record in source.records for linear in record.linears}
+
+
+def relative_error(records: Sequence[GroupRecord], plain: Mapping[str, float], *, oracle: bool = False) -> float | None:
     """Geometric mean over linears of the error over plain rounding's; None where no error is a positive number.
 
     A group counts once for each of its linears, so that methods which group linears differently are weighted alike.
     """
     logs = []
     for record in records:
-        error = (record.oracle_error or record.error if oracle else record.error).get(tokens, 0.0)
-        plain = record.rtn_error.get(tokens, 0.0)
-        if 0 < error < math.inf and 0 < plain < math.inf:
-            logs += [math.log(error / plain)] * len(record.linears)
+        error = (record.oracle_error or record.error if oracle else record.error).get("all", 0.0)
+        for linear in record.linears:
+            if 0 < error < math.inf and 0 < plain.get(linear, 0.0) < math.inf:
+                logs.append(math.log(error / plain[linear]))
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 

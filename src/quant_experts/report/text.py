@@ -26,6 +26,8 @@ from quant_experts.report.columns import (
 )
 from quant_experts.report.verdict import verdict
 
+MANY = 5
+"""With more methods than this a table has a line for each of them instead of a column."""
 _SUFFIX = {"best": "*", "tie": "≈", "": ""}
 
 
@@ -65,11 +67,11 @@ def _costs(comparison: Comparison) -> Table:
     columns = cost_columns()
     table = Table(
         title=Text("Layer errors and what a token costs"),
-        caption=Text("layer error: over plain rounding's, on held-out tokens; operations: over full precision's"),
+        caption=Text("layer error: over plain rounding's, on held-out tokens; FLOPs: over full precision's"),
     )
     table.add_column("method", overflow="fold")
     table.add_column("scheme", no_wrap=True)
-    for title in ("layer error", "best routing", "operations", "bytes/token", "peak memory"):
+    for title in ("layer error", "best routing", "FLOPs", "read a token", "peak memory"):
         table.add_column(Text(title), justify="right")
     rows = [row for row in ordered(comparison) if not is_full_precision(row)]
     written = [_written(cells(rows, column), False) for column in columns]
@@ -90,6 +92,14 @@ def _answers(example: AnswerExample) -> Table:
 def _by_kind(comparison: Comparison, scheme: str) -> Table:
     rows = [row for row in ordered(comparison) if is_full_precision(row) or row.scheme == scheme]
     table = Table(title=Text(f"Exact match % by kind of question, {scheme}"))
+    if len(rows) > MANY:
+        table.add_column("method", overflow="fold")
+        for kind in kinds(comparison):
+            table.add_column(Text(kind), justify="right", overflow="fold")
+        columns = [_written(cells(rows, accuracy_column(kind, kind)), False) for kind in kinds(comparison)]
+        for index, row in enumerate(rows):
+            table.add_row(Text(row.method), *(column[index] for column in columns))
+        return table
     table.add_column("kind", overflow="fold")
     for row in rows:
         table.add_column(Text(row.method), justify="right", overflow="fold")
