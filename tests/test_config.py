@@ -86,6 +86,7 @@ def test_json_round_trip(value: Scheme | Recipe | QuantizationConfig) -> None:
         (Recipe, dict(name="x", exempt="some"), "exempt"),
         (Recipe, dict(name="x", exempt="frequency"), "shared_rank"),
         (Recipe, dict(name="x", shared_rank=-1), "shared_rank"),
+        (Recipe, dict(name="x", refine=True), "routed_rank"),
         (Recipe, dict(name="x", num_experts=0), "num_experts"),
         (Recipe, dict(name="x", num_experts=129), "num_experts"),
         (Recipe, dict(name="x", important_channels=0), "important_channels"),
@@ -129,7 +130,9 @@ def test_paper_recipe_holds_the_papers_numbers() -> None:
 
 @pytest.mark.parametrize("width", [1, 64, 448, 1000, 1536, 2048, 3584, 8192])
 def test_at_width_gives_the_nearest_positive_multiple_of_eight(width: int) -> None:
-    recipe = QuantizationConfig.of("W4A6", "paper", scale_with_width=True).recipe.model_copy(update=dict(shared_rank=52))
+    recipe = QuantizationConfig.of("W4A6", "paper", scale_with_width=True).recipe.model_copy(
+        update=dict(shared_rank=52)
+    )
     scaled = recipe.at_width(width)
     for key in ("important_channels", "shared_rank", "routed_rank"):
         exact, value = getattr(recipe, key) * width / PAPER_WIDTH, getattr(scaled, key)

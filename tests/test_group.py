@@ -67,6 +67,11 @@ CASES = {
     "exempt gptq": Recipe(name="x", smoothing="exempt", exempt="frequency", base="gptq", **SMALL),
     "default": RECIPES["quant-experts"].model_copy(update=SMALL),
     "experts of tokens": Recipe(name="x", routed="tokens", router="fitted", routed_rank=4, num_experts=4, **SMALL),
+    "smoothquant": Recipe(name="x", smoothing="smoothquant", clip=True),
+    "lqer": Recipe(name="x", shared="mean_abs", shared_rank=6),
+    "qera-approx": Recipe(name="x", shared="rms", shared_rank=6),
+    "svdquant": Recipe(name="x", smoothing="smoothquant", shared="principal", shared_rank=6),
+    "refined": Recipe(name="x", routed="random", routed_rank=4, num_experts=4, refine=True, **SMALL),
     "rotated experts": RECIPES["quant-experts"].model_copy(
         update=dict(routed="tokens", router="fitted", routed_rank=4, num_experts=4, **SMALL)
     ),
@@ -87,6 +92,12 @@ def test_the_default_is_better_than_each_of_its_stages(text: str) -> None:
     ours, plain = run(CASES["default"], text)
     assert ours < 0.5 * plain
     assert all(ours < run(CASES[name], text)[0] for name in ("rotation", "balanced", "gptq", "clip"))
+
+
+def test_refinement_trains_on_what_the_runtime_leaves() -> None:
+    """With rounded activations too, and measured by the runtime's own rules on the same tokens."""
+    refined = CASES["refined"]
+    assert run(refined, "W4A6")[0] < run(refined.model_copy(update=dict(refine=False)), "W4A6")[0]
 
 
 @pytest.mark.parametrize(("largest", "width", "expected"), [(64, 48, 16), (64, 45, 0), (0, 64, 0), (8, 64, 8)])

@@ -162,6 +162,8 @@ class Recipe(StrictModel):
             raise ValueError("exempt channels need a shared expert to rebuild them: set shared_rank")
         if self.smoothing == "exempt" and self.exempt == "none":
             raise ValueError("smoothing of exempt channels needs exempt channels: set exempt")
+        if self.refine and not self.routed_rank:
+            raise ValueError("refinement trains routed experts: set routed_rank")
         if self.rotation and self.exempt != "none":
             raise ValueError("a rotation mixes channels, so that none can be exempt: set exempt to none")
         if self.rotation and self.routed_rank and self.routed != "tokens":
@@ -211,6 +213,15 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="aser", smoothing="exempt", exempt="magnitude", shared_rank=64),
         Recipe(
             name="paper", smoothing="exempt", exempt="frequency", shared_rank=32, routed_rank=32, group_inputs=False
+        ),
+        Recipe(
+            name="paper-refined",
+            smoothing="exempt",
+            exempt="frequency",
+            shared_rank=32,
+            routed_rank=32,
+            refine=True,
+            group_inputs=False,
         ),
         Recipe(
             name="quant-experts",

@@ -194,7 +194,6 @@ def _base_and_shared(task: GroupTask, exempt: Tensor) -> tuple[QuantizedWeight, 
         shared = fit_principal_expert(
             weight,
             task.moment(),
-            None,
             recipe.shared_rank,
             lambda part: dequantize(quantize_rtn(part, task.scheme)),
             seed=task.seed,
