@@ -44,6 +44,13 @@ def test_the_parts_are_counted_from_shapes(together: bool, statistics: int, larg
     )
     feedback = estimate_memory(stream(), Recipe(name="x", group_inputs=together, base="gptq"))
     assert feedback.working == 8 * max(6 * largest, 4 * 64 * 64)
+    searched = stream()
+    searched.skeleton.block_names, searched.vocabulary = ["0", "1", "2"], 100
+    trials = estimate_memory(searched, Recipe(name="x", group_inputs=together, smoothing="awq")).search
+    assert trials == 20 * (64 + 64) * 2
+    gradients = estimate_memory(searched, Recipe(name="x", group_inputs=together, smoothing="mbq"))
+    assert gradients.search == (20 * 64 * 3 + 2 * 10 * 100) * 2
+    assert gradients.total == sum(vars(gradients).values()) > gradients.on(torch.device("cuda"))
     assert estimate.total == sum(vars(estimate).values())
     assert estimate.on(torch.device("cpu")) == estimate.total
     assert estimate.on(torch.device("cuda")) == estimate.block + estimate.statistics + estimate.working

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quant_experts.calibration.search import SEARCH_SAMPLES
+from quant_experts.calibration.sensitivity import SENSITIVITY_SAMPLES
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.config import Recipe
 
@@ -33,11 +35,13 @@ class MemoryEstimate:
     """Second moments of the block's groups in float64 (device)."""
     working: int
     """float64 copies of the largest group while it is quantized and its experts are fitted (device)."""
+    search: int = 0
+    """What AWQ's and MBQ's trials run on, or MBQ's gradients pass through (host)."""
 
     @property
     def total(self) -> int:
         """All of it, as on a machine where host and device are one."""
-        return self.resident + self.inputs + self.hidden + self.block + self.statistics + self.working
+        return self.resident + self.inputs + self.hidden + self.search + self.gpu
 
     @property
     def gpu(self) -> int:
@@ -80,7 +84,21 @@ def estimate_memory(stream: BlockStream, recipe: Recipe) -> MemoryEstimate:
         block=skeleton.block_bytes(),
         statistics=moments,
         working=8 * max(WORKING_COPIES * largest, squares),
+        search=_search_bytes(stream, recipe, widest),
     )
+
+
+def _search_bytes(stream: BlockStream, recipe: Recipe, widest: int) -> int:
+    """Inputs and outputs of the widest linear for trials; for gradients, the hidden state in front of every block, the
+    logits of one sample and their gradient."""
+    if recipe.smoothing not in ("awq", "mbq"):
+        return 0
+    lengths = [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
+    trials = sum(lengths[:SEARCH_SAMPLES]) * (widest + stream.width)
+    if recipe.smoothing == "awq":
+        return trials * stream.dtype.itemsize
+    states = sum(lengths[:SENSITIVITY_SAMPLES]) * stream.width * len(stream.skeleton.block_names)
+    return max(trials, states + 2 * max(lengths) * stream.vocabulary) * stream.dtype.itemsize
 
 
 class PeakMemory:

@@ -72,6 +72,8 @@ class BlockStream:
         self._encoder: nn.Module | None = None
         self.width: int = config.get_text_config().hidden_size
         """Hidden size of the blocks."""
+        self.vocabulary: int = config.get_text_config().vocab_size
+        """Logits of one token."""
         if device.type != "cpu":
             self._encoder = _run_encoder_on(self.skeleton.model, device)
 
