@@ -12,8 +12,10 @@ import torch
 from small_runs import block_stream, contents, small_batches, small_samples
 
 from quant_experts import QuantizationConfig, Recipe, Scheme, quantize
+from quant_experts.artifacts import Sample
 from quant_experts.calibration.search import reader_trials
 from quant_experts.calibration.statistics import collect_statistics, find_groups
+from quant_experts.errors import QuantExpertsError
 from quant_experts.group import GroupTask, quantize_group
 from quant_experts.quantizers import awq
 from quant_experts.scale_search import scale_error, scale_search
@@ -124,3 +126,10 @@ def test_a_run_repeats_and_resumes_bit_for_bit(folder: Path, tmp_path: Path, smo
     result = quantize(folder, samples, tmp_path / "resumed", config, device="cpu")
     assert result.resumed_blocks == 2
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_samples_without_answers_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    samples = [Sample(sample.question, "", sample.images) for sample in small_samples("qwen2_vl")]
+    with pytest.raises(QuantExpertsError, match="no sample has an answer"):
+        quantize(folder, samples, tmp_path / "out", QuantizationConfig.of("W4A6", "mbq"), device="cpu")
+    assert not list(tmp_path.iterdir())

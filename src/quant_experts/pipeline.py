@@ -30,6 +30,7 @@ from quant_experts.calibration.batches import count_tokens, make_batches
 from quant_experts.calibration.measurement import measure_group
 from quant_experts.calibration.memory import MemoryEstimate, PeakMemory, estimate_memory
 from quant_experts.calibration.samples import load_samples
+from quant_experts.calibration.sensitivity import sensitivity_batches
 from quant_experts.calibration.statistics import block_linears, collect_statistics, find_groups, split_held_out
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.checkpoint.run_folder import RunFolder
@@ -118,20 +119,21 @@ def quantize(
     batches, events = _calibration(samples, folder, model_config, config)
     held_out, more = split_held_out(len(batches))
     run = _Run(config, device, dtype, batches, held_out, [*events, *more], strict, progress or (lambda *_: None))
+    weighed = sensitivity_batches(batches, held_out) if config.recipe.smoothing == "mbq" else []
     fingerprint = _fingerprint(folder, run)
     output = Path(output).expanduser().absolute()
     with RunFolder(output, fingerprint) as store:
         open_stream = partial(
             BlockStream, folder, model_class(model_config), model_config, device=torch.device(device), dtype=dtype
         )
-        stream = open_stream(batches=batches)
+        stream = open_stream(batches)
         estimate = estimate_memory(stream, config.recipe)
         if on_estimate is not None:
             on_estimate(estimate)
         store.copy_rest(stream.skeleton.files, stream.skeleton.keys_outside_blocks())
-        if config.recipe.smoothing == "mbq":
-            again = partial(open_stream, skeleton=stream.skeleton)
-            run.image_weights = store.remember("image_weights", lambda: measure_image_weights(again, batches, held_out))
+        if weighed:
+            again = partial(open_stream, weighed, skeleton=stream.skeleton, differentiable=True)
+            run.image_weights = store.remember("image_weights", lambda: measure_image_weights(again()))
         checkpoint, records, resumed = run.blocks(stream, store)
         tokens = count_tokens(batches)
         report = dict(

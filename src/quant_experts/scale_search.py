@@ -10,9 +10,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from quant_experts.artifacts import CalibrationBatch
 from quant_experts.calibration.search import ReaderTrials, reader_trials
-from quant_experts.calibration.sensitivity import branch_sensitivities, sensitivity_batches
+from quant_experts.calibration.sensitivity import branch_sensitivities
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.group import GroupTask, Search
 from quant_experts.kernels.reference import quantize_tokens
@@ -24,14 +23,11 @@ ImageWeights = Mapping[str, float]
 """MBQ's rho of each branch (attention, MLP) of a block."""
 
 
-def measure_image_weights(
-    open_stream: Callable[..., BlockStream], batches: Sequence[CalibrationBatch], held_out: frozenset[int]
-) -> dict[str, ImageWeights]:
+def measure_image_weights(stream: BlockStream) -> dict[str, ImageWeights]:
     """MBQ's rho by block name, from gradients through the full-precision model.
 
-    open_stream(batches=..., differentiable=True) opens a stream. Raises `QuantExpertsError` if no sample has an answer.
+    stream: a differentiable one over `sensitivity_batches`, not started yet; it ends here.
     """
-    stream = open_stream(batches=sensitivity_batches(batches, held_out), differentiable=True)
     weights = mbq.image_weights(branch_sensitivities(stream))
     return dict(zip(stream.skeleton.block_names, weights, strict=True))
 
