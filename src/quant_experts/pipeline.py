@@ -135,23 +135,14 @@ def quantize(
             again = partial(open_stream, weighed, skeleton=stream.skeleton, differentiable=True)
             run.image_weights = store.remember("image_weights", lambda: measure_image_weights(again()))
         checkpoint, records, resumed = run.blocks(stream, store)
-        tokens = count_tokens(batches)
-        report = dict(
-            config=config.to_json(),
-            samples=len(batches),
-            held_out_samples=len(held_out),
-            tokens=tokens,
-            groups=[asdict(record) for record in records],
-            events=[asdict(event) for event in run.events],
-        )
-        store.finish(folder, checkpoint, report)
+        store.finish(folder, checkpoint, run.report(records))
     return QuantizationResult(
         folder=output,
         config=checkpoint,
         records=tuple(records),
         events=tuple(run.events),
         samples=len(batches),
-        tokens=tokens,
+        tokens=count_tokens(batches),
         seconds=time.perf_counter() - started,
         resumed_blocks=resumed,
         estimated_bytes=estimate.on(torch.device(device)),
@@ -179,6 +170,17 @@ class _Run:
         if self.strict and events:
             raise QuantExpertsError(f"{events[0].where}: {events[0].what} (strict run).")
         self.events += events
+
+    def report(self, records: Sequence[GroupRecord]) -> dict[str, Any]:
+        """What is written beside the checkpoint."""
+        return dict(
+            config=self.config.to_json(),
+            samples=len(self.batches),
+            held_out_samples=len(self.held_out),
+            tokens=count_tokens(self.batches),
+            groups=[asdict(record) for record in records],
+            events=[asdict(event) for event in self.events],
+        )
 
     def blocks(self, stream: BlockStream, store: RunFolder) -> tuple[CheckpointConfig, list[GroupRecord], int]:
         """Quantize block after block, or take finished ones from the store. -> config, records, number of blocks
