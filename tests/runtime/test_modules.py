@@ -4,6 +4,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -74,8 +75,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Prepared]]:
     calls: list[weakref.ref[Prepared]] = []
     choose = modules.select
 
-    def counting(device: str, bits: int, forced: str | None = None) -> modules.Backend:
-        backend = choose(device, bits, forced)
+    def counting(*choice: Any) -> modules.Backend:
+        backend = choose(*choice)
 
         def prepare(x: Tensor, group: GroupOperands) -> Prepared:
             result = backend.prepare(x, group)

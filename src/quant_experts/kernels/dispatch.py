@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -12,11 +12,27 @@ import torch
 from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import cpu_int8, reference
+from quant_experts.kernels import cpu_int8, reference, triton_backend
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+Weights = tuple[int, int | None, bool]
+"""Weight bits, group size, symmetric."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """For a backend that keeps tensors in a form of its own, all linears of a group stacked. P is that form."""
+
+    pack: Callable[[GroupOperands, list[LinearOperands]], Any]
+    """-> P, once after loading"""
+    apply: Callable[[Tensor, Any], Tensor]
+    """(x (M, K), P) -> outputs of all linears side by side, (M, sum of N)"""
+    codes: Callable[[Any, slice, int], Tensor]
+    """(P, rows, K) -> those rows' codes (N, K) int8 again"""
 
 
 @dataclass(frozen=True)
@@ -24,18 +40,26 @@ class Backend:
     """Two functions that together compute a quantized group, and where they apply."""
 
     name: str
-    device: Literal["cpu", "any"]
+    device: Literal["cpu", "cuda", "any"]
     activations: Literal["integer", "any"]
     prepare: Callable[[Tensor, GroupOperands], Prepared]
     linear: Callable[[Prepared, LinearOperands], Tensor]
     usable: Callable[[], bool]
+    fits: Callable[[Weights], bool] = lambda weights: True
+    """Whether weights of that kind are served."""
+    layout: Layout | None = None
 
     @classmethod
     def of(
-        cls, name: str, device: Literal["cpu", "any"], activations: Literal["integer", "any"], module: Any
+        cls, name: str, device: Literal["cpu", "cuda", "any"], activations: Literal["integer", "any"], module: Any
     ) -> Backend:
-        """The backend that a module's `prepare`, `linear` and `is_exact` make."""
-        return cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), module.is_exact)
+        """The backend that a module's `prepare`, `linear` and `is_exact` make, and `fits`, `pack`, `apply` and `codes`
+        if it has them."""
+        backend = cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), module.is_exact)
+        if hasattr(module, "pack"):
+            layout = Layout(_isolated(module.pack), _isolated(module.apply), module.codes)
+            return replace(backend, fits=module.fits, layout=layout)
+        return backend
 
 
 def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
@@ -55,19 +79,24 @@ def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend.of("cpu-int8", "cpu", "integer", cpu_int8),
+    Backend.of("triton", "cuda", "integer", triton_backend),
     Backend.of("reference", "any", "any", reference),
 )
 
 
-def select(device: str, activation_bits: int, forced: str | None = None) -> Backend:
-    """The backend for a device type ("cpu", "cuda", ...) and activation width; `forced` names one instead.
+def select(device: str, activation_bits: int, forced: str | None = None, weights: Weights = (4, None, True)) -> Backend:
+    """The backend for a device type ("cpu", "cuda", ...), activation width and kind of weights; `forced` names one
+    instead.
 
     Raises `QuantExpertsError` where the forced backend does not exist or does not apply.
     """
     fitting = [
         b
         for b in BACKENDS
-        if b.device in (device, "any") and (b.activations == "any" or activation_bits < 16) and b.usable()
+        if b.device in (device, "any")
+        and (b.activations == "any" or activation_bits < 16)
+        and b.fits(weights)
+        and b.usable()
     ]
     for backend in fitting:
         if forced in (None, backend.name):

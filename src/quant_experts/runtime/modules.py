@@ -7,7 +7,7 @@ tensors are registered once, under the first linear; the others hold a plain ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.dispatch import Backend, select
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
-
 
 FACTOR_TENSORS = {
     end: (f"shared_{end}", f"routed_{end}", f"shared_{end}_scale", f"routed_{end}_scale") for end in ("down", "up")
@@ -58,12 +57,58 @@ class InputGroup(nn.Module):
         _register(self, GROUP_TENSORS, group_tensors(spec, in_features))
         self.backend: str | None = None
         """Name of a backend to use instead of the table's choice."""
-        self._last: tuple[Tensor, int, Prepared, frozenset[int]] | None = None
-        """(input, its version, its prepared form, ids of the linears that have used it)"""
+        self._last: tuple[Tensor, int, Any, frozenset[int]] | None = None
+        """(input, its version, what was computed from it, ids of the linears that have used it)"""
+        self._linears: list[QuantizedLinear] = []
+        self._stack: Any = None
+        """The group's tensors and its stacked weights as the backend lays them out, where it wants that."""
 
     def select_backend(self, device: torch.device) -> Backend:
         """The backend that serves this group on a device."""
-        return select(device.type, self.scheme.activation_bits, self.backend)
+        weights = (self.scheme.weight_bits, self.scheme.group_size, self.scheme.symmetric)
+        return select(device.type, self.scheme.activation_bits, self.backend, weights)
+
+    def attach(self, linear: QuantizedLinear) -> None:
+        """Called by each linear of the group, in order."""
+        self._linears.append(linear)
+
+    def rows(self, linear: QuantizedLinear) -> slice:
+        """Where a linear's output channels lie among those of the whole group."""
+        start = 0
+        for other in self._linears:
+            if other is linear:
+                break
+            start += other.out_features
+        return slice(start, start + linear.out_features)
+
+    def stacked(self, x: Tensor, linear: QuantizedLinear, backend: Backend) -> Tensor:
+        """A linear's output from one product with all weights of the group: x (..., K) -> (M, N), a view."""
+        assert backend.layout is not None
+        layout = backend.layout
+        if self._stack is None:
+            self._stack = layout.pack(self.operands(), [other.operands() for other in self._linears])
+            for other in self._linears:  # the layout holds them in fewer bytes
+                other.weight_codes = None
+        y: Tensor = self._once(x, id(linear), lambda x: layout.apply(x, self._stack))
+        return y[:, self.rows(linear)]
+
+    def unstack(self) -> None:
+        """Give the linears their codes back, before they move, are saved or run on another backend."""
+        if self._stack is not None:
+            for linear in self._linears:
+                linear.weight_codes = linear.stored_codes()
+            self._stack = None
+
+    def stacked_codes(self, linear: QuantizedLinear) -> Tensor:
+        """A linear's codes (N, K) int8 out of the backend's layout."""
+        layout = self.select_backend(linear.weight_scale.device).layout
+        assert layout is not None and self._stack is not None
+        return layout.codes(self._stack, self.rows(linear), self.in_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> InputGroup:
+        self.unstack()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def operands(self) -> GroupOperands:
         """The tensors as kernels take them."""
@@ -78,7 +123,14 @@ class InputGroup(nn.Module):
         )
 
     def forward(self, x: Tensor, reader: int) -> Prepared:
-        """x (..., K) -> its prepared form with M = product of the leading sizes.
+        """x (..., K) -> its prepared form with M = product of the leading sizes; reader: see `_once`."""
+        backend = self.select_backend(x.device)
+        prepared = self._once(x, reader, lambda x: backend.prepare(x, self.operands()))
+        assert isinstance(prepared, Prepared)
+        return prepared
+
+    def _once(self, x: Tensor, reader: int, compute: Callable[[Tensor], Any]) -> Any:
+        """compute(x as (M, K)), once for all linears that read the same input.
 
         reader: identifies the linear that asks. Each reader is given a result once: asking again means that a new input
         came in the same tensor.
@@ -86,14 +138,13 @@ class InputGroup(nn.Module):
         version = 0 if x.is_inference() else x._version
         last, self._last = self._last, None
         if last is not None and last[0] is x and last[1] == version and reader not in last[3]:
-            prepared, readers = last[2], last[3] | {reader}
+            result, readers = last[2], last[3] | {reader}
         else:
-            prepared = self.select_backend(x.device).prepare(x.reshape(-1, self.in_features), self.operands())
-            readers = frozenset({reader})
+            result, readers = compute(x.reshape(-1, self.in_features)), frozenset({reader})
         # Dropped after the last linear's use, so that no activation outlives its layer.
         if len(readers) < len(self.spec.linears):
-            self._last = (x, version, prepared, readers)
-        return prepared
+            self._last = (x, version, result, readers)
+        return result
 
 
 class QuantizedLinear(nn.Module):
@@ -130,6 +181,7 @@ class QuantizedLinear(nn.Module):
         self._group = (group,) if group is not None else None  # in a tuple: not registered a second time
         if group is None:
             self.add_module(GROUP_CHILD, InputGroup(spec, scheme, self.in_features))
+        self.group.attach(self)
 
     @property
     def group(self) -> InputGroup:
@@ -156,9 +208,8 @@ class QuantizedLinear(nn.Module):
 
     def operands(self) -> LinearOperands:
         """The tensors as kernels take them."""
-        assert self.weight_codes is not None, "finalize() was not called"
         return LinearOperands(
-            self.weight_codes,
+            self.stored_codes(),
             self.weight_scale,
             self.weight_zero_point,
             self.scheme.group_size,
@@ -167,19 +218,36 @@ class QuantizedLinear(nn.Module):
             self.bias,
         )
 
+    def stored_codes(self) -> Tensor:
+        """(N, K) int8, wherever they lie."""
+        if self.weight_codes is None:
+            assert self.weight_packed is None, "finalize() was not called"
+            return self.group.stacked_codes(self)
+        return self.weight_codes
+
     def forward(self, x: Tensor) -> Tensor:
         """y = base product + shared expert + routed expert + bias."""
-        prepared = self.group(x, id(self))
-        y = self.group.select_backend(x.device).linear(prepared, self.operands())
+        group = self.group
+        backend = group.select_backend(x.device)
+        if backend.layout is not None:
+            y = group.stacked(x, self, backend)
+        else:
+            y = backend.linear(group(x, id(self)), self.operands())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_codes is not None:
-            destination[f"{prefix}weight_packed"] = pack(self.weight_codes, self.scheme.weight_bits)
+        if self.weight_packed is None:
+            destination[f"{prefix}weight_packed"] = pack(self.stored_codes(), self.scheme.weight_bits)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        self.group.unstack()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Read packed codes into a module that has unpacked its own."""
+        self.group.unstack()
         key = f"{prefix}weight_packed"
         if self.weight_codes is not None and key in state_dict:
             codes = unpack(state_dict[key], self.scheme.weight_bits, self.in_features)

@@ -1,0 +1,64 @@
+"""Launches of `hopper_linear`: tile sizes by shape, and tensor descriptors for the bulk copy engine."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from quant_experts.kernels.gpu_layout import BLOCK, LinearLayout, Tokens
+from quant_experts.kernels.hopper_linear import Config, kernel
+from quant_experts.kernels.triton_launch import options, programs, zeros
+
+BYTES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
+HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+LARGEST_TILE = 256 * 128
+
+
+@cache
+def config(m: int, n: int, k: int, factors: int, rank: int, bias: bool, sort: bool) -> Config:
+    """Tile sizes for a shape."""
+    flags: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, BIAS=bias, SORTED=sort)
+    if m <= 16:
+        small: dict[str, Any] = dict(PAIRS=True, REGISTERS=88, LAUNCH_REGISTERS=72, RESIDENT=2)
+        return Config(BN=128, BM=16, STAGES=9, **small, **flags)
+    if m <= 128:
+        return Config(BN=128, BM=32 if m <= 32 else 64, STAGES=12, PAIRS=True, **flags)
+    return Config(BN=256, BM=128, STAGES=6, **flags)
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A view of `tensor` as a matrix of `columns`-wide boxes of `rows` rows."""
+    layout = HALVES if tensor.dtype == torch.float16 else BYTES
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+
+
+def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
+    """y (M, N) = tokens times layout, scales, bias and experts included."""
+    assert tokens.codes is not None and tokens.scales is not None
+    (m, k), n, device = tokens.codes.shape, layout.out_features, y.device
+    up, hidden = layout.up, tokens.hidden
+    factors, rank = (0, 32) if up is None or hidden is None else (up.shape[0], up.shape[2])
+    c = chosen or config(m, n, k, factors, rank, layout.bias is not None, tokens.order is not None)
+    bn, bm = c.BN.value, c.BM.value
+    weight_rows = descriptor(layout.weight.view(-1, BLOCK // 2), bn, BLOCK // 2)
+    token_rows = descriptor(tokens.codes, bm, BLOCK // 2)
+    if up is None or hidden is None:
+        up_rows = hidden_rows = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
+    else:
+        up_rows, hidden_rows = descriptor(up.view(-1, rank), bn, 32), descriptor(hidden, bm, 32)
+    count = programs(device) * c.RESIDENT.value
+    sums = zeros("hopper sums", count * LARGEST_TILE, device)
+    done = zeros("hopper done", count * 2, device)
+    tiles = -(-n // bn) * -(-m // bm)
+    used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
+    kernel[(used,)](
+        weight_rows, token_rows, up_rows, hidden_rows, done if tokens.present is None else tokens.present, y,
+        layout.scale, tokens.scales, layout.scale if layout.bias is None else layout.bias,
+        done if tokens.order is None else tokens.order, sums, done, m, n, k // BLOCK, c, num_warps=4,
+        maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
+    )  # fmt: skip

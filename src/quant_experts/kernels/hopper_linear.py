@@ -1,0 +1,340 @@
+"""The integer linear for Hopper GPUs in Gluon: packed int4 weights, int8 tokens, experts, all in one persistent kernel.
+
+One warp copies tiles into a ring in shared memory with the bulk copy engine; two warp groups multiply. A group's rows
+of the weight are the *left* operand: they are unpacked in registers, which `wgmma` reads directly, so unpacked codes
+never touch shared memory, and few tokens cost few columns. Work is counted in steps of 128 input channels. The last one
+or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step collects
+the other shares, whose int32 sums are exact in any order. Expert factors pass through the same ring as further steps.
+
+Layouts are those of `gpu_layout`. Rejected, with figures in docs/performance.md: plain Triton at large M, int8 weights
+through `torch._int_mm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from quant_experts.kernels.hopper_work import (
+    allow_next_kernel,
+    segment,
+    share,
+    tile_place,
+    unpack_fp8,
+    unpack_int8,
+    wait_for_previous_kernel,
+)
+
+Constant = Any
+"""An int or a bool, wrapped as the compiler wants it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a compiled kernel is specialised to."""
+
+    BN: Constant
+    """Weight rows in a tile, half for each warp group."""
+    BM: Constant
+    """Tokens in a tile."""
+    STAGES: Constant
+    """Slots of the ring."""
+    GROUP_M: Constant
+    """Token tiles in a band that is walked together, for the L2 cache."""
+    FACTORS: Constant
+    """Shared and routed experts together; 0 for none."""
+    RANK: Constant
+    """Rank of each, a multiple of CHUNK."""
+    BIAS: Constant
+    SORTED: Constant
+    """Whether tokens were sorted by expert, so that rows of y must be put back."""
+    PAIRS: Constant = False
+    """Whether ring steps are multiplied two at a time."""
+    REGISTERS: Constant = 232
+    """Of each multiplying thread."""
+    LAUNCH_REGISTERS: Constant = 168
+    """Of each thread at the start, before they are shared out anew: 64 Ki over the threads that share a processor."""
+    RESIDENT: Constant = 1
+    """Programs on a multiprocessor: with two, or room for one of `prepare`, one loads while another finishes."""
+    SHARES: Constant = True
+    """Whether more programs than tiles start, so that tiles are cut into shares."""
+    STEP: Constant = 128
+    """Input channels in one step of the ring: 64 bytes of a packed weight row."""
+    CHUNK: Constant = 32
+    """Expert ranks in one step of the ring: 64 bytes of float16."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, gl.constexpr(value))
+
+
+@gluon.jit
+def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
+    """Bit j is set where factor j serves a token of the tile; masks are kept for blocks of 16 tokens."""
+    mask = 0
+    BLOCKS: gl.constexpr = C.BM // 16
+    for i in gl.static_range(BLOCKS):
+        block = token_tile * BLOCKS + i
+        mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0)
+    return mask
+
+
+@gluon.jit
+def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr):
+    """The copying warp. Weights of the first steps are asked for before the previous kernel has ended."""
+    w_ring, x_ring, ready, empty = rings
+    M, N, steps, tiles_n, tiles_m = sizes
+    start, end, segments, cut, _per = share(steps, tiles_n * tiles_m)
+    total = segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)
+    X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
+    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
+    tile, first, last = segment(0, steps, start, end, segments, cut)
+    row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+    ahead = gl.where(total > 0, gl.minimum(C.STAGES, last - first), 0)
+    for i in range(ahead):
+        mbarrier.expect(ready.index(i), (C.BN + 2 * C.BM) * 64)
+        at = (first + i) * N + row_tile * C.BN
+        tma.async_copy_global_to_shared(w_desc, [at, 0], ready.index(i), w_ring.index(i))
+    wait_for_previous_kernel()
+    for i in range(ahead):
+        for half in gl.static_range(2):
+            at = [token_tile * C.BM, (first + i) * C.STEP + half * 64]
+            tma.async_copy_global_to_shared(x_desc, at, ready.index(i), x_ring.index(2 * i + half))
+    i = ahead
+    for index in range(total):
+        tile, first, last = segment(index, steps, start, end, segments, cut)
+        row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        for k in range(gl.where(index == 0, first + ahead, first), last):
+            slot = i % C.STAGES
+            mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
+            mbarrier.expect(ready.index(slot), (C.BN + 2 * C.BM) * 64)
+            at = [k * N + row_tile * C.BN, 0]
+            tma.async_copy_global_to_shared(w_desc, at, ready.index(slot), w_ring.index(slot))
+            for half in gl.static_range(2):
+                at = [token_tile * C.BM, k * C.STEP + half * 64]
+                tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(2 * slot + half))
+            i += 1
+        if C.FACTORS > 0:
+            present = factors_present(mask_ptr, token_tile, M, C)
+            for j in range(gl.where(first == 0, C.FACTORS, 0)):
+                if (present >> j) & 1 != 0:
+                    for c in gl.static_range(CHUNKS):
+                        slot = i % C.STAGES
+                        mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
+                        mbarrier.expect(ready.index(slot), (C.BN + C.BM) * 64)
+                        up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], X_LAYOUT)
+                        at = [j * N + row_tile * C.BN, c * C.CHUNK]
+                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
+                        hidden = x_ring.index(2 * slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], X_LAYOUT)
+                        at = [token_tile * C.BM, j * C.RANK + c * C.CHUNK]
+                        tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
+                        i += 1
+
+
+@gluon.jit
+def unpacked(i, w_ring, x_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
+    """Wait for ring step i; this warp group's rows of its weights as two operands of a product."""
+    ROWS: gl.constexpr = C.BN // 2
+    slot = i % C.STAGES
+    mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
+    packed = w_ring.index(slot).slice(WG * ROWS, ROWS).load(LEFT)
+    if x_ring.dtype == gl.int8:
+        low, high = unpack_int8(packed)
+    else:
+        low, high = unpack_fp8(packed)
+    return low, high
+
+
+@gluon.jit
+def multiply_step(acc, i, low, high, x_ring, C: gl.constexpr):
+    """Start acc + operands times the tokens of ring step i."""
+    slot = i % C.STAGES
+    acc = warpgroup_mma(low, x_ring.index(2 * slot).permute([1, 0]), acc, is_async=True)
+    return warpgroup_mma(high, x_ring.index(2 * slot + 1).permute([1, 0]), acc, is_async=True)
+
+
+@gluon.jit
+def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl.constexpr):
+    """acc + codes of `count` ring steps times tokens. Two steps at a time: the second unpacks while the first
+    multiplies. (Carrying operands over the loop's end would have the compiler take them apart byte by byte.)"""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 4)
+    if C.PAIRS:
+        for _ in range(count // 2):
+            low, high = unpacked(i, w_ring, x_ring, ready, LEFT, WG, C)
+            token = multiply_step(acc, i, low, high, x_ring, C)
+            next_low, next_high = unpacked(i + 1, w_ring, x_ring, ready, LEFT, WG, C)
+            token = multiply_step(token, i + 1, next_low, next_high, x_ring, C)
+            acc = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(empty.index(i % C.STAGES))
+            mbarrier.arrive(empty.index((i + 1) % C.STAGES))
+            i += 2
+        count = count % 2
+    for _ in range(count):
+        low, high = unpacked(i, w_ring, x_ring, ready, LEFT, WG, C)
+        token = multiply_step(acc, i, low, high, x_ring, C)
+        acc = warpgroup_mma_wait(0, deps=[token])
+        mbarrier.arrive(empty.index(i % C.STAGES))
+        i += 1
+    return acc, i
+
+
+@gluon.jit
+def add_factors(y, i, present, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl.constexpr):
+    """y + up factors of the experts present times hidden, float16 products, float32 sums."""
+    ROWS: gl.constexpr = C.BN // 2
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
+    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
+    y = gl.convert_layout(y, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16]))  # moves nothing
+    for j in range(C.FACTORS):
+        if (present >> j) & 1 != 0:
+            for _ in gl.static_range(CHUNKS):
+                slot = i % C.STAGES
+                mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
+                up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], LAYOUT).slice(WG * ROWS, ROWS)
+                hidden = x_ring.index(2 * slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
+                token = warpgroup_mma(up, hidden.permute([1, 0]), y, is_async=True)
+                y = warpgroup_mma_wait(0, deps=[token])
+                mbarrier.arrive(empty.index(slot))
+                i += 1
+    return y, i
+
+
+@gluon.jit
+def hand_over(acc, owner, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr):
+    """Add this program's share of a tile to the owner's workspace and tell the owner."""
+    gl.atomic_add(sums_ptr + workspace(owner, acc, WG, C), acc, sem="relaxed")
+    gl.thread_barrier()
+    gl.atomic_add(count_ptr + owner * 2 + WG, 1, sem="release")
+
+
+@gluon.jit
+def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr):
+    """Wait for a tile's other shares, add them, and leave the workspace zero for the next launch."""
+    owner = gl.program_id(0)
+    seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
+    while seen != shares:
+        seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
+    gl.thread_barrier()
+    at = sums_ptr + workspace(owner, acc, WG, C)
+    acc += gl.load(at, cache_modifier=".cg")
+    gl.store(at, gl.zeros_like(acc))
+    gl.store(count_ptr + owner * 2 + WG, 0)
+    return acc
+
+
+@gluon.jit
+def workspace(owner, acc, WG: gl.constexpr, C: gl.constexpr):
+    """Offsets (BN / 2, BM) of a warp group's part of the owner's tile in the workspace."""
+    ROWS: gl.constexpr = C.BN // 2
+    LAYOUT: gl.constexpr = acc.type.layout
+    rows = owner * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, C.BM, gl.SliceLayout(0, LAYOUT))
+    return rows[:, None] * C.BM + columns[None, :]
+
+
+@gluon.jit
+def to_float(acc, row_tile, token_tile, scale_ptr, token_ptr, M, N, WG: gl.constexpr, C: gl.constexpr):
+    """Sums (rows, tokens) -> float32 in units of each token's hidden scale."""
+    ROWS: gl.constexpr = C.BN // 2
+    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
+    tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, acc.type.layout))
+    scale = gl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+    token_scale = gl.load(token_ptr + tokens, mask=tokens < M, other=0.0)
+    y = acc.to(gl.float32)
+    if acc.dtype == gl.float32:  # e4m3: the half step of each code, see `unpack_fp8`
+        y = y * 256.0 - gl.load(token_ptr + 2 * M + tokens, mask=tokens < M, other=0.0)[None, :]
+        return y * scale[:, None] * token_scale[None, :]
+    return y * (scale * 0.0625)[:, None] * token_scale[None, :]
+
+
+@gluon.jit
+def store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, WG: gl.constexpr, C: gl.constexpr):
+    """Scale back, add the bias, and write rows in the order of the input."""
+    ROWS: gl.constexpr = C.BN // 2
+    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
+    tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, y.type.layout))
+    if C.FACTORS > 0:
+        y = y * gl.load(token_ptr + M + tokens, mask=tokens < M, other=0.0)[None, :]
+    if C.BIAS:
+        y = y + gl.load(bias_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    WIDE: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
+    wide = gl.convert_layout(y.to(y_ptr.dtype.element_ty), WIDE)
+    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+    tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, WIDE))
+    place = tokens
+    if C.SORTED:
+        place = gl.load(order_ptr + tokens, mask=tokens < M, other=0)
+    mask = (rows < N)[:, None] & (tokens < M)[None, :]
+    gl.store(y_ptr + place.to(gl.int64)[None, :] * N + rows[:, None], wide, mask=mask)
+
+
+@gluon.jit
+def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
+    """A multiplying warp group: half of each tile's weight rows."""
+    w_ring, x_ring, ready, empty = rings
+    y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
+    M, N, steps, tiles_n, tiles_m = sizes
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
+    SUM: gl.constexpr = gl.int32 if x_ring.dtype == gl.int8 else gl.float32
+    wait_for_previous_kernel()
+    start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
+    i = 0
+    for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
+        tile, first, last = segment(index, steps, start, end, segments, cut)
+        row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        acc = gl.zeros([C.BN // 2, C.BM], SUM, LAYOUT)
+        acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
+        if first > 0:
+            hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG, C)
+        else:
+            if last < steps:
+                shares = ((tile + 1) * steps - 1) // per - gl.program_id(0)
+                acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
+            y = to_float(acc, row_tile, token_tile, scale_ptr, token_ptr, M, N, WG, C)
+            if C.FACTORS > 0:
+                present = factors_present(mask_ptr, token_tile, M, C)
+                y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
+            store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, WG, C)
+
+
+@gluon.jit
+def kernel(
+    w_desc, x_desc, up_desc, hidden_desc, mask_ptr, y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr,
+    count_ptr, M, N, steps, C: gl.constexpr,
+):  # fmt: skip
+    """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts. One program a multiprocessor."""
+    w_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 64], w_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [2 * C.STAGES, C.BM, 64], x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
+    STAGES: gl.constexpr = C.STAGES
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    gl.thread_barrier()
+    allow_next_kernel()
+    tiles_n = gl.cdiv(N, C.BN)
+    tiles_m = gl.cdiv(M, C.BM)
+    rings = (w_ring, x_ring, ready, empty)
+    sizes = (M, N, steps, tiles_n, tiles_m)
+    ends = (y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr)
+    gl.warp_specialize(
+        [
+            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(0), C)),
+            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(1), C)),
+            (producer, (w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C)),
+        ],
+        [4, 1],
+        [C.REGISTERS, 24],
+    )

@@ -1,0 +1,90 @@
+"""Pieces of `hopper_linear`: unpacking, programmatic launches, and how tiles and their steps are shared out."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Programmatic launch: what earlier kernels wrote may be read from here on."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def allow_next_kernel():
+    """Programmatic launch: the next kernel may start its own prologue."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def unpack_int8(packed):
+    """Bytes of two codes -> (16 * low code, 16 * high code) as int8: the factor 16 goes into the scale."""
+    return gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 4; and.b32 $0, $0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0;",
+        "=r,=r,r",
+        [packed],
+        dtype=(gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def unpack_fp8(packed):
+    """Bytes of two one's-complement codes c -> (2c + 1) 2^-9 as e4m3, exact: its first 16 magnitudes are linear.
+
+    The half step is taken back with the sum of the token's values.
+    """
+    return gl.inline_asm_elementwise(
+        """{ .reg .b32 a, b;
+        shl.b32 a, $2, 1; lop3.b32 a, a, 0x0E0E0E0E, 0x01010101, 0xEA;
+        shl.b32 b, $2, 4; lop3.b32 $0, b, 0x80808080, a, 0xEA;
+        shr.u32 a, $2, 3; lop3.b32 a, a, 0x0E0E0E0E, 0x01010101, 0xEA;
+        lop3.b32 $1, $2, 0x80808080, a, 0xEA; }""",
+        "=&r,=&r,r",
+        [packed],
+        dtype=(gl.float8e4nv, gl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def tile_place(tile, tiles_n, tiles_m, GROUP_M: gl.constexpr):
+    """Tile number -> (row tile of the weight, token tile); tokens run fastest inside bands of GROUP_M token tiles."""
+    band = tile // (GROUP_M * tiles_n)
+    first = band * GROUP_M
+    width = gl.minimum(tiles_m - first, GROUP_M)
+    inner = tile - first * tiles_n
+    return inner // width, first + inner % width
+
+
+@gluon.jit
+def share(steps, tiles):
+    """(first shared step, last, number of segments in the shared tiles, shared tiles) of this program.
+
+    Tiles of all complete waves but one are whole; the rest are cut into equal shares.
+    """
+    programs = gl.num_programs(0)
+    whole = gl.where(tiles % programs == 0, tiles, gl.maximum(tiles // programs - 1, 0) * programs)
+    cut = tiles - whole
+    per = gl.cdiv(cut * steps, programs)
+    start = gl.minimum(gl.program_id(0) * per, cut * steps)
+    end = gl.minimum(start + per, cut * steps)
+    segments = gl.where(end > start, gl.cdiv(end, steps) - start // steps, 0)
+    return start, end, segments, cut, per
+
+
+@gluon.jit
+def segment(index, steps, start, end, segments, cut):
+    """The index-th piece of this program's work -> (tile, first step, end step)."""
+    shared_tile = start // steps + index
+    first = gl.maximum(start - shared_tile * steps, 0)
+    last = gl.minimum(end - shared_tile * steps, steps)
+    is_cut = index < segments
+    tile = gl.where(is_cut, shared_tile, cut + (index - segments) * gl.num_programs(0) + gl.program_id(0))
+    return tile, gl.where(is_cut, first, 0), gl.where(is_cut, last, steps)

@@ -1,0 +1,246 @@
+"""Runs the Triton kernels against the oracle: on a GPU, or, with TRITON_INTERPRET=1 in the environment, on the CPU.
+
+`python triton_cases.py` in the interpreter prints the name of each case that passed; `test_triton.py` starts it in a
+process of its own, because the switch is read when kernels are defined. Cases have no near ties between experts.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import numpy
+import torch
+from torch import Tensor
+
+from quant_experts.kernels import reference, triton_backend
+from quant_experts.kernels.gpu_layout import Tokens, pack_codes, unpack_codes
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+EXPERTS_TOLERANCE = 3e-3
+"""Of the norm of a token's output when experts are on: x and hidden values are rounded to float16 (2^-12), and terms
+may cancel. In these layers experts are most of the output; in real ones they are a correction."""
+SUMS_TOLERANCE = 2e-6
+"""Without experts: float32 scales over exact sums."""
+
+ALL = ("smooth", "shared", "routed", "bias")
+
+
+def operands(
+    k: int, sizes: tuple[int, ...], bits: int = 6, parts: tuple[str, ...] = ALL, experts: int = 4, rotation: int = 0,
+    integer_factors: bool = False, rank: int = 5,
+) -> tuple[GroupOperands, list[LinearOperands]]:  # fmt: skip
+    """A random group and its linears, one for each number of output channels."""
+    generator = torch.Generator().manual_seed(k + sum(sizes))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def factor(part: str, *shape: int) -> Factor | None:
+        if part not in parts:
+            return None
+        if integer_factors:
+            codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+            return Factor(codes.to(DEVICE), (normal(*shape[:-1]).abs() * 0.01 + 0.001).to(DEVICE))
+        return Factor(normal(*shape).half().to(DEVICE), None)
+
+    def chosen(part: str, tensor: Tensor) -> Tensor | None:
+        return tensor.to(DEVICE) if part in parts else None
+
+    group = GroupOperands(
+        bits,
+        chosen("smooth", normal(k).abs() + 0.5),
+        rotation,
+        factor("shared", rank, k),
+        factor("routed", experts, 3, k),
+        chosen("routed", normal(experts, k).half()),
+        chosen("routed", normal(experts).half()),
+    )
+    linears = [
+        LinearOperands(
+            torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8).to(DEVICE),
+            (normal(n, 1).abs() * 0.1 + 0.01).to(DEVICE),
+            None,
+            None,
+            factor("shared", n, rank),
+            factor("routed", experts, n, 3),
+            chosen("bias", normal(n)),
+        )
+        for n in sizes
+    ]
+    return group, linears
+
+
+def tokens(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(7)).to(dtype).to(DEVICE)
+
+
+def prepared_like_the_oracle(x: Tensor, group: GroupOperands) -> tuple[Tokens, Prepared]:
+    """Codes, scales and experts equal the oracle's bit for bit; rows may be in another order."""
+    ours, plain = triton_backend.prepare(x, group), reference.prepare(x, group)
+    assert ours.codes is not None and ours.token_scale is not None
+    assert plain.codes is not None and plain.token_scale is not None
+    order = torch.arange(len(x), device=x.device) if ours.order is None else ours.order.long()
+    assert sorted(order.tolist()) == list(range(len(x)))
+    assert torch.equal(ours.codes[:, : x.shape[1]], plain.codes[order])
+    assert not ours.codes[:, x.shape[1] :].any(), "padding must be zero"
+    torch.testing.assert_close(ours.token_scale, plain.token_scale[order], rtol=0, atol=0, equal_nan=True)
+    if plain.expert is not None:
+        assert ours.expert is not None and torch.equal(ours.expert.long(), plain.expert[order])
+    return ours, plain
+
+
+def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Tensor:
+    """Outputs of stacked linears against the oracle's, in float64 norms, token by token."""
+    ours, plain = prepared_like_the_oracle(x, group)
+    packed = triton_backend.pack(group, linears)
+    y = triton_backend.linear(ours, packed.linear)
+    assert y.dtype == x.dtype
+    expected = torch.cat([reference.linear(plain, linear) for linear in linears], dim=1)
+    assert y.shape == expected.shape
+    experts = group.shared_down is not None or group.routed_down is not None
+    tolerance = EXPERTS_TOLERANCE if experts else SUMS_TOLERANCE
+    if x.dtype != torch.float32:
+        tolerance += torch.finfo(x.dtype).eps
+    error = (y.double() - expected.double()).norm(dim=1)
+    assert (error <= tolerance * expected.double().norm(dim=1) + 1e-30).all(), error / expected.double().norm(dim=1)
+    assert torch.equal(triton_backend.linear(ours, packed.linear), y), "a second launch must find clean workspaces"
+    return y
+
+
+def sizes() -> None:
+    for m, k, n in [(1, 45, 11), (13, 300, 70), (20, 129, 65), (1, 1, 1)]:
+        check(tokens(m, k), *operands(k, (n,)))
+
+
+def parts() -> None:
+    for m, chosen in [
+        (5, ("smooth", "shared")),
+        (5, ("routed",)),
+        (18, ("routed",)),
+        (18, ("shared", "bias")),
+        (18, ()),
+    ]:
+        check(tokens(m, 140), *operands(140, (33,), parts=chosen))
+
+
+def stacked_linears() -> None:
+    group, linears = operands(200, (33, 7, 20))
+    y = check(tokens(5, 200), group, linears)
+    packed = triton_backend.pack(group, linears)
+    for rows, linear in zip([slice(0, 33), slice(33, 40), slice(40, 60)], linears, strict=True):
+        assert torch.equal(triton_backend.codes(packed, rows, 200), linear.codes)
+    assert torch.equal(triton_backend.apply(tokens(5, 200), packed), y)
+
+
+def sums_are_exact() -> None:
+    """With unit scales an output is the integer sum itself, extreme codes included."""
+    group, (linear,) = operands(260, (40,), bits=8, parts=())
+    codes = torch.where(linear.codes < 0, -8, 7).to(torch.int8)
+    linear = LinearOperands(codes, torch.ones_like(linear.scale), None, None, None, None, None)
+    for m in (3, 20):
+        x = torch.where(tokens(m, 260) > 0, 127.0, -127.0)
+        expected = reference.integer_product(x.to(torch.int8), codes)
+        assert torch.equal(triton_backend.linear(triton_backend.prepare(x, group), linear), expected.float())
+
+
+def activation_widths() -> None:
+    for bits in (4, 5, 6, 7, 8):
+        prepared_like_the_oracle(tokens(4, 45), operands(45, (11,), bits=bits, parts=("smooth",))[0])
+
+
+def input_types() -> None:
+    for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
+        check(tokens(9, 45, dtype), *operands(45, (11,), parts=("smooth", "bias")))
+
+
+def rotation_and_integer_factors() -> None:
+    check(tokens(4, 192), *operands(192, (33,), integer_factors=True))
+    check(tokens(18, 192), *operands(192, (33,), rotation=64, integer_factors=True, rank=40))
+
+
+def all_tokens_to_one_expert() -> None:
+    for m in (6, 20):
+        group, linears = operands(45, (11,))
+        assert group.router_bias is not None
+        for only in (0, 3)[: 2 if m == 6 else 1]:
+            group.router_bias[:] = 1000
+            group.router_bias[only] = -1000
+            ours, _ = prepared_like_the_oracle(tokens(m, 45), group)
+            assert ours.expert is not None and set(ours.expert.tolist()) == {only}
+            check(tokens(m, 45), group, linears)
+
+
+def experts_without_tokens() -> None:
+    for m in (6, 18):
+        group, linears = operands(45, (11,), experts=5)
+        assert group.router_bias is not None
+        group.router_bias[[0, 2]] = 1000
+        check(tokens(m, 45), group, linears)
+
+
+def ties_go_to_the_first() -> None:
+    group, _ = operands(45, (11,))
+    assert group.router_weight is not None and group.router_bias is not None
+    group.router_weight[:] = 1
+    group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
+    for m in (6, 20):
+        ours, _ = prepared_like_the_oracle(tokens(m, 45), group)
+        assert ours.expert is not None and ours.expert.tolist() == [1] * m
+
+
+def zero_and_extreme_tokens() -> None:
+    x = tokens(6, 45)
+    x[1] = 0
+    x[2] *= 1e30
+    x[3] *= 1e-20
+    check(x, *operands(45, (11,)))
+
+
+@numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
+def non_finite_tokens() -> None:
+    for m in (5, 20):
+        group, linears = operands(45, (11,))
+        packed = triton_backend.pack(group, linears)
+        clean = triton_backend.apply(tokens(m, 45), packed)
+        for bad in (torch.nan, torch.inf, -torch.inf)[: 3 if m == 5 else 1]:
+            x = tokens(m, 45)
+            x[2, 17] = bad
+            prepared = triton_backend.prepare(x, group)
+            assert prepared.codes is not None and prepared.token_scale is not None
+            row = 2 if prepared.order is None else prepared.order.tolist().index(2)
+            assert not prepared.codes[row].any() and prepared.token_scale[row].isnan()
+            y = triton_backend.linear(prepared, packed.linear)
+            assert y[2].isnan().all()
+            others = [i for i in range(m) if i != 2]
+            torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
+
+
+def no_tokens() -> None:
+    group, linears = operands(45, (11,))
+    assert triton_backend.apply(tokens(0, 45), triton_backend.pack(group, linears)).shape == (0, 11)
+
+
+def packing() -> None:
+    for n, k in [(1, 1), (3, 128), (5, 200), (2, 257)]:
+        codes = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(k), dtype=torch.int8)
+        packed = pack_codes(codes)
+        assert packed.shape == (-(-k // 128), n, 64)
+        assert torch.equal(unpack_codes(packed, k), codes)
+        byte = int(packed[0, 0, 0])
+        assert ((byte & 15) ^ 8) - 8 == codes[0, 0]
+        assert byte >> 4 == (codes[0, 64] if k > 64 else 0)
+
+
+CASES: list[Callable[[], None]] = [
+    sizes, parts, stacked_linears, sums_are_exact, activation_widths, input_types, rotation_and_integer_factors,
+    all_tokens_to_one_expert, experts_without_tokens, ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens,
+    no_tokens, packing,
+]  # fmt: skip
+
+if __name__ == "__main__":
+    for case in CASES:
+        case()
+        print(case.__name__, flush=True)
+    sys.exit()
