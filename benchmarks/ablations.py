@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_table import ablation_table
+from transformers.utils import logging
 
 from quant_experts.config import RECIPES, QuantizationConfig, Recipe, Scheme
 from quant_experts.evaluation.bench import Contender
@@ -30,7 +31,7 @@ NO_SHARED = dict(shared_rank=0, exempt="none", smoothing="none")
 
 def variants(width: int) -> dict[str, Recipe]:
     """What a row is called -> its recipe, with absolute numbers for a model of that width."""
-    paper = scaled("paper", width)
+    paper = RECIPES["paper"].model_copy(update=dict(scale_with_width=True)).at_width(width)
     rank = paper.shared_rank
 
     def changed(**fields: Any) -> Recipe:
@@ -45,16 +46,11 @@ def variants(width: int) -> dict[str, Recipe]:
         "routed experts only, equal active rank": changed(**NO_SHARED, routed_rank=2 * rank),
         "random routing": changed(router="random"),
         "random clusters": changed(routed="random"),
-        "refined": scaled("paper-refined", width),
+        "refined": changed(refine=True),
     }
     found |= {f"N_r = {count}": changed(num_experts=count) for count in (2, 4, 16)}
     found |= {f"k = {k}": changed(important_channels=k) for k in (1, 2, 4, 16)}
     return found
-
-
-def scaled(name: str, width: int) -> Recipe:
-    """A recipe with the paper's proportions at that width."""
-    return RECIPES[name].model_copy(update=dict(scale_with_width=True)).at_width(width)
 
 
 def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Iterator[Contender]:
@@ -75,6 +71,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("ablations-output"), help="checkpoints, rows, report.html")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     task = open_task(DEMO, sample_limit=arguments.samples, question_limit=arguments.questions, device="cpu")
     rows = list(contenders(task, arguments.schemes.split(","), arguments.only, arguments.samples))
     shown = ""

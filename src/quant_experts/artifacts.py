@@ -115,6 +115,16 @@ class LowRankExpert:
 
 
 @dataclass
+class ChannelClusters:
+    """Channels that are important together, as routed experts were made from them."""
+
+    similarity: Tensor
+    """(C, C) float64, normalised pointwise mutual information."""
+    labels: Tensor
+    """(C,) int64, the expert of each channel."""
+
+
+@dataclass
 class RoutedExperts:
     """E corrections, of which each token uses one."""
 
@@ -151,6 +161,8 @@ class QuantizedGroup:
     shared: LowRankExpert | None = None
     routed: RoutedExperts | None = None
     router: Router | None = None
+    clusters: ChannelClusters | None = None
+    """For the report; not stored in the checkpoint."""
 
 
 @dataclass
@@ -178,6 +190,10 @@ class GroupRecord:
     """As `error`, if each token had the expert that leaves it the smallest error; empty without routed experts."""
     important_tokens: dict[str, list[list[int]]] = field(default_factory=dict)
     """By modality name: the important channels of a few tokens, as places in the order of `channel_frequency`."""
+    similarity: list[list[int]] = field(default_factory=list)
+    """Similarity of some clustered channels, in percent, in the order of their clusters."""
+    clusters: list[int] = field(default_factory=list)
+    """Cluster of each of these channels, ascending."""
     base_flops: int = 0
     """Operations a token takes in the integer base (see checkpoint/costs.py)."""
     repair_flops: int = 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quant_experts.artifacts import (
+    ChannelClusters,
     Event,
     GroupStatistics,
     LowRankExpert,
@@ -70,6 +71,7 @@ class GroupTask:
     smooth_scale: Tensor | None = None
     rotation: int = 0
     events: list[Event] = field(default_factory=list)
+    clusters: ChannelClusters | None = None
 
     def to_transformed(self, matrix: Tensor) -> Tensor:
         """What acts on x (..., K), as it acts on the smoothed and rotated input: A x = A' z with A' = A diag(m) H."""
@@ -122,6 +124,7 @@ def quantize_group(
         group.routed, group.router = _routed(task, residual, dependent)
     if recipe.refine and group.routed and group.router:
         group.routed, group.router = _refine(task, base, residual, group.routed, group.router)
+    group.clusters = task.clusters
     return group, task.events
 
 
@@ -229,6 +232,7 @@ def _routed(task: GroupTask, residual: Tensor, dependent: Tensor) -> tuple[Route
             similarity = co_importance(task.statistics, dependent)
             labels, events = cluster_channels(similarity, experts, seed=seed, where=task.where)
             task.events += events
+            task.clusters = ChannelClusters(similarity, labels)
         rms = task.statistics.second_moment.diagonal().clamp_min(0).sqrt()
         if task.smooth_scale is not None:
             rms = rms / task.smooth_scale

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from quant_experts.artifacts import (
+    ChannelClusters,
     GroupStatistics,
     LowRankExpert,
     Modality,
@@ -41,6 +42,7 @@ def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
     up, down = draw(sum(ROWS), RANK, seed=2).half().float(), draw(RANK, K, seed=3).half().float()
     routed_up = (draw(EXPERTS, sum(ROWS), RANK, seed=4) * 0.1).half().float()
     routed_down = draw(EXPERTS, RANK, K, seed=5).half().float()
+    similarity, labels = draw(5, 5, seed=7).double().abs().clamp(0, 1), torch.tensor([2, 0, 1, 0, 2])
     router = draw(EXPERTS, K, seed=6).abs().half().float()
     group = QuantizedGroup(
         ("a.q", "a.k"),
@@ -48,6 +50,7 @@ def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
         shared=LowRankExpert(up * 0.01, down),
         routed=RoutedExperts(routed_up, routed_down),
         router=Router(router, torch.zeros(EXPERTS)),
+        clusters=ChannelClusters(similarity, labels),
     )
     plain = QuantizedGroup(("a.q", "a.k"), parts)
     record = measure_group(group, plain, weight, ROWS, statistics(x, modality), scheme, "layers.3")
@@ -88,4 +91,9 @@ def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
     assert len(shown) == 30 and record.important_tokens.keys() == {"text", "image"}
     assert {order[place] for place in shown[1]} == set(x[3].abs().topk(4).indices.tolist())
     assert record.base_flops == 2 * 16 * K and record.repair_flops > 0 and record.token_bytes > 0
+    sorted_by_cluster = [1, 3, 2, 0, 4]
+    assert record.clusters == [0, 0, 1, 2, 2]
+    assert record.similarity == [
+        [round(100 * float(similarity[i, j])) for j in sorted_by_cluster] for i in sorted_by_cluster
+    ]
     assert record.weights == 16 * K and record.tokens == 90 and "answer" not in record.error

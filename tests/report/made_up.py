@@ -64,6 +64,18 @@ def rows(schemes: tuple[str, ...] = ("W4A6",), methods: tuple[str, ...] = tuple(
     return tuple(result)
 
 
+def similar(rng: random.Random) -> dict[str, list]:  # type: ignore[type-arg]
+    """Thirty channels in five clusters."""
+    clusters = [channel // 6 for channel in range(30)]
+    half = {
+        (i, j): rng.randrange(35, 80) if clusters[i] == clusters[j] else rng.randrange(25)
+        for i in range(30)
+        for j in range(i)
+    }
+    shares = [[100 if i == j else half[max(i, j), min(i, j)] for j in range(30)] for i in range(30)]
+    return {"similarity": shares, "clusters": clusters}
+
+
 def records(factor: float, blocks: int = 12, routed: bool = True, image: bool = True) -> tuple[GroupRecord, ...]:
     rng = random.Random(f"{factor} {blocks}")
     kinds = ("text", "image", "answer") if image else ("text", "answer")
@@ -91,6 +103,7 @@ def records(factor: float, blocks: int = 12, routed: bool = True, image: bool = 
                     rtn_error={"all": plain, **{k: plain * (1 + 0.3 * i) for i, k in enumerate(kinds)}},
                     channel_frequency=frequency,
                     expert_use=use,
+                    **(similar(rng) if routed else {}),
                     important_tokens={
                         kind: [
                             sorted({min(rng.randrange(160), rng.randrange(160)) for _ in range(24)}) for _ in range(30)

@@ -14,9 +14,11 @@ from quant_experts.report.plots import (
     accuracy_svg,
     channel_curve_svg,
     channel_map_svg,
+    embedding_svg,
     expert_use_svg,
     front_svg,
     layer_error_svg,
+    similarity_svg,
 )
 
 STYLES = method_styles(["rtn", "$a_1$", "_b<"])
@@ -50,7 +52,19 @@ def maps() -> str:
     return channel_map_svg([[0, 3, 9], []], 5, "#000000", name="f", description="d")
 
 
-@pytest.mark.parametrize("draw", [accuracy, errors, channels, experts, fronts, maps])
+def similarities() -> str:
+    return similarity_svg([[100, 20, 0], [20, 100, 5], [0, 5, 100]], [0, 0, 2], name="f", description="d")
+
+
+def embedding() -> str:
+    points = [(0.0, 1.0), (1.0, 0.5), (0.2, math.pi)]
+    return embedding_svg(points, [0, 0, 2], list(STYLES.values()), name="f", description="d")
+
+
+DRAWINGS = [accuracy, errors, channels, experts, fronts, maps, similarities, embedding]
+
+
+@pytest.mark.parametrize("draw", DRAWINGS)
 def test_figures_are_repeatable_xml_with_a_description(draw: object) -> None:
     svg = draw()  # type: ignore[operator]
     assert svg == draw()  # type: ignore[operator]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant_experts.artifacts import GroupRecord, GroupStatistics, Modality, QuantizedGroup
+from quant_experts.artifacts import ChannelClusters, GroupRecord, GroupStatistics, Modality, QuantizedGroup
 from quant_experts.checkpoint.costs import token_cost
 from quant_experts.checkpoint.schema import group_stored_bits
 from quant_experts.checkpoint.tensors import describe_group, group_state
@@ -16,6 +17,8 @@ from quant_experts.runtime.modules import QuantizedLinear, install_groups
 
 CURVE_POINTS = 512
 """Longest channel-frequency curve that a record keeps."""
+SHOWN_SIMILARITIES = 64
+"""Clustered channels whose similarities a record keeps."""
 SHOWN_TOKENS = 32
 """Tokens of each modality whose important channels a record keeps."""
 
@@ -52,6 +55,7 @@ def measure_group(
         expert_use=_expert_use(modules[0], x, statistics.reservoir_modality) if group.routed else {},
         oracle_error=_oracle_error(modules, x, output, exact, statistics.reservoir_modality) if group.routed else {},
         important_tokens=_important_tokens(statistics),
+        **_similarity(group.clusters),
         base_flops=cost.base_flops,
         repair_flops=cost.repair_flops,
         token_bytes=cost.bytes,
@@ -117,6 +121,17 @@ def _oracle_error(
     for e in range(len(downs)):
         best = torch.minimum(best, (left + correction(e)).double().square().sum(dim=1))
     return _shares(best, exact, modality)
+
+
+def _similarity(clusters: ChannelClusters | None) -> dict[str, Any]:
+    """`similarity` and `clusters` of a record: evenly spaced channels, sorted by cluster."""
+    if clusters is None:
+        return {}
+    count = len(clusters.labels)
+    picked = torch.linspace(0, count - 1, min(count, SHOWN_SIMILARITIES)).long()
+    picked = picked[clusters.labels[picked].argsort(stable=True)]
+    shares = clusters.similarity[picked][:, picked].mul(100).round().int()
+    return dict(similarity=shares.tolist(), clusters=clusters.labels[picked].tolist())
 
 
 def _frequency_order(statistics: GroupStatistics) -> tuple[Tensor, Tensor]:

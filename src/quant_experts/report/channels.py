@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from quant_experts.artifacts import GroupRecord
 from quant_experts.report.figures import Figure, channel_curves
 from quant_experts.report.layers import ALL, TOKEN_KINDS, early_middle_late, group_name
-from quant_experts.report.palette import TOKEN_STYLES
-from quant_experts.report.plots import channel_map_svg
+from quant_experts.report.palette import TOKEN_STYLES, method_styles
+from quant_experts.report.plots import channel_map_svg, embedding_svg, similarity_svg
 
 SHOWN_CHANNELS = 160
 
@@ -34,6 +35,42 @@ def channels(layers: Mapping[str, Sequence[GroupRecord]]) -> dict[str, Any]:
                 "has_image": "image" in drawn,
             }
     return {}
+
+
+def cluster_figures(layers: Mapping[str, Sequence[GroupRecord]]) -> dict[str, Any]:
+    """Similarity and embedding of the clustered channels of a middle layer, of the first row that clustered any."""
+    for label, records in layers.items():
+        clustered = [record for record in records if len(record.clusters) > 2]
+        if clustered:
+            record = clustered[len(clustered) // 2]
+            where, count = group_name(record), len(set(record.clusters))
+            text = f"of {len(record.clusters)} channels in {count} clusters, {where}."
+            matrix = similarity_svg(
+                record.similarity, record.clusters, name="similarity", description=f"Similarity {text}"
+            )
+            styles = list(method_styles(str(cluster) for cluster in range(max(record.clusters) + 1)).values())
+            points = embedding_svg(
+                embed(record.similarity), record.clusters, styles, name="embedding", description=f"Embedding {text}"
+            )
+            return {
+                "label": label,
+                "where": where,
+                "figures": [
+                    Figure("Similarity", Markup(matrix)),
+                    Figure("The same channels in a plane", Markup(points)),
+                ],
+            }
+    return {}
+
+
+def embed(similarity: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """(C, C) similarities -> C points: the second and third eigenvectors of the normalised graph, as spectral
+    clustering sees it. Signs are fixed, so that the same records give the same picture."""
+    matrix = np.asarray(similarity, dtype=np.float64)
+    scale = 1 / np.sqrt(matrix.sum(axis=1).clip(min=1e-12))
+    vectors = np.linalg.eigh(matrix * scale * scale[:, None])[1][:, -3:-1] * scale[:, None]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), [0, 1]])
+    return [(float(x), float(y)) for y, x in vectors]
 
 
 def _maps(record: GroupRecord) -> list[Figure]:

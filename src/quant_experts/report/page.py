@@ -12,7 +12,7 @@ from quant_experts.artifacts import GroupRecord
 from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow
 from quant_experts.report import figures
 from quant_experts.report.answers import shown
-from quant_experts.report.channels import channels
+from quant_experts.report.channels import channels, cluster_figures
 from quant_experts.report.columns import (
     Cell,
     Column,
@@ -70,6 +70,7 @@ def _sections(comparison: Comparison) -> dict[str, Any]:
         "modality_errors": figures.modality_errors(layers),
         "modality_legend": [(TOKEN_KINDS[kind], replace(TOKEN_STYLES[kind], line=True)) for kind in TOKEN_KINDS],
         "channels": channels(comparison.layers),
+        "clusters": cluster_figures(comparison.layers),
         "experts": _experts(comparison),
         "answers": [shown(example) for example in comparison.answers],
         "events": _events(comparison),

@@ -191,6 +191,59 @@ def channel_map_svg(tokens: Sequence[Sequence[int]], width: int, color: str, *, 
     return _figure(draw, name, description, (3.8, 1.9))
 
 
+def similarity_svg(shares: Sequence[Sequence[int]], clusters: Sequence[int], *, name: str, description: str) -> str:
+    """Similarities in percent as a heat map, channels in the order of their clusters, which lines set apart."""
+    edges = [i - 0.5 for i in range(1, len(clusters)) if clusters[i] != clusters[i - 1]]
+
+    def draw(axes: Axes) -> None:
+        colors, scale = matplotlib.colormaps["Blues"], Normalize(0, 1)
+        axes.imshow([[value / 100 for value in row] for row in shares], cmap=colors, norm=scale, interpolation="none")
+        axes.grid(False)
+        for edge in edges:
+            axes.axhline(edge, color=_INK, linewidth=0.5)
+            axes.axvline(edge, color=_INK, linewidth=0.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel("channel, by cluster")
+        axes.set_ylabel("channel, by cluster")
+        bar = axes.figure.colorbar(ScalarMappable(scale, colors), ax=axes, fraction=0.05, pad=0.02)
+        bar.outline.set_visible(False)
+
+    return _figure(draw, name, description, (3.8, 3.2))
+
+
+def embedding_svg(
+    points: Sequence[tuple[float, float]],
+    clusters: Sequence[int],
+    styles: Sequence[Style],
+    *,
+    name: str,
+    description: str,
+) -> str:
+    """One mark a channel, alike for the channels of a cluster."""
+
+    def draw(axes: Axes) -> None:
+        for cluster in dict.fromkeys(clusters):
+            style = styles[cluster % len(styles)]
+            members = [point for point, label in zip(points, clusters, strict=True) if label == cluster]
+            axes.plot(
+                [x for x, _ in members],
+                [y for _, y in members],
+                linestyle="",
+                color=style.color,
+                markeredgecolor="white",
+                markeredgewidth=0.3,
+                **_marker(style, 5.0),
+            )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel("first direction")
+        axes.set_ylabel("second direction")
+        axes.margins(0.08)
+
+    return _figure(draw, name, description, (3.8, 3.2))
+
+
 def expert_use_svg(
     shares: Sequence[Sequence[float]], blocks: Sequence[str], highest: float, *, name: str, description: str
 ) -> str:
