@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from quant_experts.artifacts import Event
 from quant_experts.calibration.search import ReaderTrials, reader_trials
 from quant_experts.calibration.sensitivity import branch_sensitivities
 from quant_experts.calibration.streaming import BlockStream
@@ -51,6 +52,8 @@ def scale_search(
             weigh = partial(mbq.token_weights, image_weight=image_weights[task.names[0].partition(".")[0]])
         power = 2 if image_weights is None else 1
         trials = reader_trials(stream, block, task.names, in_order, held_out=held_out, token_weights=weigh, power=power)
+        if not trials.counts:
+            task.events.append(Event(task.where, "no token of the search samples counts here: left unsmoothed"))
         return awq.search_scale(task.statistics.mean_abs, lambda scale: scale_error(task, trials, scale))
 
     return search

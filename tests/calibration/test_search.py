@@ -113,6 +113,16 @@ def test_a_failing_trial_leaves_the_block_as_it_was(paused: tuple) -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in block.modules())
 
 
+def test_trials_of_tokens_that_do_not_count_are_recognised(paused: tuple) -> None:
+    stream, block, groups = paused
+    for weights, expected in ((weigh, True), (lambda modality: torch.zeros(len(modality)), False)):
+        trials = reader_trials(
+            stream, block, groups[0], groups[0], held_out=frozenset(), token_weights=weights, power=2
+        )
+        assert trials.counts == expected
+        assert (trials.error([linear.weight * 2 for linear in trials.linears], lambda x: x) > 0) == expected
+
+
 def test_nan_errors_are_nan(paused: tuple) -> None:
     stream, block, groups = paused
     trials = reader_trials(stream, block, groups[0], groups[0], held_out=frozenset(), token_weights=weigh, power=2)

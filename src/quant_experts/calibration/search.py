@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant_experts.calibration.statistics import _labels
+from quant_experts.calibration.statistics import token_labels
 from quant_experts.calibration.streaming import BlockStream, hidden_state, to_device
 
 SEARCH_SAMPLES = 32
@@ -59,6 +59,11 @@ class ReaderTrials:
     power: int
     """1: absolute errors, 2: squared ones."""
     device: torch.device
+
+    @property
+    def counts(self) -> bool:
+        """Whether any token counts: without one, every trial's error is 0."""
+        return any(bool((call.weights > 0).any()) for call in self.calls)
 
     def error(self, weights: Sequence[Tensor], transform: Callable[[Tensor], Tensor]) -> float:
         """Mean over the outputs of tokens that count of weight * |difference from full precision|^power.
@@ -107,7 +112,9 @@ def reader_trials(
             if sample in chosen:
                 for args, kwargs, output in seen:
                     tokens = output.numel() // output.shape[-1]
-                    calls.append(_Call(args, kwargs, output, token_weights(_labels(stream.batches[sample], tokens))))
+                    calls.append(
+                        _Call(args, kwargs, output, token_weights(token_labels(stream.batches[sample], tokens)))
+                    )
             seen.clear()
             if sample == chosen[-1]:
                 break

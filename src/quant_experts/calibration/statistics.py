@@ -172,7 +172,7 @@ def collect_statistics(
                         f"at "
                         f"'{names[0]}': remove the sample, calibrate in float32, or check the model's weights."
                     )
-                collectors[names].add(x, _labels(batch, len(x)), sample, held_out=sample not in others)
+                collectors[names].add(x, token_labels(batch, len(x)), sample, held_out=sample not in others)
             current.clear()
     finally:
         for handle in handles:
@@ -180,7 +180,7 @@ def collect_statistics(
     return {names: collector.result() for names, collector in collectors.items()}
 
 
-def _labels(batch: CalibrationBatch, tokens: int) -> Tensor:
+def token_labels(batch: CalibrationBatch, tokens: int) -> Tensor:
     """(tokens,) int8. Layers that see another number of tokens than the sequence has do not know which is which:
     TEXT."""
     if len(batch.modality) == tokens:
