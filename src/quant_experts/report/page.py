@@ -62,6 +62,9 @@ def _sections(comparison: Comparison) -> dict[str, Any]:
         "costs_table": _table(comparison, _measured(comparison, cost_columns()), full=False),
         "gains_table": _table(comparison, _measured(comparison, gain_columns()), full=False),
         "fronts": fronts(comparison, styles),
+        "front_legend": [
+            (name, style) for name, style in _accuracy_legend(comparison, styles) if name != FULL_PRECISION
+        ],
         "kinds_table": _table(comparison, [accuracy_column(kind, kind) for kind in kinds(comparison)]),
         "accuracy": figures.accuracy(comparison, styles),
         "accuracy_legend": _accuracy_legend(comparison, styles),
