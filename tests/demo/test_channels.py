@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from quant_experts.demo.architecture import build_model, build_tokenizer
+from quant_experts.demo.architecture import ARCHITECTURES, build_model, build_tokenizer
 from quant_experts.demo.channels import spread_channels
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> Any:
     """Two blocks with four query heads to two key heads, biases drawn: a fresh model's are zero."""
     built: Any = build_model(
-        build_tokenizer(),
+        build_tokenizer(request.param),
         0,
+        request.param,
         hidden_size=256,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -54,3 +55,11 @@ def test_factors_are_powers_of_two_and_repeat(model: Any) -> None:
     assert torch.equal(gains.log2(), gains.log2().round()) and gains.unique().numel() > 2
     assert torch.equal(first.get_parameter(name), second.get_parameter(name))
     assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+
+
+def test_the_negative_spread_undoes_it(model: Any) -> None:
+    uneven = deepcopy(model)
+    spread_channels(uneven, 0.7, seed=5)
+    spread_channels(uneven, -0.7, seed=5)
+    for name, value in uneven.named_parameters():
+        assert torch.equal(value, model.get_parameter(name)), name

@@ -1,13 +1,13 @@
 """The forward pass, the batches and the measurements of the training script."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
-from quant_experts.demo import KINDS, model_path, questions
-from quant_experts.demo.architecture import build_model, build_tokenizer, prompt
+from quant_experts.demo import KINDS, Question, questions
+from quant_experts.demo.architecture import ARCHITECTURES, build_model, build_tokenizer, prompt, save
 from quant_experts.demo.forward import TrainingForward
 from quant_experts.demo.measure import RoundedLinear, exact_match, rounded
 from quant_experts.demo.stream import IGNORED, LENGTH, Batch, Stream, batch_of, row_of
@@ -17,9 +17,9 @@ TURNS = 2
 TINY = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def tiny_model() -> Any:
-    return build_model(build_tokenizer(), 0, **TINY).eval()
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny_model(request: pytest.FixtureRequest) -> Any:
+    return build_model(build_tokenizer(request.param), 0, request.param, **TINY).eval()
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,23 @@ def batch() -> Batch:
 
 
 @torch.no_grad()
-def test_training_forward_is_the_models_own(tiny_model: Qwen2VLForConditionalGeneration, batch: Batch) -> None:
-    fast = TrainingForward(tiny_model).logits(batch.tokens, batch.images)
-    processor = load_processor(model_path())
+def test_training_forward_is_the_models_own(tiny_model: Any, batch: Batch, tmp_path: Path) -> None:
+    forward = TrainingForward(tiny_model)
+    fast = forward.logits(batch.tokens, forward.image_features(batch.images))
+    save(tiny_model, build_tokenizer(tiny_model.config.model_type), tmp_path)
+    processor = load_processor(tmp_path)
     for index, asked in enumerate(questions("tuning", TURNS * len(KINDS))):
-        text = prompt(asked.question, image=asked.image is not None).replace("<|image_pad|>" * 36, "<|image_pad|>")
         images = [asked.image] if asked.image is not None else None
-        inputs = processor(text=[text + asked.answer + "<|im_end|>"], images=images, return_tensors="pt")
+        text = chat(processor, asked) + asked.answer + "<|im_end|>"
+        inputs = processor(text=[text], images=images, return_tensors="pt")
         own = tiny_model(**inputs).logits[0]
         assert torch.allclose(own, fast[row_of(index, TURNS), : len(own)], rtol=0, atol=1e-4)
+
+
+def chat(processor: Any, asked: Question) -> str:
+    parts = [{"type": "image"}] if asked.image is not None else []
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": asked.question}]}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def test_targets_are_the_answers(batch: Batch) -> None:
@@ -73,7 +81,7 @@ def test_rounding_is_plain_round_to_nearest() -> None:
     assert torch.allclose(layer(torch.tensor([[14.0, 3.1, 0.9]])), torch.tensor([[7 * 14.0 - 3 * 4.0 + 2 * 0.0]]))
 
 
-def test_measuring_counts_whole_answers(tiny_model: Qwen2VLForConditionalGeneration, batch: Batch) -> None:
+def test_measuring_counts_whole_answers(tiny_model: Any, batch: Batch) -> None:
     quantized = rounded(tiny_model, 6)
     layers = [module for module in quantized.modules() if isinstance(module, RoundedLinear)]
     assert len(layers) == 7 * TINY["num_hidden_layers"]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def spread_channels(model: Any, spread: float, seed: int = 0) -> None:
-    """Rescale the channels of every decoder block of a Qwen2-VL model, in place.
+    """Rescale the channels of every decoder block of one of the demo's models, in place.
 
     Factors are 2^round(t), t from a Laplace distribution of scale ``spread``: most channels keep their size, a few in a
-    hundred become several times larger.
+    hundred become several times larger. The same call with ``-spread`` undoes it, bit by bit.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()

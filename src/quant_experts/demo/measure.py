@@ -5,10 +5,10 @@ it, so one forward pass over question and answer gives the exact match that gene
 """
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
 
 from quant_experts.demo.forward import TrainingForward
 from quant_experts.demo.questions import KINDS
@@ -32,7 +32,7 @@ class RoundedLinear(nn.Module):
         return nn.functional.linear((x / scale).round().clamp(-self.top - 1, self.top) * scale, self.weight, self.bias)
 
 
-def rounded(model: Qwen2VLForConditionalGeneration, bits: int) -> Qwen2VLForConditionalGeneration:
+def rounded(model: Any, bits: int) -> Any:
     """A copy of ``model`` whose language model's decoder blocks have `RoundedLinear` for every linear layer."""
     copy = deepcopy(model)
     for layer in copy.model.language_model.layers:
@@ -44,12 +44,12 @@ def rounded(model: Qwen2VLForConditionalGeneration, bits: int) -> Qwen2VLForCond
 
 
 @torch.no_grad()
-def exact_match(model: Qwen2VLForConditionalGeneration, batches: list[Batch]) -> dict[str, float]:
+def exact_match(model: Any, batches: list[Batch]) -> dict[str, float]:
     """Percent of answers that are right in every token, per kind and as ``average`` over the kinds."""
     hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     forward = TrainingForward(model)
     for batch in batches:
-        best = forward.logits(batch.tokens, batch.images).argmax(dim=-1)
+        best = forward.logits(batch.tokens, forward.image_features(batch.images)).argmax(dim=-1)
         right = ((best == batch.targets) | (batch.targets == IGNORED)).all(dim=1).tolist()
         turns = len(right) // len(KINDS)
         for index in range(len(right)):

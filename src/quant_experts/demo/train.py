@@ -1,4 +1,4 @@
-"""Train the bundled demo model from nothing: ``python -m quant_experts.demo.train --out DIR``.
+"""Train the demo's models: ``python -m quant_experts.demo.train --out DIR [--architecture internvl]``.
 
 The learning rate is held after its warm-up and falls to zero in the last part of the time budget, so that a run can be
 cut into several calls, and a budget changed under way, without a schedule to redo.
@@ -17,14 +17,15 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast
 
-from quant_experts.demo.architecture import build_model, build_tokenizer, save
+from quant_experts.demo.architecture import ARCHITECTURES, DEFAULT, build_model, build_tokenizer, save
 from quant_experts.demo.channels import spread_channels
 from quant_experts.demo.forward import TrainingForward
 from quant_experts.demo.measure import exact_match, rounded
 from quant_experts.demo.questions import KINDS, SEEDS
 from quant_experts.demo.stream import IGNORED, Batch, Stream, batch_of
+from quant_experts.demo.warm_start import Teacher, adopt_language, as_trained, record_of, relative_distance
 
 STATE = "state.pt"
 
@@ -44,14 +45,25 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m quant_experts.demo.train",
-        description="Train the demo vision-language model on questions rendered while it trains.",
+        description="Train a demo vision-language model on questions rendered while it trains.",
         epilog="Example: train for half an hour in calls of ten minutes, each going on where the last one stopped:\n"
         "  python -m quant_experts.demo.train --out demo-run --budget 1800 --call 600\n"
         "DIR then holds the model (loads with transformers), training.json and, for the next call, state.pt.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output; a run found in it goes on")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default=DEFAULT, help=f"model family ({DEFAULT})")
     parser.add_argument("--init-from", type=Path, metavar="DIR", help="begin a new run from this folder's weights")
+    parser.add_argument(
+        "--language-from", type=Path, metavar="DIR", help="begin a new run with the language model of this folder"
+    )
+    parser.add_argument(
+        "--imitate",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="for S seconds, ever less, read and learn the image tokens of --language-from's model (0)",
+    )
     parser.add_argument(
         "--first-batch", type=int, default=0, help="batch of the train split that a new run begins at (0)"
     )
@@ -66,6 +78,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--measure-every", type=int, default=2000, metavar="N", help="steps between measurements (2000)"
     )
+    parser.add_argument(
+        "--no-compile", dest="compiled", action="store_false", help="run blocks as they are, also on a GPU"
+    )
+    parser.add_argument(
+        "--keep-every", type=float, default=120, metavar="S", help="write the run every S seconds (120)"
+    )
     parser.add_argument("--measure-turns", type=int, default=300, help="tuning questions of each kind at the end (300)")
     parser.add_argument("--spread", type=float, default=0.3, help="unevenness of the stored model's channels (0.3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first weights (0)")
@@ -78,10 +96,24 @@ def rate_at(progress: Progress, options: argparse.Namespace) -> float:
     return float(options.rate * min(1.0, (progress.steps + 1) / options.warmup, left / options.decay))
 
 
-def measured(model: Qwen2VLForConditionalGeneration, batches: list[Batch]) -> dict[str, dict[str, float]]:
+def imitation_at(progress: Progress, options: argparse.Namespace) -> float:
+    """The teacher's share: from one to zero over the first ``imitate`` seconds."""
+    return max(0.0, 1 - progress.seconds / options.imitate) if options.imitate else 0.0
+
+
+def teacher_of(progress: Progress, options: argparse.Namespace, device: torch.device) -> Teacher | None:
+    """The model to imitate, while there is one."""
+    if imitation_at(progress, options) == 0.0:
+        return None
+    if options.language_from is None:
+        raise SystemExit("--imitate needs --language-from: the image tokens to imitate are those of that model.")
+    return Teacher(as_trained(options.language_from).to(device), compiled=options.compiled and device.type == "cuda")
+
+
+def measured(model: Any, batches: list[Batch]) -> dict[str, dict[str, float]]:
     """Exact match on the tuning split, of weights as they will be stored: full precision, W4A6, W4A4."""
     stored = {name: value.to(torch.bfloat16).float() for name, value in model.state_dict().items()}
-    copy: Any = Qwen2VLForConditionalGeneration(model.config)
+    copy = type(model)(model.config)
     copy.to(batches[0].tokens.device).eval()
     copy.load_state_dict(stored)
     models = {"full": copy, "rtn_w4a6": rounded(copy, 6), "rtn_w4a4": rounded(copy, 4)}
@@ -91,7 +123,7 @@ def measured(model: Qwen2VLForConditionalGeneration, batches: list[Batch]) -> di
     return scores
 
 
-def uneven(model: Qwen2VLForConditionalGeneration, options: argparse.Namespace) -> Qwen2VLForConditionalGeneration:
+def uneven(model: Any, options: argparse.Namespace) -> Any:
     """The model as it is stored and measured: the same function, with channels as uneven as large models' are."""
     shipped = deepcopy(model)
     spread_channels(shipped, options.spread, options.seed)
@@ -103,6 +135,7 @@ def record(progress: Progress, options: argparse.Namespace, device: torch.device
     names = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
         "command": "python -m quant_experts.demo.train " + " ".join(sys.argv[1:]),
+        "architecture": options.architecture,
         "rate": options.rate,
         "weight_decay": options.weight_decay,
         "batch": options.turns * len(KINDS),
@@ -115,20 +148,26 @@ def record(progress: Progress, options: argparse.Namespace, device: torch.device
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "measured_on": f"{options.measure_turns} questions of each kind of the tuning split, percent exact match",
+        "warm_start": warm_start(options),
         **asdict(progress),
-        "before": before(options),
+        "before": record_of(options.init_from) if options.init_from else None,
     }
 
 
-def before(options: argparse.Namespace) -> dict[str, Any] | None:
-    """The record of the run whose weights this one began from."""
-    if options.init_from is None or not (options.init_from / "training.json").exists():
+def warm_start(options: argparse.Namespace) -> str | None:
+    """In words, what the run began with of another architecture's model."""
+    if options.language_from is None:
         return None
-    return dict(json.loads((options.init_from / "training.json").read_text()))
+    began = "the language model (embeddings, decoder blocks, head) began as that of --language-from's model"
+    copied = (
+        f"; over the first {options.imitate:.0f} s its image tokens, fading, were read in place of the tower's own, "
+        "and the tower and projector learned them"
+    )
+    return began + (copied if options.imitate else "")
 
 
 def keep(
-    model: Qwen2VLForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
@@ -144,16 +183,17 @@ def keep(
 
 def start(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Qwen2VLForConditionalGeneration, Progress, dict[str, Any] | None]:
+) -> tuple[Any, Progress, dict[str, Any] | None]:
     """The model to train, the progress so far, and the optimizer's state if a run goes on."""
-    model = build_model(tokenizer, options.seed)
+    model = build_model(tokenizer, options.seed, options.architecture)
     if (options.out / STATE).exists():
         state = torch.load(options.out / STATE, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         return model, Progress(**state["progress"]), state["optimizer"]
     if options.init_from is not None:
-        trained = Qwen2VLForConditionalGeneration.from_pretrained(options.init_from, dtype=torch.float32)
-        model.load_state_dict(trained.state_dict())
+        model.load_state_dict(as_trained(options.init_from).state_dict())
+    if options.language_from is not None:
+        adopt_language(model, as_trained(options.language_from))
     return model, Progress(rendered_batches=options.first_batch), None
 
 
@@ -174,12 +214,25 @@ class Log:
         self._began, self._samples = now, progress.samples
 
 
-def step(forward: TrainingForward, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
-    """Train on one batch; its loss, per answer token."""
-    with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16):
-        logits = forward.logits(batch.tokens, batch.images)
+def step(
+    forward: TrainingForward, optimizer: torch.optim.Optimizer, batch: Batch, teacher: Teacher | None, share: float
+) -> Tensor:
+    """Train on one batch; its loss per answer token.
+
+    The language model reads ``share`` of the teacher's image tokens and the rest of the tower's own, and the tower
+    learns the teacher's with weight ``share``.
+    """
+    device = batch.tokens.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):  # a CPU is faster without
+        features = forward.image_features(batch.images)
+        distance: Tensor | float = 0.0
+        if teacher and share > 0:
+            wanted = teacher.image_features(batch.images)
+            distance = relative_distance(features, wanted)
+            features = torch.lerp(features, wanted, share)
+        logits = forward.logits(batch.tokens, features)
     loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
-    loss.backward()
+    (loss + share * distance).backward()
     torch.nn.utils.clip_grad_norm_(forward.model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -189,36 +242,45 @@ def step(forward: TrainingForward, optimizer: torch.optim.Optimizer, batch: Batc
 def train(options: argparse.Namespace) -> None:
     """Run one call of the training."""
     call_began = time.monotonic()
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(options.architecture)
     model, progress, optimizer_state = start(options, tokenizer)
-    stream = Stream(tokenizer, turns=options.turns, workers=options.workers, first=progress.rendered_batches)
-    tuning = batch_of(tokenizer, "tuning", 0, options.measure_turns)
+    stream = Stream(build_tokenizer(), turns=options.turns, workers=options.workers, first=progress.rendered_batches)
+    tuning = batch_of(build_tokenizer(), "tuning", 0, options.measure_turns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    moved: Any = model
-    moved.to(device).train()
+    model.to(device).train()
+    teacher = teacher_of(progress, options, device)
+    if teacher and optimizer_state is None:
+        # As many pictures as in training: other shapes would compile the teacher again.
+        teacher.prepare(
+            TrainingForward(model), batch_of(build_tokenizer(), "train", 0, options.turns).images.to(device)
+        )
+    forward = TrainingForward(model, compiled=options.compiled and device.type == "cuda")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=options.weight_decay, fused=True
     )
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
-    forward = TrainingForward(model, compiled=device.type == "cuda")
     asked, log = [tuning.to(device)], Log(stream, progress)
-    earlier, loop_began = progress.seconds, time.monotonic()
+    earlier, rendered, loop_began = progress.seconds, progress.rendered_batches, time.monotonic()
+    kept = loop_began
     for batch in stream.batches(device):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, options)
-        loss = step(forward, optimizer, batch)
+        loss = step(forward, optimizer, batch, teacher, imitation_at(progress, options))
         progress.steps += 1
         progress.samples += len(batch.tokens)
+        progress.rendered_batches = rendered + stream.fresh
         if progress.steps % 200 == 0:
             log.line(loss)
         if progress.steps % options.measure_every == 0:
             progress.scores = measured(uneven(model, options), asked)
         progress.seconds = earlier + time.monotonic() - loop_began
+        if time.monotonic() - kept >= options.keep_every:
+            keep(model, tokenizer, optimizer, progress, options)
+            kept = time.monotonic()
         if progress.seconds >= options.budget or time.monotonic() - call_began >= options.call:
             break
-    progress.rendered_batches += stream.fresh
     stream.close()
     progress.scores = measured(uneven(model, options), asked)
     keep(model, tokenizer, optimizer, progress, options)
