@@ -155,6 +155,16 @@ def test_compare_a_model_of_the_users(tiny: Callable[..., Path], samples: Path, 
 
 
 @pytest.mark.parametrize(
+    "given", [["--schemes", "W4A99"], ["--methods", "magic"], ["--controls", "magic"], ["--control-of", "aser"]]
+)
+def test_compare_checks_before_it_works(tmp_path: Path, given: list[object]) -> None:
+    options = ["--output", tmp_path / "out", "--limit", 7, "--sample-limit", 2, "--methods", "rtn", "--controls", "all"]
+    with pytest.raises(quant_experts.QuantExpertsError):
+        run("compare", "demo", *options, *given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "given", [["--schemes", "W4A99"], ["--recipes", "magic"], ["--split", "secret"], ["--questions", 1]]
 )
 def test_demo_checks_before_it_works(tmp_path: Path, given: list[object]) -> None:

@@ -179,8 +179,12 @@ def test_layer_errors_count_each_linear(parent: Outcome) -> None:
 def test_a_control_at_another_scheme_is_measured_against_the_listed_one(
     made: Comparison, task: Task, folder: Path
 ) -> None:
-    found = compare(task, [contender(RECIPES["rtn"]), contender()], folder, controls=["more-bits", "text-only"])
-    wider, text = found.rows[3:]
+    found = compare(
+        task, [contender(RECIPES["rtn"]), contender()], folder, controls=["more-bits", "text-only", "random-router"]
+    )
+    wider, text, random = found.rows[3:]
+    assert random.layer_error and random.oracle_layer_error and random.oracle_layer_error < random.layer_error
+    assert random.bits_per_weight == found.rows[2].bits_per_weight and random.layer_error != found.rows[2].layer_error
     assert "8-bit weights" in wider.method and wider.layer_error and wider.layer_error < 0.5
     assert text.layer_error is None and text.token_bytes and "text-only" not in "".join(found.layers)
     assert "8-bit" not in "".join(found.answers[0].answers)
