@@ -67,9 +67,9 @@ def _costs(comparison: Comparison) -> Table:
     columns = cost_columns()
     table = Table(
         title=Text("Layer errors and what a token costs"),
-        caption=Text("layer error: over plain rounding's, on held-out tokens; FLOPs: over full precision's"),
+        caption=Text("layer error: over rtn's, on held-out tokens; FLOPs: over full precision's"),
     )
-    table.add_column("method", overflow="fold")
+    table.add_column("method", overflow="fold", min_width=13)
     table.add_column("scheme", no_wrap=True)
     for title in ("layer error", "best routing", "FLOPs", "read a token", "peak memory"):
         table.add_column(Text(title), justify="right")
