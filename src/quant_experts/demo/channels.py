@@ -32,10 +32,11 @@ def spread_channels(model: Any, spread: float, seed: int = 0) -> None:
             _move(mlp.up_proj.weight, [mlp.down_proj], _factors(config.intermediate_size, spread, generator))
             values = _factors(len(attention.v_proj.weight), spread, generator)
             _move(attention.v_proj.weight, [], values)
-            attention.v_proj.bias.mul_(values)
+            bias = attention.v_proj.bias
+            bias.mul_(values.to(bias.device))
             # Query heads of one group read the same values.
             outputs = values.view(kv_heads, 1, -1).expand(kv_heads, heads // kv_heads, -1).flatten()
-            attention.o_proj.weight.div_(outputs)
+            attention.o_proj.weight.div_(outputs.to(bias.device))
 
 
 def _factors(count: int, spread: float, generator: torch.Generator) -> Tensor:
@@ -47,6 +48,7 @@ def _factors(count: int, spread: float, generator: torch.Generator) -> Tensor:
 
 def _move(source: Tensor, readers: list[Any], factors: Tensor) -> None:
     """Multiply the rows of ``source`` (N, ...) by factors (N,), and divide the columns of what reads it."""
+    factors = factors.to(source.device)
     source.mul_(factors if source.ndim == 1 else factors[:, None])
     for reader in readers:
         reader.weight.div_(factors)
