@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="S",
-        help="for S seconds, ever less, read and learn the image tokens of --language-from's model (0)",
+        help="learn the image tokens of --language-from's model for S seconds (0), and read them, fading, from S/2 on",
     )
     parser.add_argument(
         "--first-batch", type=int, default=0, help="batch of the train split that a new run begins at (0)"
@@ -97,8 +97,8 @@ def rate_at(progress: Progress, options: argparse.Namespace) -> float:
 
 
 def imitation_at(progress: Progress, options: argparse.Namespace) -> float:
-    """The teacher's share: from one to zero over the first ``imitate`` seconds."""
-    return max(0.0, 1 - progress.seconds / options.imitate) if options.imitate else 0.0
+    """The teacher's share: one for half of the ``imitate`` seconds, then falling to zero."""
+    return min(1.0, max(0.0, 2 - 2 * progress.seconds / options.imitate)) if options.imitate else 0.0
 
 
 def teacher_of(progress: Progress, options: argparse.Namespace, device: torch.device) -> Teacher | None:
@@ -160,8 +160,8 @@ def warm_start(options: argparse.Namespace) -> str | None:
         return None
     began = "the language model (embeddings, decoder blocks, head) began as that of --language-from's model"
     copied = (
-        f"; over the first {options.imitate:.0f} s its image tokens, fading, were read in place of the tower's own, "
-        "and the tower and projector learned them"
+        f"; for {options.imitate:.0f} s the tower and projector learned that model's image tokens, in the first half "
+        "alone, in the second with the language model reading a mixture of both that fades to the tower's own"
     )
     return began + (copied if options.imitate else "")
 
@@ -217,26 +217,32 @@ class Log:
 def step(
     forward: TrainingForward, optimizer: torch.optim.Optimizer, batch: Batch, teacher: Teacher | None, share: float
 ) -> Tensor:
-    """Train on one batch; its loss per answer token.
+    """Train on one batch; its loss.
 
-    The language model reads ``share`` of the teacher's image tokens and the rest of the tower's own, and the tower
-    learns the teacher's with weight ``share``.
+    The tower learns the teacher's image tokens with weight ``share``; the language model reads that share of them and
+    the rest of the tower's own, or nothing at all while the share is one.
     """
     device = batch.tokens.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):  # a CPU is faster without
         features = forward.image_features(batch.images)
-        distance: Tensor | float = 0.0
         if teacher and share > 0:
             wanted = teacher.image_features(batch.images)
-            distance = relative_distance(features, wanted)
-            features = torch.lerp(features, wanted, share)
-        logits = forward.logits(batch.tokens, features)
-    loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
-    (loss + share * distance).backward()
+            loss = share * relative_distance(features, wanted)
+            if share < 1:
+                loss = loss + answer_loss(forward, batch, torch.lerp(features, wanted, share))
+        else:
+            loss = answer_loss(forward, batch, features)
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(forward.model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+def answer_loss(forward: TrainingForward, batch: Batch, features: Tensor) -> Tensor:
+    """Cross entropy per answer token, with these image tokens."""
+    logits = forward.logits(batch.tokens, features).flatten(0, 1).float()
+    return functional.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED)
 
 
 def train(options: argparse.Namespace) -> None:
