@@ -44,7 +44,10 @@ def test_nothing_is_cut_at_80_columns() -> None:
         for name, scheme in (("full precision", ""), ("rtn", "W4A6"), ("paper", "W4A6"))
         for nll in [Score(0.0123, 0.01, 0.02)]
     )
+    costs = dict(layer_error=0.373, oracle_layer_error=0.359, base_flops=9, repair_flops=1, token_bytes=9_990_000)
+    paper = dataclasses.replace(paper, peak_bytes=999_000_000, **costs)
     text = printed(Comparison("A comparison", "m", "c", 350, (full, rtn, paper)), width=80)
+    assert max(map(len, text.splitlines())) <= 80 and "9.99 MB" in text and "999 MB" in text
     assert "…" not in text and "full precision" in text
     line = next(line.split() for line in text.splitlines() if "color_position" in line)
     assert [entry for entry in line if entry.startswith("87.1")] == ["87.1", "87.1*", "87.1*"]

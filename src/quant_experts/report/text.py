@@ -67,11 +67,11 @@ def _costs(comparison: Comparison) -> Table:
     columns = cost_columns()
     table = Table(
         title=Text("Layer errors and what a token costs"),
-        caption=Text("layer error: over rtn's, on held-out tokens; FLOPs: over full precision's"),
+        caption=Text("error of layers over rtn's; FLOPs over full precision's; bytes read a token"),
     )
     table.add_column("method", overflow="fold", min_width=13)
     table.add_column("scheme", no_wrap=True)
-    for title in ("layer error", "best routing", "FLOPs", "read a token", "peak memory"):
+    for title in ("error", "routed best", "FLOPs", "read", "memory"):
         table.add_column(Text(title), justify="right")
     rows = [row for row in ordered(comparison) if not is_full_precision(row)]
     written = [_written(cells(rows, column), False) for column in columns]
