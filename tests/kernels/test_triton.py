@@ -32,3 +32,27 @@ def test_on_the_gpu() -> None:
 
     for case in CASES:
         case()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40, 64, 100, 128, 200, 512, 2048, 100_000])
+@pytest.mark.parametrize("shape", [(11, 128), (4608, 3584), (37888, 3584), (3584, 18944)])
+def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
+    """Ring and registers of each configuration stay inside a Hopper multiprocessor's shared memory and registers."""
+    from quant_experts.kernels.hopper_launch import config
+    from quant_experts.kernels.triton_launch import LARGEST_TILE
+
+    n, k = shape
+    c = config(tokens, n, -(-k // 128) * 128, 9, 32, True, tokens > 256)
+    assert c.STAGES.value * (c.BN.value + 2 * c.BM.value) * 64 <= 200 * 1024
+    assert c.BN.value * c.BM.value <= LARGEST_TILE
+    assert 12 * 32 * c.LAUNCH_REGISTERS.value <= 65536
+    assert c.BM.value >= 16 and c.BN.value % 128 == 0
+
+
+def test_the_table_names_the_backend_for_gpus() -> None:
+    from quant_experts.kernels.dispatch import BACKENDS
+
+    backend = next(b for b in BACKENDS if b.name == "triton")
+    assert backend.device == "cuda" and backend.layout is not None
+    assert backend.fits((4, None, True)) and backend.fits((3, None, True))
+    assert not backend.fits((8, None, True)) and not backend.fits((4, 128, True)) and not backend.fits((4, None, False))

@@ -1,6 +1,6 @@
 """Runs the Triton kernels against the oracle: on a GPU, or, with TRITON_INTERPRET=1 in the environment, on the CPU.
 
-`python triton_cases.py` in the interpreter prints the name of each case that passed; `test_triton.py` starts it in a
+`python triton_cases.py [CASE ...]` prints the name of each case that passed; `test_triton.py` starts it in a
 process of its own, because the switch is read when kernels are defined. Cases have no near ties between experts.
 """
 
@@ -241,6 +241,6 @@ CASES: list[Callable[[], None]] = [
 
 if __name__ == "__main__":
     for case in CASES:
-        case()
-        print(case.__name__, flush=True)
-    sys.exit()
+        if case.__name__ in sys.argv[1:] or not sys.argv[1:]:
+            case()
+            print(case.__name__, flush=True)

@@ -1,12 +1,13 @@
 """How operands lie in GPU memory: made once after loading, from what files hold.
 
 Weights. Two 4-bit codes to a byte. Input channels are padded with zeros to a multiple of 128; of each block of 128,
-byte j holds channel j in its low half and channel 64 + j in its high half, so that both halves unpack without moving values
-between threads. Blocks are outermost, (K / 128, N, 64): a tile of consecutive rows is one contiguous piece of memory.
+byte j holds channel j in its low half and channel 64 + j in its high half, so that both halves unpack without moving
+values between threads. Blocks are outermost, (K / 128, N, 64): a tile of consecutive rows is one contiguous piece of
+memory.
 
 Experts. The shared expert, if any, and the routed ones are stacked into F factors of one rank R, padded with zeros to
-a power of two, at least 32. `hidden` (M, F R) holds zeros for the experts that a token does not use, so that a product over the
-columns of any factor is right for every token of a tile, whatever their experts.
+a power of two, at least 32. `hidden` (M, F R) holds zeros for the experts that a token does not use, so that a product
+over the columns of any factor is right for every token of a tile, whatever their experts.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ class Tokens(Prepared):
     """(ceil(M / 16),) int32: bit f is set where factor f serves one of those tokens"""
     order: Tensor | None = None
     """(M,) int32"""
+    pending: int = 0
+    """How many programs of a kernel that may still run have yet to write `hidden` and `present`: see `apply` of the
+    backend. 0 when all is written."""
     dtype: torch.dtype = torch.float32
     """Of the input, and so of the output."""
 

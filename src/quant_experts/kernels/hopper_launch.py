@@ -12,22 +12,24 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant_experts.kernels.gpu_layout import BLOCK, LinearLayout, Tokens
 from quant_experts.kernels.hopper_linear import Config, kernel
-from quant_experts.kernels.triton_launch import options, programs, zeros
+from quant_experts.kernels.triton_launch import LARGEST_TILE, options, programs, zeros
 
 BYTES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
-LARGEST_TILE = 256 * 128
 
 
 @cache
 def config(m: int, n: int, k: int, factors: int, rank: int, bias: bool, sort: bool) -> Config:
-    """Tile sizes for a shape."""
+    """Tile sizes for a shape, as measured on an H200 (docs/performance.md)."""
     flags: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, BIAS=bias, SORTED=sort)
     if m <= 16:
-        small: dict[str, Any] = dict(PAIRS=True, REGISTERS=88, LAUNCH_REGISTERS=72, RESIDENT=2)
-        return Config(BN=128, BM=16, STAGES=9, **small, **flags)
-    if m <= 128:
-        return Config(BN=128, BM=32 if m <= 32 else 64, STAGES=12, PAIRS=True, **flags)
+        small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72, RESIDENT=1)
+        return Config(BN=128, BM=16, STAGES=9, PAIRS=True, **small, **flags)
+    wide = n >= 256 * 128 or k >= 64 * BLOCK
+    if m <= 512 or not wide:
+        bm = 32 if m <= 32 else 64 if m <= 64 or (m <= 128 and not wide) else 128
+        tiles = -(-n // 128) * -(-m // bm)
+        return Config(BN=128, BM=bm, STAGES=12 if bm < 128 else 8, PAIRS=True, SHARES=wide or tiles > 132, **flags)
     return Config(BN=256, BM=128, STAGES=6, **flags)
 
 
@@ -53,12 +55,13 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         up_rows, hidden_rows = descriptor(up.view(-1, rank), bn, 32), descriptor(hidden, bm, 32)
     count = programs(device) * c.RESIDENT.value
     sums = zeros("hopper sums", count * LARGEST_TILE, device)
-    done = zeros("hopper done", count * 2, device)
+    done = zeros("hopper shares", count * 2, device)
     tiles = -(-n // bn) * -(-m // bm)
     used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
     kernel[(used,)](
         weight_rows, token_rows, up_rows, hidden_rows, done if tokens.present is None else tokens.present, y,
         layout.scale, tokens.scales, layout.scale if layout.bias is None else layout.bias,
-        done if tokens.order is None else tokens.order, sums, done, m, n, k // BLOCK, c, num_warps=4,
+        done if tokens.order is None else tokens.order, sums, done, zeros("finished", 2, device), m, n,
+        k // BLOCK, tokens.pending, c, num_warps=4,
         maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
     )  # fmt: skip

@@ -27,11 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quant_experts.kernels.hopper_work import (
     allow_next_kernel,
+    leave_counter_clean,
     segment,
     share,
     tile_place,
     unpack_fp8,
     unpack_int8,
+    wait_for_hidden,
     wait_for_previous_kernel,
 )
 
@@ -90,10 +92,10 @@ def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
 
 
 @gluon.jit
-def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr):
+def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, finished_ptr, rings, sizes, C: gl.constexpr):
     """The copying warp. Weights of the first steps are asked for before the previous kernel has ended."""
     w_ring, x_ring, ready, empty = rings
-    M, N, steps, tiles_n, tiles_m = sizes
+    M, N, steps, tiles_n, tiles_m, pending = sizes
     start, end, segments, cut, _per = share(steps, tiles_n * tiles_m)
     total = segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)
     X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
@@ -111,6 +113,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
             at = [token_tile * C.BM, (first + i) * C.STEP + half * 64]
             tma.async_copy_global_to_shared(x_desc, at, ready.index(i), x_ring.index(2 * i + half))
     i = ahead
+    waiting = pending
     for index in range(total):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
@@ -124,9 +127,11 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
                 at = [token_tile * C.BM, k * C.STEP + half * 64]
                 tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(2 * slot + half))
             i += 1
-        if C.FACTORS > 0:
+        if C.FACTORS > 0 and first == 0:
+            wait_for_hidden(finished_ptr, waiting)
+            waiting = 0
             present = factors_present(mask_ptr, token_tile, M, C)
-            for j in range(gl.where(first == 0, C.FACTORS, 0)):
+            for j in range(C.FACTORS):
                 if (present >> j) & 1 != 0:
                     for c in gl.static_range(CHUNKS):
                         slot = i % C.STAGES
@@ -139,6 +144,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
                         at = [token_tile * C.BM, j * C.RANK + c * C.CHUNK]
                         tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
                         i += 1
+    leave_counter_clean(finished_ptr, pending)
 
 
 @gluon.jit
@@ -279,16 +285,17 @@ def store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, 
 
 
 @gluon.jit
-def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
+def consumer(mask_ptr, finished_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
     """A multiplying warp group: half of each tile's weight rows."""
     w_ring, x_ring, ready, empty = rings
     y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
-    M, N, steps, tiles_n, tiles_m = sizes
+    M, N, steps, tiles_n, tiles_m, pending = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
     SUM: gl.constexpr = gl.int32 if x_ring.dtype == gl.int8 else gl.float32
     wait_for_previous_kernel()
     start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
     i = 0
+    waiting = pending
     for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
@@ -302,15 +309,18 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
                 acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
             y = to_float(acc, row_tile, token_tile, scale_ptr, token_ptr, M, N, WG, C)
             if C.FACTORS > 0:
+                wait_for_hidden(finished_ptr, waiting)
+                waiting = 0
                 present = factors_present(mask_ptr, token_tile, M, C)
                 y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
             store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, WG, C)
+    leave_counter_clean(finished_ptr, pending)
 
 
 @gluon.jit
 def kernel(
     w_desc, x_desc, up_desc, hidden_desc, mask_ptr, y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr,
-    count_ptr, M, N, steps, C: gl.constexpr,
+    count_ptr, finished_ptr, M, N, steps, pending, C: gl.constexpr,
 ):  # fmt: skip
     """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts. One program a multiprocessor."""
     w_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 64], w_desc.layout)
@@ -327,13 +337,13 @@ def kernel(
     tiles_n = gl.cdiv(N, C.BN)
     tiles_m = gl.cdiv(M, C.BM)
     rings = (w_ring, x_ring, ready, empty)
-    sizes = (M, N, steps, tiles_n, tiles_m)
+    sizes = (M, N, steps, tiles_n, tiles_m, pending)
     ends = (y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr)
     gl.warp_specialize(
         [
-            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(0), C)),
-            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(1), C)),
-            (producer, (w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C)),
+            (consumer, (mask_ptr, finished_ptr, rings, ends, sizes, gl.constexpr(0), C)),
+            (consumer, (mask_ptr, finished_ptr, rings, ends, sizes, gl.constexpr(1), C)),
+            (producer, (w_desc, x_desc, up_desc, hidden_desc, mask_ptr, finished_ptr, rings, sizes, C)),
         ],
         [4, 1],
         [C.REGISTERS, 24],

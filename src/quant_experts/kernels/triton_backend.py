@@ -23,18 +23,30 @@ from quant_experts.kernels.gpu_layout import (
     unpack_codes,
 )
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
-from quant_experts.kernels.triton_launch import INTERPRETED, hopper, options, overlapped, programs, zeros
+from quant_experts.kernels.triton_launch import (
+    INTERPRETED,
+    MAX_BLOCKS,
+    MAX_PLACES,
+    hopper,
+    options,
+    overlapped,
+    programs,
+    reserve,
+    zeros,
+)
 
 FEW_TOKENS = 16 if INTERPRETED else 256
 """Up to here one launch prepares; measured in docs/performance.md."""
+OVERLAP = False
+"""Whether hidden values of few tokens are computed beside the linear's main loop."""
 RANK_CHUNK = 64
 """Rows of the stacked down factors that one program takes when tokens are few."""
 CHUNK = 4096
 """Input channels that one program quantizes of a token when tokens are few."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that one program takes when tokens are many."""
-MAX_PLACES = 4096
-"""Counters of the launch for few tokens: token blocks times rank chunks."""
+MAX_SLICES = 28
+"""Programs that share the input channels of a block of tokens: each is a read of the one that adds them up."""
 
 
 @cache
@@ -62,12 +74,14 @@ class Packed:
 
 def pack(group: GroupOperands, linears: list[LinearOperands]) -> Packed:
     """Lay a group out; see `gpu_layout`."""
+    if hopper(linears[0].codes.device):
+        reserve(linears[0].codes.device)
     return Packed(pack_group(group), pack_linear(linears))
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
-    return linear(prepare(x, packed.group), packed.linear)
+    return linear(prepare(x, packed.group, overlap=OVERLAP and hopper(x.device)), packed.linear)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -75,8 +89,11 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
     return unpack_codes(packed.linear.weight[:, rows], columns)
 
 
-def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
-    """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert."""
+def prepare(x: Tensor, group: GroupOperands | GroupLayout, overlap: bool = False) -> Tokens:
+    """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert.
+
+    overlap: the result goes to exactly one `linear`, launched next, which waits itself for what is still pending.
+    """
     layout = group if isinstance(group, GroupLayout) else pack_group(group)
     dtype = x.dtype
     if layout.rotation:  # before the kernels: in them it would cost each program that reads a token again
@@ -86,8 +103,10 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     x = x.contiguous()
     if not len(x):
         tokens = _allocate(x, layout, sort=False)
+    elif len(x) <= FEW_TOKENS:
+        tokens = _prepare_few(x, layout, overlap)
     else:
-        tokens = _prepare_few(x, layout) if len(x) <= FEW_TOKENS else _prepare_many(x, layout)
+        tokens = _prepare_many(x, layout)
     return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
 
 
@@ -134,34 +153,42 @@ def _shape(layout: GroupLayout) -> dict[str, int]:
     return dict(F=layout.factors, E=layout.experts, EP=padded_experts(max(1, layout.experts)), R=rank)
 
 
-def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare import few_tokens
+def _prepare_few(x: Tensor, layout: GroupLayout, overlap: bool) -> Tokens:
+    from quant_experts.kernels.triton_prepare import project_few, quantize_few
 
     tokens = _allocate(x, layout, sort=False)
     assert tokens.codes is not None
     (m, k), padded, shape = x.shape, tokens.codes.shape[1], _shape(layout)
-    rows = 16 if m <= 16 else 32
-    blocks, chunks = -(-m // rows), -(-shape["F"] * shape["R"] // RANK_CHUNK)
-    slices = min(padded // BLOCK, max(1, programs(x.device) // max(1, blocks * chunks)), 16)
-    parts = -(-padded // CHUNK)
-    size = max(1, blocks * chunks) * slices * rows * (RANK_CHUNK + shape["EP"] + 1)
-    part = torch.empty(size, dtype=torch.float32, device=x.device)
-    done = zeros("prepare", MAX_PLACES, x.device)
-    assert blocks * chunks <= MAX_PLACES
-    few_tokens[(blocks * chunks * slices + m * parts,)](
-        x, _or(layout.smooth_scale, part), _or(layout.down, part), _or(layout.router_weight, part),
-        _or(layout.router_bias, part), tokens.codes, _or(tokens.hidden, part), tokens.scales, tokens.token_scale,
-        _or(tokens.present, part), _or(tokens.expert, part), part, done, m, k, padded, layout.headroom,
-        LARGEST=2 ** (layout.activation_bits - 1) - 1, **shape, RC=RANK_CHUNK, ROWS=rows, SLICES=slices, PARTS=parts,
-        CHUNK=min(CHUNK, 1 << (padded - 1).bit_length()), BATCH=16 if rows == 16 else 4,
-        SMOOTH=layout.smooth_scale is not None, PLAIN=INTERPRETED,
-        PDL=overlapped(x.device), num_warps=8, **options(x.device),
+    flags = dict(SMOOTH=layout.smooth_scale is not None, PLAIN=INTERPRETED, PDL=overlapped(x.device))
+    smooth = _or(layout.smooth_scale, x)
+    pending = 0
+    if layout.factors:
+        rows = 16 if m <= 16 else 32
+        blocks, chunks = -(-m // rows), -(-shape["F"] * shape["R"] // RANK_CHUNK)
+        pending = blocks * chunks
+        assert pending <= MAX_PLACES
+        slices = min(padded // BLOCK, MAX_SLICES, max(1, 2 * programs(x.device) // pending))
+        part = torch.empty(
+            pending * slices * rows * (RANK_CHUNK + shape["EP"] + 1), dtype=torch.float32, device=x.device
+        )
+        project_few[(pending, slices)](
+            x, smooth, layout.down, _or(layout.router_weight, x), _or(layout.router_bias, part), tokens.hidden,
+            tokens.present, _or(tokens.expert, part), part, zeros("few tokens", MAX_PLACES, x.device),
+            zeros("finished" if overlap else "unread", 2, x.device), m, k, padded, layout.headroom,
+            slices, **shape, RC=RANK_CHUNK, ROWS=rows, BATCH=8 if rows == 16 else 4, **flags, num_warps=8, maxnreg=128,
+            **options(x.device),
+        )  # fmt: skip
+    chunk = min(CHUNK, 1 << (padded - 1).bit_length())
+    quantize_few[(m, -(-padded // chunk))](
+        x, smooth, tokens.codes, tokens.scales, tokens.token_scale, m, k, padded, layout.headroom,
+        LARGEST=2 ** (layout.activation_bits - 1) - 1, F=shape["F"], CHUNK=chunk, WAIT=not (overlap and pending),
+        **flags, num_warps=8, **options(x.device),
     )  # fmt: skip
-    return tokens
+    return replace(tokens, pending=pending) if overlap else tokens
 
 
 def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare_many import measure, place, project
+    from quant_experts.kernels.triton_prepare_many import measure, place, project, quantize_sorted
 
     sort = layout.experts > 0
     tokens = _allocate(x, layout, sort)
@@ -177,7 +204,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     part = torch.empty(
         blocks * slices * rows * max(shape["EP"] + 1, 2 * shape["R"]), dtype=torch.float32, device=device
     )
-    done = torch.zeros(blocks, dtype=torch.int32, device=device)
+    done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
     smooth = _or(layout.smooth_scale, absmax)
     measure[(blocks, slices)](
         x, smooth, _or(layout.router_weight, x), _or(layout.router_bias, absmax), expert, absmax, counts, part, done,
@@ -189,15 +216,17 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
             num_warps=8, **options(device),
         )  # fmt: skip
     tile, width = 8, min(512, 1 << (padded - 1).bit_length())
-    quantizing = -(-m // tile) * -(-padded // width)
-    projecting = blocks * slices if layout.factors else 0
-    project[(projecting + quantizing,)](
-        x, smooth, _or(layout.down, x), expert, _or(tokens.order, expert), absmax, tokens.codes,
-        _or(tokens.hidden, x), tokens.scales, tokens.token_scale, _or(tokens.present, expert),
-        _or(tokens.expert, expert), part, done, m, k, padded, layout.headroom,
-        LARGEST=2 ** (layout.activation_bits - 1) - 1, F=shape["F"], E=shape["E"], R=shape["R"], ROWS=rows,
-        SLICES=slices, TILE=tile, WIDTH=width, **flags, num_warps=8, **options(device),
+    quantize_sorted[(-(-m // tile), -(-padded // width))](
+        x, smooth, expert, _or(tokens.order, expert), absmax, tokens.codes, tokens.scales, tokens.token_scale,
+        _or(tokens.expert, expert), m, k, padded, layout.headroom, LARGEST=2 ** (layout.activation_bits - 1) - 1,
+        F=shape["F"], E=shape["E"], TILE=tile, WIDTH=width, **flags, num_warps=8, **options(device),
     )  # fmt: skip
+    if layout.factors:
+        project[(blocks, slices)](
+            x, smooth, layout.down, expert, _or(tokens.order, expert), absmax, tokens.hidden, tokens.present, part,
+            done, m, k, padded, layout.headroom, slices, F=shape["F"], E=shape["E"], R=shape["R"], ROWS=rows,
+            SMOOTH=flags["SMOOTH"], PDL=flags["PDL"], num_warps=8, **options(device),
+        )  # fmt: skip
     return tokens
 
 

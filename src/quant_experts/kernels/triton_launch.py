@@ -24,17 +24,42 @@ def overlapped(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-_zeros: dict[tuple[str, torch.device, int], Tensor] = {}
+_zeros: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def zeros(name: str, size: int, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
-    """A workspace that is zero between launches, each of which leaves it so. One a stream: launches of one stream do
-    not overlap in what they write."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (name, device, stream)
-    if key not in _zeros or _zeros[key].numel() < size:
-        _zeros[key] = torch.zeros(size, dtype=dtype, device=device)
-    return _zeros[key]
+def zeros(name: str, size: int, device: torch.device) -> Tensor:
+    """An int32 workspace that is zero between launches, each of which leaves it so.
+
+    One a device, so quantized layers must not run on two streams of one GPU at the same time. `reserve` makes those
+    that kernels always need before a CUDA graph may be captured: inside, clearing would be part of that graph alone.
+    """
+    if (name, device) not in _zeros or _zeros[name, device].numel() < size:
+        _zeros[name, device] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _zeros[name, device]
+
+
+def reserve(device: torch.device) -> None:
+    """Make the workspaces of a GPU, once, when the first layer is laid out for it."""
+    for name, size in RESERVED.items():
+        zeros(name, size, device)
+
+
+MAX_PLACES = 4096
+"""Token blocks times rank chunks of the launch for few tokens."""
+MAX_BLOCKS = 1 << 16
+"""Token blocks of the launches for many tokens."""
+MAX_PROGRAMS = 160
+"""Programs of the Hopper kernel, at most the multiprocessors of a GPU of that generation."""
+LARGEST_TILE = 256 * 128
+"""Sums in a tile of the Hopper kernel."""
+RESERVED = {
+    "few tokens": MAX_PLACES,
+    "many tokens": MAX_BLOCKS,
+    "finished": 2,
+    "unread": 2,
+    "hopper sums": MAX_PROGRAMS * LARGEST_TILE,
+    "hopper shares": MAX_PROGRAMS * 2,
+}
 
 
 @cache

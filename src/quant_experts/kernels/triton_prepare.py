@@ -1,9 +1,9 @@
-"""`prepare` for few tokens (decode, small prefill) in one launch of two kinds of programs.
+"""`prepare` for few tokens (decode, small prefill) in two launches that run side by side: one projects, one quantizes.
 
-Some quantize a part of a token each. The others own some rows of the stacked down factors, a block of tokens and a
-slice of the input channels; the last slice to finish adds them all up in order, so that results do not depend on
-timing. Hidden values of all experts are computed and those of a token's own kept: fewer bytes move than a second launch
-would cost. Many tokens: `triton_prepare_many`.
+Projecting programs own some rows of the stacked down factors, a block of tokens and a slice of the input channels; the
+last slice to finish adds them all up in order, so that results do not depend on timing. Hidden values of all experts
+are computed and those of a token's own kept: fewer bytes move than a launch between routing and projecting would cost.
+Many tokens: `triton_prepare_many`.
 
 Codes equal the oracle's bit for bit: the same float32 divisions, correctly rounded, and halves to even. (Tokens whose
 largest value is below 2^-100 excepted, where quotients have fewer bits.) Router scores are sums in another order than
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from quant_experts.kernels.triton_tokens import (
+    allow_next_kernel,
     bitwise_or,
     choose,
     down_dot,
@@ -34,33 +35,9 @@ from quant_experts.kernels.triton_tokens import (
 
 
 @triton.jit
-def quantize_part(
-    x_ptr, smooth_ptr, codes_ptr, scales_ptr, token_scale_ptr, M, K, Kp, token, part, headroom, LARGEST: tl.constexpr,
-    F: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
-    """One part of one token's codes, after a pass over the whole token for its scale."""
-    row = token + tl.arange(0, 1)
-    most = tl.zeros((1, CHUNK), tl.float32)
-    for start in range(0, Kp, CHUNK):
-        x = load_smoothed(x_ptr, row, row < M, start + tl.arange(0, CHUNK), K, smooth_ptr, SMOOTH, PLAIN)
-        most = nan_max(most, tl.abs(x))
-    absmax = tl.reduce(most, 1, nan_max)
-    scale = token_scale(absmax, LARGEST)
-    columns = part * CHUNK + tl.arange(0, CHUNK)
-    x = load_smoothed(x_ptr, row, row < M, columns, K, smooth_ptr, SMOOTH, PLAIN)
-    at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
-    tl.store(at, quantize(x, scale, PLAIN), mask=(columns < Kp)[None, :])
-    if part == 0:
-        unit = tl.full((1,), 1.0, tl.float32) if F == 0 else hidden_scale(absmax, headroom)
-        tl.store(token_scale_ptr + row, scale)
-        tl.store(scales_ptr + row, tl.div_rn(scale, unit))
-        tl.store(scales_ptr + M + row, unit)
-
-
-@triton.jit
 def project_slice(
     x_ptr, smooth_ptr, down_ptr, router_ptr, base, chunk, block, piece, M, K, Kp, ROWS: tl.constexpr, F: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, RC: tl.constexpr, SLICES: tl.constexpr, SMOOTH: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, RC: tl.constexpr, SLICES, SMOOTH: tl.constexpr,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
     """One slice of the input channels for ROWS tokens and RC rows of the down factors -> the workspace."""
@@ -71,7 +48,7 @@ def project_slice(
     absmax = tl.zeros((ROWS,), tl.float32)
     steps = Kp // 128
     per = tl.cdiv(steps, SLICES)
-    for step in range(piece * per, tl.minimum(piece * per + per, steps)):
+    for step in tl.range(piece * per, tl.minimum(piece * per + per, steps), num_stages=4):
         columns = step * 128 + tl.arange(0, 128)
         x = load_smoothed(x_ptr, token, token < M, columns, K, smooth_ptr, SMOOTH, PLAIN)
         most = tl.reduce(tl.abs(x), 1, nan_max)
@@ -92,7 +69,7 @@ def project_slice(
 @triton.jit
 def finish_chunk(
     base, bias_ptr, hidden_ptr, present_ptr, expert_ptr, chunk, block, M, headroom, ROWS: tl.constexpr, F: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, RC: tl.constexpr, SLICES: tl.constexpr, BATCH: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, RC: tl.constexpr, SLICES, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Add the slices, BATCH at a time, choose the experts, keep the hidden values of factors that a token uses."""
     SIZE: tl.constexpr = ROWS * (RC + EP + 1)
@@ -103,17 +80,16 @@ def finish_chunk(
     scores = tl.zeros((ROWS, EP), tl.float32)
     absmax = tl.zeros((ROWS,), tl.float32)
     for start in range(0, SLICES, BATCH):
-        piece = start + tl.arange(0, BATCH)
-        at = base + piece * SIZE
-        there = piece < SLICES
-        inner = at[:, None, None] + (row[:, None] * RC + local[None, :])[None, :, :]
-        hidden += tl.sum(tl.load(inner, mask=there[:, None, None], other=0.0, cache_modifier=".cg"), axis=0)
-        if E > 0:
-            inner = at[:, None, None] + (ROWS * RC + row[:, None] * EP + tl.arange(0, EP)[None, :])[None, :, :]
-            scores += tl.sum(tl.load(inner, mask=there[:, None, None], other=0.0, cache_modifier=".cg"), axis=0)
-        inner = at[:, None] + ROWS * (RC + EP) + row[None, :]
-        most = tl.load(inner, mask=there[:, None], other=0.0, cache_modifier=".cg")
-        absmax = nan_max(absmax, tl.reduce(most, 0, nan_max))
+        for i in tl.static_range(BATCH):
+            there = (start + i < SLICES) & (row >= 0)
+            at = base + (start + i) * SIZE
+            inner = at + row[:, None] * RC + local[None, :]
+            hidden += tl.load(inner, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            if E > 0:
+                inner = at + ROWS * RC + row[:, None] * EP + tl.arange(0, EP)[None, :]
+                scores += tl.load(inner, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            most = tl.load(at + ROWS * (RC + EP) + row, mask=there, other=0.0, cache_modifier=".cg")
+            absmax = nan_max(absmax, most)
     rank = chunk * RC + local
     factor = rank // R
     uses = tl.full((ROWS, RC), 1, tl.int32) > 0
@@ -138,39 +114,63 @@ def finish_chunk(
 
 
 @triton.jit
-def few_tokens(
-    x_ptr, smooth_ptr, down_ptr, router_ptr, bias_ptr, codes_ptr, hidden_ptr, scales_ptr, token_scale_ptr, present_ptr,
-    expert_ptr, part_ptr, done_ptr, M, K, Kp, headroom,
-    LARGEST: tl.constexpr, F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, RC: tl.constexpr,
-    ROWS: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, BATCH: tl.constexpr,
-    SMOOTH: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+def project_few(
+    x_ptr, smooth_ptr, down_ptr, router_ptr, bias_ptr, hidden_ptr, present_ptr, expert_ptr, part_ptr, done_ptr,
+    finished_ptr, M, K, Kp, headroom, SLICES, F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr,
+    RC: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs: cdiv(M, ROWS) * cdiv(F R, RC) * SLICES that project, then M * PARTS that quantize."""
+    """Hidden values and experts. Programs: (cdiv(M, ROWS) * cdiv(F R, RC), SLICES)."""
     wait_for_previous_kernel(PDL)
-    program = tl.program_id(0)
     CHUNKS: tl.constexpr = (F * R + RC - 1) // RC
-    projecting = tl.cdiv(M, ROWS) * CHUNKS * SLICES
-    if program >= projecting:
-        token = (program - projecting) // PARTS
-        part = (program - projecting) % PARTS
-        quantize_part(
-            x_ptr, smooth_ptr, codes_ptr, scales_ptr, token_scale_ptr, M, K, Kp, token, part, headroom,
-            LARGEST, F, PARTS, CHUNK, SMOOTH, PLAIN,
-        )  # fmt: skip
-    elif F > 0:
-        place = program // SLICES
-        chunk, block, piece = place % CHUNKS, place // CHUNKS, program % SLICES
-        SIZE: tl.constexpr = ROWS * (RC + EP + 1)
-        base = part_ptr + place.to(tl.int64) * SLICES * SIZE
-        project_slice(
-            x_ptr, smooth_ptr, down_ptr, router_ptr, base + piece * SIZE, chunk, block, piece, M, K, Kp,
-            ROWS, F, E, EP, R, RC, SLICES, SMOOTH, PLAIN,
+    SIZE: tl.constexpr = ROWS * (RC + EP + 1)
+    place, piece = tl.program_id(0), tl.program_id(1)
+    chunk, block = place % CHUNKS, place // CHUNKS
+    base = part_ptr + place.to(tl.int64) * SLICES * SIZE
+    project_slice(
+        x_ptr, smooth_ptr, down_ptr, router_ptr, base + piece * SIZE, chunk, block, piece, M, K, Kp,
+        ROWS, F, E, EP, R, RC, SLICES, SMOOTH, PLAIN,
+    )  # fmt: skip
+    tl.debug_barrier()
+    if tl.atomic_add(done_ptr + place, 1, sem="acq_rel") == SLICES - 1:
+        tl.debug_barrier()
+        tl.store(done_ptr + place, 0)
+        finish_chunk(
+            base, bias_ptr, hidden_ptr, present_ptr, expert_ptr, chunk, block, M, headroom,
+            ROWS, F, E, EP, R, RC, SLICES, BATCH,
         )  # fmt: skip
         tl.debug_barrier()
-        if tl.atomic_add(done_ptr + place, 1, sem="acq_rel") == SLICES - 1:
-            tl.debug_barrier()
-            tl.store(done_ptr + place, 0)
-            finish_chunk(
-                base, bias_ptr, hidden_ptr, present_ptr, expert_ptr, chunk, block, M, headroom,
-                ROWS, F, E, EP, R, RC, SLICES, BATCH,
-            )  # fmt: skip
+        tl.atomic_add(finished_ptr, 1, sem="release")
+
+
+@triton.jit
+def quantize_few(
+    x_ptr, smooth_ptr, codes_ptr, scales_ptr, token_scale_ptr, M, K, Kp, headroom, LARGEST: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr, WAIT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales. Programs: (M, cdiv(Kp, CHUNK)); each passes over its whole token for the scale.
+
+    Without WAIT it runs beside `project_few`, launched just before it: x was complete when that started.
+    """
+    if WAIT:
+        wait_for_previous_kernel(PDL)
+    else:
+        allow_next_kernel(PDL)
+    token, part = tl.program_id(0), tl.program_id(1)
+    row = token + tl.arange(0, 1)
+    most = tl.zeros((1, CHUNK), tl.float32)
+    for start in range(0, Kp, CHUNK):
+        x = load_smoothed(x_ptr, row, row < M, start + tl.arange(0, CHUNK), K, smooth_ptr, SMOOTH, PLAIN)
+        most = nan_max(most, tl.abs(x))
+    absmax = tl.reduce(most, 1, nan_max)
+    scale = token_scale(absmax, LARGEST)
+    columns = part * CHUNK + tl.arange(0, CHUNK)
+    x = load_smoothed(x_ptr, row, row < M, columns, K, smooth_ptr, SMOOTH, PLAIN)
+    at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
+    tl.store(at, quantize(x, scale, PLAIN), mask=(columns < Kp)[None, :])
+    if part == 0:
+        unit = tl.full((1,), 1.0, tl.float32) if F == 0 else hidden_scale(absmax, headroom)
+        tl.store(token_scale_ptr + row, scale)
+        tl.store(scales_ptr + row, tl.div_rn(scale, unit))
+        tl.store(scales_ptr + M + row, unit)

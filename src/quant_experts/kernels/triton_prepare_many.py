@@ -1,5 +1,5 @@
-"""`prepare` for many tokens in three launches: measure (scale and expert of each token), place (a stable counting sort
-by expert), project (quantize in sorted order; shared factor and only those experts that a tile of tokens uses).
+"""`prepare` for many tokens in launches: measure (scale and expert of each token), place (a stable counting sort
+by expert); then, in that order, quantize, and project (shared factor, and only the experts that a tile of tokens uses).
 
 Programs of `measure` and `project` own a block of tokens and a slice of the input channels; the last slice to finish
 adds them up in order. Exactness: see `triton_prepare`.
@@ -29,7 +29,7 @@ from quant_experts.kernels.triton_tokens import (
 @triton.jit
 def measure(
     x_ptr, smooth_ptr, router_ptr, bias_ptr, expert_ptr, absmax_ptr, count_ptr, part_ptr, done_ptr, M, K, Kp,
-    E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, SMOOTH: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, SLICES, SMOOTH: tl.constexpr,
     PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Per token: max |x / m| and the expert. Per block of ROWS tokens: how many go to each expert (blocks, EP)."""
@@ -43,7 +43,7 @@ def measure(
     steps = Kp // 128
     per = tl.cdiv(steps, SLICES)
     first, last = piece * per, tl.minimum(piece * per + per, steps)
-    for step in range(first, last):
+    for step in tl.range(first, last, num_stages=4):
         columns = step * 128 + tl.arange(0, 128)
         x = load_smoothed(x_ptr, token, token < M, columns, K, smooth_ptr, SMOOTH, PLAIN)
         most = tl.reduce(tl.abs(x), 1, nan_max)
@@ -112,21 +112,21 @@ def sorted_tokens(row, expert_ptr, order_ptr, absmax_ptr, M, E: tl.constexpr):
 
 
 @triton.jit
-def quantize_tile(
+def quantize_sorted(
     x_ptr, smooth_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr, scales_ptr, token_scale_ptr, sorted_expert_ptr,
-    program, M, K, Kp, headroom, LARGEST: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
-    WIDTH: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr,
+    M, K, Kp, headroom, LARGEST: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Codes of TILE places by WIDTH channels; the first tile of a row writes its scales."""
-    tiles = tl.cdiv(Kp, WIDTH)
-    row = program // tiles * TILE + tl.arange(0, TILE)
-    columns = program % tiles * WIDTH + tl.arange(0, WIDTH)
+    wait_for_previous_kernel(PDL)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     token, expert, absmax = sorted_tokens(row, expert_ptr, order_ptr, absmax_ptr, M, E)
     scale = token_scale(absmax, LARGEST)
     x = load_smoothed(x_ptr, token, row < M, columns, K, smooth_ptr, SMOOTH, PLAIN)
     at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
     tl.store(at, quantize(x, scale, PLAIN), mask=(row < M)[:, None] & (columns < Kp)[None, :])
-    if program % tiles == 0:
+    if tl.program_id(1) == 0:
         unit = tl.full((TILE,), 1.0, tl.float32) if F == 0 else hidden_scale(absmax, headroom)
         tl.store(token_scale_ptr + row, scale, mask=row < M)
         tl.store(scales_ptr + row, tl.div_rn(scale, unit), mask=row < M)
@@ -147,12 +147,14 @@ def load_near_one(x_ptr, token, row_mask, columns, K, smooth_ptr, inverse, SMOOT
 
 
 @triton.jit
-def project_slice(
+def project(
     x_ptr, smooth_ptr, down_ptr, expert_ptr, order_ptr, absmax_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr,
-    block, piece, M, K, Kp, headroom, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-    SLICES: tl.constexpr, SMOOTH: tl.constexpr,
+    M, K, Kp, headroom, SLICES, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    SMOOTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A slice of the input channels of ROWS places times the shared factor and the experts that are there."""
+    wait_for_previous_kernel(PDL)
+    block, piece = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     token, expert, absmax = sorted_tokens(row, expert_ptr, order_ptr, absmax_ptr, M, E)
     first = tl.min(tl.where(row < M, expert, E), axis=0)
@@ -163,15 +165,22 @@ def project_slice(
     own = tl.zeros((ROWS, R), tl.float32)
     steps = Kp // 128
     per = tl.cdiv(steps, SLICES)
-    for step in range(piece * per, tl.minimum(piece * per + per, steps)):
+    begin, end = piece * per, tl.minimum(piece * per + per, steps)
+    for step in tl.range(begin, end, num_stages=3):
         columns = step * 128 + tl.arange(0, 128)
         x = load_near_one(x_ptr, token, row < M, columns, K, smooth_ptr, inverse, SMOOTH)
         if F > E:
             shared = down_dot(x, down_ptr, rank, columns, Kp, shared)
         if E > 0:
-            for e in range(first, last + 1):
-                part = down_dot(x, down_ptr, (F - E + e) * R + rank, columns, Kp, tl.zeros((ROWS, R), tl.float32))
-                own += tl.where((expert == e)[:, None], part, 0.0)
+            mine = tl.where((expert == first)[:, None], x, 0.0)
+            own = down_dot(mine, down_ptr, (F - E + first) * R + rank, columns, Kp, own)
+    if E > 0:  # a block where one expert's tokens end and others' begin: once more for each
+        for e in range(first + 1, last + 1):
+            for step in tl.range(begin, end, num_stages=3):
+                columns = step * 128 + tl.arange(0, 128)
+                x = load_near_one(x_ptr, token, row < M, columns, K, smooth_ptr, inverse, SMOOTH)
+                mine = tl.where((expert == e)[:, None], x, 0.0)
+                own = down_dot(mine, down_ptr, (F - E + e) * R + rank, columns, Kp, own)
     at = part_ptr + (block * SLICES + piece).to(tl.int64) * (2 * ROWS * R)
     inner = tl.arange(0, ROWS)[:, None] * R + rank[None, :]
     tl.store(at + inner, shared)
@@ -187,32 +196,9 @@ def project_slice(
 
 
 @triton.jit
-def project(
-    x_ptr, smooth_ptr, down_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr, hidden_ptr, scales_ptr, token_scale_ptr,
-    present_ptr, sorted_expert_ptr, part_ptr, done_ptr, M, K, Kp, headroom,
-    LARGEST: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Sorted order. Programs: cdiv(M, ROWS) * SLICES that project if there are factors, then tiles that quantize."""
-    wait_for_previous_kernel(PDL)
-    program = tl.program_id(0)
-    projecting = tl.cdiv(M, ROWS) * SLICES if F > 0 else 0
-    if program >= projecting:
-        quantize_tile(
-            x_ptr, smooth_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr, scales_ptr, token_scale_ptr,
-            sorted_expert_ptr, program - projecting, M, K, Kp, headroom, LARGEST, F, E, TILE, WIDTH, SMOOTH, PLAIN,
-        )  # fmt: skip
-    elif F > 0:
-        project_slice(
-            x_ptr, smooth_ptr, down_ptr, expert_ptr, order_ptr, absmax_ptr, hidden_ptr, present_ptr, part_ptr,
-            done_ptr, program // SLICES, program % SLICES, M, K, Kp, headroom, F, E, R, ROWS, SLICES, SMOOTH,
-        )  # fmt: skip
-
-
-@triton.jit
 def finish_block(
     base, hidden_ptr, present_ptr, expert, absmax, block, M, headroom,
-    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SLICES,
 ):  # fmt: skip
     """Add a block's slices; write its hidden values, zeros for experts that a token does not use."""
     row = block * ROWS + tl.arange(0, ROWS)

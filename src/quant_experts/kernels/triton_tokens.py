@@ -12,6 +12,13 @@ PART = tl.constexpr(2048.0)
 
 
 @triton.jit
+def allow_next_kernel(PDL: tl.constexpr):
+    """Programmatic launch: the next kernel may start once all programs have come here."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
     """Programmatic launch: what earlier kernels wrote may be read from here on, and the next kernel may start."""
     if PDL:

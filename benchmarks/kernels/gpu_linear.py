@@ -1,0 +1,226 @@
+"""Times of one decoder block's four input groups on a GPU: bf16, cuBLAS int8 and fp8, ours without and with experts.
+
+    python benchmarks/kernels/gpu_linear.py [--models ...] [--tokens ...] [--out benchmarks/results]
+
+writes gpu_linear.json, gpu_linear.md (tables) and gpu_linear.png. The groups (qkv, o, gate+up, down) run one after
+another in a CUDA graph, each preparing its input anew (smoothing, quantization, routing, projection), on copies of the
+weights that together exceed the L2 cache. Times are medians of replays. The bound is the larger of bytes over the
+measured copy bandwidth and operations over the measured rate of `torch._scaled_mm`, summed over groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from quant_experts.kernels import triton_backend
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
+
+GROUPS = ("qkv", "o", "gate+up", "down")
+SHAPES = {  # (N, K) of each group
+    "Qwen2-VL-2B": ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
+    "Qwen2-VL-7B": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
+    "InternVL2-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    "Qwen2-VL-72B": ((10240, 8192), (8192, 8192), (59136, 8192), (8192, 29568)),
+}
+TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
+RANK, EXPERTS = 32, 8
+COLD_BYTES = 200_000_000
+KINDS = ("bf16", "cublas_int8", "cublas_fp8", "without_experts", "with_experts")
+
+
+def layer(n: int, k: int, bits: int, experts: bool, seed: int) -> triton_backend.Packed:
+    """A random group with one stacked linear."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    def factor(*shape: int) -> Factor | None:
+        return Factor((normal(*shape) / shape[-1] ** 0.5).half(), None) if experts else None
+
+    group = GroupOperands(
+        bits,
+        normal(k).abs() + 0.5,
+        0,
+        factor(RANK, k),
+        factor(EXPERTS, RANK, k),
+        normal(EXPERTS, k).half() if experts else None,
+        normal(EXPERTS).half() if experts else None,
+    )
+    codes = torch.randint(-8, 8, (n, k), generator=generator, device="cuda", dtype=torch.int8)
+    up, routed_up = factor(n, RANK), factor(EXPERTS, n, RANK)
+    linear = LinearOperands(codes, normal(n, 1).abs() * 0.01 + 0.001, None, None, up, routed_up, None)
+    return triton_backend.pack(group, [linear])
+
+
+def median_time(work: Callable[[], object], replays: int = 9) -> float:
+    """Microseconds of one call inside a CUDA graph."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000)
+    return sorted(times)[replays // 2]
+
+
+def chip_limits() -> dict[str, float]:
+    """Measured copy bandwidth (bytes read plus written, TB/s) and 8-bit matrix rate (TOP/s)."""
+    source = torch.empty(2**32, dtype=torch.int8, device="cuda").random_(-100, 100)
+    copied = torch.empty_like(source)
+    bandwidth = 2 * source.numel() / median_time(lambda: copied.copy_(source)) * 1e-6
+    a, b = (torch.randn(8192, 8192, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones(8192, 1, device="cuda")
+    work = lambda: torch._scaled_mm(a, b.T, one, one.T, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+    return {"copy_tb_per_s": bandwidth, "matrix_top_per_s": 2 * 8192**3 / median_time(work) * 1e-6}
+
+
+def bound(shapes: tuple[tuple[int, int], ...], m: int, limits: dict[str, float]) -> float:
+    """Least microseconds for the groups, every expert's factors read once (from 8 tokens on, nearly all are)."""
+    total = 0.0
+    for n, k in shapes:
+        factors = min(EXPERTS, m) + 1
+        moved = n * k / 2 + 2 * RANK * factors * (n + k) + 2 * EXPERTS * k + 2 * m * (n + k)
+        operations = 2 * m * n * k + 4 * m * 2 * RANK * (n + k)
+        total += max(moved / limits["copy_tb_per_s"], operations / limits["matrix_top_per_s"]) * 1e-6
+    return total
+
+
+def works(shapes: tuple[tuple[int, int], ...], m: int, bits: int, kind: str) -> Callable[[], object] | None:
+    """All groups of one block, one after another, on as many copies of the weights as the cache demands."""
+    stored = {"bf16": 2.0, "cublas_int8": 1.0, "cublas_fp8": 1.0}.get(kind, 0.5) * sum(n * k for n, k in shapes)
+    copies = max(1, -(-COLD_BYTES // int(stored)))
+    xs = [torch.randn(m, k, device="cuda").bfloat16() for _, k in shapes]
+    if kind in ("without_experts", "with_experts"):
+        packed = [
+            layer(n, k, bits, kind == "with_experts", i) for _ in range(copies) for i, (n, k) in enumerate(shapes)
+        ]
+        return lambda: [triton_backend.apply(xs[i % 4], p) for i, p in enumerate(packed)] and copies
+    weights = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(copies) for n, k in shapes]
+    if kind == "bf16":
+        return lambda: [torch.nn.functional.linear(xs[i % 4], w) for i, w in enumerate(weights)] and copies
+    if m <= 16:
+        return None
+    if kind == "cublas_int8":
+        xi, wi = [(x * 30).to(torch.int8) for x in xs], [(w * 30).to(torch.int8) for w in weights]
+        return lambda: [torch._int_mm(xi[i % 4], w.T) for i, w in enumerate(wi)] and copies
+    x8, w8 = [x.to(torch.float8_e4m3fn) for x in xs], [w.to(torch.float8_e4m3fn) for w in weights]
+    sx, sw = torch.ones(m, 1, device="cuda"), [torch.ones(1, len(w), device="cuda") for w in weights]
+    product = torch._scaled_mm
+    return lambda: (
+        [product(x8[i % 4], w.T, sx, sw[i], out_dtype=torch.bfloat16, use_fast_accum=True) for i, w in enumerate(w8)]
+        and copies
+    )
+
+
+def measure(models: list[str], tokens: list[int], bits: int, limits: dict[str, float]) -> list[dict[str, Any]]:
+    """One row for each model and number of tokens."""
+    rows = []
+    for model in models:
+        for m in tokens:
+            row: dict[str, Any] = {"model": model, "tokens": m, "bits": bits, "bound": bound(SHAPES[model], m, limits)}
+            for kind in KINDS:
+                work = works(SHAPES[model], m, bits, kind)
+                if work is not None:
+                    copies = work()
+                    assert isinstance(copies, int)
+                    row[kind] = median_time(work) / copies
+                del work
+            rows.append(row)
+            print(json.dumps({key: round(v, 1) if isinstance(v, float) else v for key, v in row.items()}), flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one table a model."""
+    text = ""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        text += f"\n**{model}**, W4A{rows[0]['bits']}, microseconds for the four groups of a block\n\n"
+        text += "| tokens | bf16 | `_int_mm` | `_scaled_mm` | ours, no experts | ours | bf16 / ours | bound |\n"
+        text += "| ---: " * 8 + "|\n"
+        for row in (r for r in rows if r["model"] == model):
+            cells = [f"{row[kind]:.0f}" if kind in row else "-" for kind in KINDS]
+            ratio = row["bf16"] / row["with_experts"]
+            text += f"| {row['tokens']} | {' | '.join(cells)} | {ratio:.2f} | {row['bound']:.0f} |\n"
+    return text
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """bf16's time over ours against tokens, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, kind, title in zip(axes, KINDS[3:], ("without experts", "8 experts, rank 32 + 32"), strict=True):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            mine = [row for row in rows if row["model"] == model]
+            axis.plot([r["tokens"] for r in mine], [r["bf16"] / r[kind] for r in mine], marker="o", label=model)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", xlabel="tokens", title=title)
+    axes[0].set_ylabel("bf16 time / our time")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def compile_ahead(tokens: list[int], models: list[str]) -> None:
+    """Let processes side by side fill the compiler's cache."""
+    command = [sys.executable, __file__, "--compile-only", "--models", *models, "--tokens"]
+    for process in [subprocess.Popen([*command, str(m)], stdout=subprocess.DEVNULL) for m in tokens]:
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--bits", type=int, default=8, help="activation bits")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compile_only:
+        for model in arguments.models:
+            for i, (n, k) in enumerate(SHAPES[model]):
+                for experts in (False, True):
+                    x = torch.randn(arguments.tokens[0], k, device="cuda").bfloat16()
+                    triton_backend.apply(x, layer(n, k, arguments.bits, experts, i))
+        return
+    compile_ahead(arguments.tokens, arguments.models)
+    limits = chip_limits()
+    rows = measure(arguments.models, arguments.tokens, arguments.bits, limits)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {
+        "command": f"python benchmarks/kernels/gpu_linear.py --bits {arguments.bits}",
+        "chip": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
+        "commit": commit,
+        "limits": limits,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (arguments.out / "gpu_linear.md").write_text(table(rows).lstrip())
+    picture(rows, arguments.out / "gpu_linear.png")
+
+
+if __name__ == "__main__":
+    main()
