@@ -1,9 +1,10 @@
-"""Prefill of 512 tokens on this CPU: a W4A6 model with the paper's ranks against the fp32 model of the same size.
+"""Prefill of 512 tokens on this CPU: a W4A6 model against the fp32 model of the same size.
 
 Random weights: the figure depends on shapes only. Prints the ratio of median times (both models in turn, in one
-process), the resident weights of both, and writes benchmarks/results/cpu_prefill.json.
+process), the resident weights of both, and writes them into benchmarks/results under the recipe's name.
 
-    python benchmarks/cpu_prefill.py
+    python benchmarks/cpu_prefill.py                     the paper's ranks: 32 + 32, 8 experts
+    python benchmarks/cpu_prefill.py --recipe default    a rotation and one int8 expert of rank 64
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+RANKS = {"paper": (32, 8), "default": (64, 0)}
+"""Recipe -> rank of the shared and of each routed expert, number of routed experts."""
 
 
 def quantize_randomly(block: nn.Module, scheme: Scheme, rank: int, experts: int) -> None:
-    """Swap a block's linears for quantized ones with random experts of the paper's shape."""
+    """Swap a block's linears for quantized ones with random factors: of the paper's shape, or, without routed
+    experts, of the default recipe's."""
     for names in GROUPS:
         weights = [block.get_submodule(name).weight.detach() for name in names]
         rows, width = sum(len(w) for w in weights), weights[0].shape[1]
@@ -45,10 +49,14 @@ def quantize_randomly(block: nn.Module, scheme: Scheme, rank: int, experts: int)
             names,
             tuple(quantize_rtn(w, scheme) for w in weights),
             smooth_scale=torch.rand(width) + 0.5,
+            rotation=0 if experts else 64,
+            factor_bits=16 if experts else 8,
             shared=LowRankExpert(torch.randn(rows, rank) * 0.01, torch.randn(rank, width) * 0.01),
-            routed=RoutedExperts(torch.randn(experts, rows, rank) * 0.01, torch.randn(experts, rank, width) * 0.01),
-            router=Router(torch.rand(experts, width), torch.zeros(experts)),
         )
+        if experts:
+            ups, downs = torch.randn(experts, rows, rank) * 0.01, torch.randn(experts, rank, width) * 0.01
+            group.routed = RoutedExperts(ups, downs)
+            group.router = Router(torch.rand(experts, width), torch.zeros(experts))
         install_groups(block, [describe_group(group)], scheme, group_state(group))
 
 
@@ -64,8 +72,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=8192)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=32, help="of the shared and of each routed expert")
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--recipe", choices=RANKS, default="paper")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -75,7 +82,7 @@ def main() -> None:
         full = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         small = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for block in small.model.layers:
-        quantize_randomly(block, scheme, arguments.rank, arguments.experts)
+        quantize_randomly(block, scheme, *RANKS[arguments.recipe])
     tokens = torch.randint(0, 4096, (1, arguments.tokens))
     times: dict[str, list[float]] = {"fp32": [], "W4A6": []}
     with torch.inference_mode():
@@ -103,7 +110,7 @@ def main() -> None:
         "quant_experts": __version__,
     }
     print(json.dumps(result, indent=1))
-    out = Path(__file__).parent / "results" / "cpu_prefill.json"
+    out = Path(__file__).parent / "results" / f"cpu_prefill_{arguments.recipe}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
