@@ -199,7 +199,7 @@ class _Run:
             tensors, saved = store.read_block(index)
             groups = [GroupSpec.from_json(spec) for spec in saved["groups"]]
             local = {key.removeprefix(f"{saved['file_prefix']}."): value for key, value in tensors.items()}
-            install_groups(block, groups, self.config.scheme, local)
+            install_groups(block, groups, self.config.scheme, local, oracle=True)
             stream.advance(block)
             stream.skeleton.release_block(index)
             specs += [_with_prefix(spec, names[index]) for spec in groups]

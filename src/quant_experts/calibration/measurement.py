@@ -76,7 +76,7 @@ def _modules(group: QuantizedGroup, rows: Sequence[int], scheme: Scheme, device:
     for key, value in group_state(group).items():
         name = max((n for n in flat if key.startswith(n + ".")), key=len)
         state[flat[name] + key.removeprefix(name)] = value.to(device)
-    return list(install_groups(holder, [renamed], scheme, state).values())
+    return list(install_groups(holder, [renamed], scheme, state, oracle=True).values())
 
 
 def _relative_error(output: Tensor, exact: Tensor, modality: Tensor) -> dict[str, float]:

@@ -37,7 +37,7 @@ from quant_experts.kernels.triton_launch import (
 
 FEW_TOKENS = 16 if INTERPRETED else 256
 """Up to here one launch prepares; measured in docs/performance.md."""
-OVERLAP = False
+OVERLAP = True
 """Whether hidden values of few tokens are computed beside the linear's main loop."""
 RANK_CHUNK = 64
 """Rows of the stacked down factors that one program takes when tokens are few."""

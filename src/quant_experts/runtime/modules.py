@@ -282,10 +282,19 @@ def swap_linears(model: nn.Module, spec: GroupSpec, scheme: Scheme) -> dict[str,
 
 
 def install_groups(
-    model: nn.Module, specs: Sequence[GroupSpec], scheme: Scheme, tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    specs: Sequence[GroupSpec],
+    scheme: Scheme,
+    tensors: Mapping[str, Tensor],
+    *,
+    oracle: bool = False,
 ) -> dict[str, QuantizedLinear]:
     """Swap groups into a model that is in memory and fill them from tensors by name; biases stay. -> modules by
-    name."""
+    name.
+
+    oracle: on a GPU compute in float32 throughout, as quantization does: what it measures, and feeds to the next block,
+    shall not depend on the roundings of fast kernels.
+    """
     devices = {name: next(model.get_submodule(name).parameters()).device for spec in specs for name in spec.linears}
     modules: dict[str, QuantizedLinear] = {}
     for spec in specs:
@@ -298,4 +307,6 @@ def install_groups(
             owner._buffers[leaf] = tensor if devices[name].type == "meta" else tensor.to(devices[name])
     for name, module in modules.items():
         module.finalize(name)
+        if oracle and module.weight_scale.is_cuda:
+            module.group.backend = "reference"
     return modules
