@@ -7,6 +7,7 @@ process of its own, because the switch is read when kernels are defined. Cases h
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy
 import torch
@@ -233,10 +234,41 @@ def packing() -> None:
         assert byte >> 4 == (codes[0, 64] if k > 64 else 0)
 
 
+def a_model_runs_stacked() -> None:
+    """Three linears of one input in a model: one launch, packed memory, and the file's content in the state dict."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from runtime.test_modules import K, install, normal
+
+    from quant_experts.kernels import dispatch
+    from quant_experts.runtime import modules
+
+    backend = next(b for b in dispatch.BACKENDS if b.name == "triton")
+    quantized, _ = install("W4A6")
+    quantized.to(DEVICE)
+    linears = list(quantized.attn.values())
+    x = normal(2, 3, K, seed=8).to(DEVICE)
+    with torch.no_grad():
+        linears[0].group.backend = "reference"
+        expected, stored = quantized(x), {k: v.clone() for k, v in quantized.state_dict().items()}
+        select, modules.select = modules.select, lambda *choice: backend
+        try:
+            y = quantized(x)
+            assert all(linear.weight_codes is None for linear in linears), "int8 codes were not let go"
+            assert ((y - expected).norm(dim=-1) <= EXPERTS_TOLERANCE * expected.norm(dim=-1)).all()
+            assert all(torch.equal(value, stored[key]) for key, value in quantized.state_dict().items())
+            quantized.load_state_dict(stored)
+            assert torch.equal(quantized(x), y)
+            quantized.half().float()
+            assert all(linear.weight_codes is not None for linear in linears), "a move needs the codes back"
+            assert quantized(x).shape == y.shape
+        finally:
+            modules.select = select
+
+
 CASES: list[Callable[[], None]] = [
     sizes, parts, stacked_linears, sums_are_exact, activation_widths, input_types, rotation_and_integer_factors,
     all_tokens_to_one_expert, experts_without_tokens, ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens,
-    no_tokens, packing,
+    no_tokens, packing, a_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":
