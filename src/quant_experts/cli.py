@@ -208,8 +208,8 @@ def _show_estimate(estimate: MemoryEstimate) -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="Where checkpoints and report.html go.")] = Path("demo-output"),
     schemes: Annotated[str, typer.Option(help="Comma-separated schemes.")] = "W4A6",
-    recipes: Annotated[str, typer.Option(help="Comma-separated recipes.")] = "rtn,paper,quant-experts",
-    questions: Annotated[int, typer.Option(help="Score this many questions.")] = 280,
+    recipes: Annotated[str, typer.Option(help="Comma-separated recipes.")] = "rtn,aser,paper,quant-experts",
+    questions: Annotated[int, typer.Option(help="Score this many questions.")] = 210,
     split: Annotated[str, typer.Option(help="tuning, or test (2,000 questions, to be looked at last).")] = "tuning",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seed: SeedOption = 0,

@@ -103,9 +103,9 @@ class Recipe(StrictModel):
     name: str
     smoothing: Literal["none", "exempt", "smoothquant", "awq", "mbq", "balanced"] = Field(
         default="none",
-        description="per-channel scale that moves difficulty from activations to weights: none; of the exempt channels "
-        "only (ASER, Quant Experts); SmoothQuant's; AWQ's or MBQ's search; or the one that balances the expected errors "
-        "of weights and activations (ours)",
+        description="per-channel scale that moves difficulty from activations to weights: none; of the exempt channels"
+        " only (ASER, Quant Experts); SmoothQuant's; AWQ's or MBQ's search; or the one that balances the expected"
+        " errors of weights and activations (ours)",
     )
     rotation: int = Field(
         default=0,
@@ -127,9 +127,9 @@ class Recipe(StrictModel):
     clip: bool = Field(default=False, description="search the range of each grid that leaves the least weighted error")
     shared: Literal["moment", "rms", "mean_abs", "principal"] = Field(
         default="moment",
-        description="what the shared expert is: the best correction for the inputs' second moments (whitened SVD: ASER, "
-        "QERA-exact), for their diagonal (QERA-approx), for mean magnitudes (LQER); or the weight's own principal part, "
-        "taken out before rounding (SVDQuant)",
+        description="what the shared expert is: the best correction for the inputs' second moments (whitened SVD:"
+        " ASER, QERA-exact), for their diagonal (QERA-approx), for mean magnitudes (LQER); or the weight's own"
+        " principal part, taken out before rounding (SVDQuant)",
     )
     shared_rank: int = Field(default=0, ge=0, description="rank of the shared expert; 0 for none")
     routed: Literal["co_importance", "random", "tokens"] = Field(

@@ -19,7 +19,9 @@ CPU_BACKENDS = [b for b in BACKENDS if b.device in ("cpu", "any")]
 
 
 class Layer:
-    """Random operands of one linear and its group. parts: any of smooth, rotated, shared, routed, bias, asymmetric, int8."""
+    """Random operands of one linear and its group.
+
+    parts: any of smooth, rotated, shared, routed, bias, asymmetric, int8."""
 
     def __init__(
         self, k: int, n: int, bits: int, parts: str = "", group_size: int | None = None, experts: int = 4, seed: int = 0

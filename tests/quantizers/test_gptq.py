@@ -114,7 +114,7 @@ def test_a_moment_that_is_not_positive_is_an_event_and_then_an_error() -> None:
     slightly = moment - (torch.linalg.eigvalsh(moment)[0] + 0.05) * torch.eye(8, dtype=torch.float64)
     _, events = quantize_gptq(normal(3, 8).float(), slightly, Scheme.parse("W4A6"), where="layer")
     assert [event.where for event in events] == ["layer"] and "damping 0.01" in events[0].what
-    with pytest.raises(QuantExpertsError, match="layer.*second moment"):
+    with pytest.raises(QuantExpertsError, match=r"layer.*second moment"):
         quantize_gptq(normal(3, 8).float(), torch.full((8, 8), torch.nan), Scheme.parse("W4A6"), where="layer")
 
 
