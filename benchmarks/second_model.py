@@ -45,7 +45,9 @@ def main() -> None:
     options = f"--methods {chosen.methods} --schemes {chosen.schemes} --split {chosen.split} --limit {chosen.limit}"
     command = f"python benchmarks/{Path(__file__).name} {options}"
     comparison = compare(task, rows, chosen.output, title="The second model", command=command, progress=show)
-    chosen.results.write_text(json.dumps(comparison_json(comparison), indent=1) + "\n")
+    summary = comparison_json(comparison)
+    del summary["layers"]  # megabytes
+    chosen.results.write_text(json.dumps(summary, indent=1) + "\n")
     for table in ([], ["--kinds"], ["--costs"]):
         sys.argv = ["demo_table.py", str(chosen.results), *table]
         print_tables()
