@@ -99,30 +99,31 @@ def peer_main(methods: Mapping[str, Callable[[Any, list[dict[str, Tensor]]], tup
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     samples = read_samples(file)
+    names = [name for name, _ in model.named_parameters() if name.startswith(LANGUAGE_MODEL)]
     started = time.perf_counter()
     weights, grid = methods[method](model, samples)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    write_result(output, model, samples, weights, grid, dict(seconds=seconds, process_peak_bytes=peak))
+    own = {name: model.get_parameter(name).detach() for name in names}  # and none that the peer added
+    write_result(
+        output, own, weights, grid, last_logits(model, samples), dict(seconds=seconds, process_peak_bytes=peak)
+    )
 
 
 def write_result(
     output: Path,
-    model: Any,
-    samples: list[dict[str, Tensor]],
+    own: dict[str, Tensor],
     weights: dict[str, Tensor],
     grid: Grid,
+    logits: Tensor,
     facts: dict[str, Any],
 ) -> None:
     """The language model's parameters as they now are (norms included: methods fold scales into them), the quantized
     weights in place of their linears', logits, and the facts."""
-    kept = {name: p.detach() for name, p in model.named_parameters() if name.startswith(LANGUAGE_MODEL)}
-    kept |= {f"{name}.weight": weight for name, weight in weights.items()}
+    whole = own | {f"{name}.weight": weight for name, weight in weights.items()}
     output.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.float().contiguous().clone() for name, tensor in kept.items()}, output / "weights.safetensors"
-    )
-    save_file({"logits": last_logits(model, samples)}, output / "logits.safetensors")
+    save_file({n: tensor.float().contiguous().clone() for n, tensor in whole.items()}, output / "weights.safetensors")
+    save_file({"logits": logits}, output / "logits.safetensors")
     facts = facts | dict(
         grid=asdict(grid), linears=sorted(weights), bits_per_weight=stored_bits(list(weights.values()), grid)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import forward_quantize
 from exchange import LANGUAGE_MODEL, Grid, language_inputs, peer_main
 from llmcompressor import oneshot
@@ -16,6 +17,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import default_mappings
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -72,6 +74,8 @@ def gptq(model: Any, samples: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor
 
 def awq(model: Any, samples: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Grid]:
     """Asymmetric in groups of 128, as in its examples of AWQ."""
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *_, **__: None  # 0.14.0.1 pins memory even where that is an error
     search = AWQModifier(mappings=default_mappings)
     return calibrate(model, samples, [search, QuantizationModifier(targets=["Linear"], scheme="W4A16_ASYM")])
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from exchange import Grid, last_logits, read_samples, write_samples
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from quant_experts.artifacts import CalibrationBatch
 from quant_experts.calibration.batches import make_batches
 from quant_experts.config import QuantizationConfig, find_recipe
 from quant_experts.evaluation.bench import Bench, Contender, Outcome
@@ -75,15 +77,14 @@ PEERS = {
 }
 
 
-def our_rows() -> list[Contender]:
-    """Ours at the peers' schemes, and at fewer bits; without the static expert where that meets the peers' bits."""
-    ours = find_recipe("quant-experts")
-    bare = ours.model_copy(update=dict(name="quant-experts without expert", shared_rank=0))
-    rows = [("W3A16", ours), ("W4A8", ours), ("W4A16", bare), ("W4A16", ours)]
-    configs = [
-        QuantizationConfig.of(scheme, recipe, scale_with_width=True, seed=0, samples=SAMPLES) for scheme, recipe in rows
-    ]
-    return [Contender(config.recipe.name, config, str(config.scheme)) for config in configs]
+def our_row(name: str) -> Contender:
+    """`SCHEME`, or `SCHEME-bare`: without the static expert, which brings the bits down to the peers'."""
+    scheme, _, bare = name.partition("-")
+    recipe = find_recipe("quant-experts")
+    if bare:
+        recipe = recipe.model_copy(update=dict(name="quant-experts without expert", shared_rank=0))
+    config = QuantizationConfig.of(scheme, recipe, scale_with_width=True, seed=0, samples=SAMPLES)
+    return Contender(config.recipe.name, config, str(config.scheme))
 
 
 def environment(package: str, envs: Path) -> Path:
@@ -160,9 +161,16 @@ class Harness:
 
     def __init__(self, task: Task, samples: Path) -> None:
         self.task, self.samples = task, read_samples(samples)
-        self._batches = task.batches()
-        model, self.processor = open_model(task.model, device=task.device)
-        self._reference = answer_log_probs(model, self._batches)
+
+    @cached_property
+    def _batches(self) -> list[CalibrationBatch]:
+        return self.task.batches()
+
+    @cached_property
+    def _reference(self) -> list[Tensor]:
+        """Full precision's log-probabilities."""
+        model, _ = open_model(self.task.model, device=self.task.device)
+        return answer_log_probs(model, self._batches)
 
     def outcome(self, peer: Peer, folder: Path) -> tuple[Outcome, dict[str, Any]]:
         """The peer's scores, and by how much its own forward pass differs; read back if an earlier call found them.
@@ -174,23 +182,23 @@ class Harness:
         file = folder / "scores.json"
         saved = json.loads(file.read_text()) if file.is_file() else {}
         if saved.get("key") != key:
-            model, _ = open_model(self.task.model, device=self.task.device)
+            model, processor = open_model(self.task.model, device=self.task.device)
             install(model, folder, facts)
             theirs = load_file(folder / "logits.safetensors")["logits"]
             saved = dict(key=key, differs_by=relative_difference(last_logits(model, self.samples), theirs))
             if not saved["differs_by"] < TOLERANCE:
                 raise ValueError(f"the harness computes another model: logits differ by {saved['differs_by']:.1e}")
-            saved["scores"] = self._score(model)
+            saved["scores"] = self._score(model, processor)
             file.write_text(json.dumps(saved))
         costs = dict(bits_per_weight=facts["bits_per_weight"], quantize_seconds=facts["seconds"], peak_bytes=None)
         outcome = Outcome(peer.label, peer.scheme, **saved["scores"], facts=costs)
         return outcome, dict(grid=facts["grid"], logits_differ_by=saved["differs_by"])
 
-    def _score(self, model: Any) -> dict[str, Any]:
+    def _score(self, model: Any, processor: Any) -> dict[str, Any]:
         """Greedy answers and teacher-forced measures."""
         started, task = time.perf_counter(), self.task
         answers = generate_answers(
-            model, self.processor, task.items, batch_size=task.batch_size, max_new_tokens=task.max_new_tokens
+            model, processor, task.items, batch_size=task.batch_size, max_new_tokens=task.max_new_tokens
         )
         log_probs = answer_log_probs(model, self._batches)
         pairs = zip(task.items, answers, strict=True)
@@ -279,6 +287,7 @@ def main() -> None:
     parser.add_argument("--envs", type=Path, default=default / "envs", help="where environments are made (several GB)")
     parser.add_argument("--output", type=Path, default=default / "output", help="checkpoints and logs")
     parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--ours", default="W3A16,W4A8,W4A16,W4A16-bare", help="see `our_row`")
     parser.add_argument("--split", default="tuning")
     parser.add_argument("--limit", type=int, default=280)
     parser.add_argument("--seconds", type=int, default=1800, help="a peer that takes longer is left out")
@@ -288,7 +297,7 @@ def main() -> None:
     envs, output = arguments.envs.resolve(), arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     task = open_task("demo", sample_limit=SAMPLES, question_limit=arguments.limit, split=arguments.split, device="cpu")
-    contenders = our_rows()
+    contenders = [our_row(name) for name in arguments.ours.split(",")]
     bench = Bench(task, output / "ours", 1 + len(contenders), lambda *_: None)
     outcomes = [bench.full_precision()]
     for contender in contenders:
