@@ -14,13 +14,17 @@ from torch import nn
 
 import quant_experts
 from quant_experts.checkpoint.schema import CheckpointConfig
+from quant_experts.config import RECIPES
 from quant_experts.runtime.modules import QuantizedLinear
 
+DEFAULT = RECIPES["quant-experts"].to_json()
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {family: (family, "W4A6", {}) for family in FAMILIES} | {
     "weight-only": ("qwen2_vl", "W3A16", {}),
     "asymmetric": ("qwen2_vl", "W4A8g32-asym", {}),
     "grouped": ("qwen2_vl", "W4A6", {"group_inputs": True}),
-    "plain": ("qwen2_vl", "W4A6", {"exempt": "none", "shared_rank": 0, "routed_rank": 0}),
+    "plain": ("qwen2_vl", "W4A6", {"smoothing": "none", "exempt": "none", "shared_rank": 0, "routed_rank": 0}),
+    "default": ("qwen3_vl", "W4A6", DEFAULT | {"shared_rank": 4}),
+    "default, weight-only": ("internvl", "W3A16", DEFAULT | {"shared_rank": 4}),
     "tied": ("qwen2_vl", "W4A6", {"tie_embeddings": True}),
     "bfloat16": ("qwen2_5_vl", "W4A6", {"dtype": torch.bfloat16}),
 }
