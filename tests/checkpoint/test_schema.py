@@ -64,6 +64,8 @@ def test_bad_entries_are_named() -> None:
     refused({"groups": [group | {"experts": 0}]}, "groups.0", "routed_rank")
     refused({"groups": [group | {"routed_rank": 0}]}, "groups.0", "experts")
     refused({"groups": [group | {"shared_rank": -1}]}, "groups.0.shared_rank")
+    refused({"groups": [group | {"rotation": 48}]}, "groups.0", "power of two")
+    refused({"groups": [group | {"factor_bits": 4}]}, "groups.0.factor_bits")
     refused({"groups": None}, "groups")
 
 

@@ -275,6 +275,14 @@ def test_a_forced_backend_gives_the_same_numbers() -> None:
         quantized(x)
 
 
+def test_a_rotation_that_does_not_divide_the_width_is_refused() -> None:
+    quantized, scheme = model(), Scheme.parse("W4A6")
+    group = quantized_group(quantized, scheme)
+    spec = describe_group(group).model_copy(update=dict(rotation=4096))
+    with pytest.raises(QuantExpertsError, match="blocks of 4096"):
+        install_groups(quantized, [spec], scheme, group_state(group))
+
+
 def test_shared_tensors_are_held_once() -> None:
     quantized, _ = install()
     names = [name for name, _ in quantized.named_buffers()]
