@@ -31,7 +31,6 @@ from quant_experts.kernels.hopper_work import (
     segment,
     share,
     tile_place,
-    unpack_fp8,
     unpack_int8,
     wait_for_hidden,
     wait_for_previous_kernel,
@@ -154,11 +153,7 @@ def unpacked(i, w_ring, x_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: 
     slot = i % C.STAGES
     mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
     packed = w_ring.index(slot).slice(WG * ROWS, ROWS).load(LEFT)
-    if x_ring.dtype == gl.int8:
-        low, high = unpack_int8(packed)
-    else:
-        low, high = unpack_fp8(packed)
-    return low, high
+    return unpack_int8(packed)
 
 
 @gluon.jit
@@ -257,9 +252,6 @@ def to_float(acc, row_tile, token_tile, scale_ptr, token_ptr, M, N, WG: gl.const
     scale = gl.load(scale_ptr + rows, mask=rows < N, other=0.0)
     token_scale = gl.load(token_ptr + tokens, mask=tokens < M, other=0.0)
     y = acc.to(gl.float32)
-    if acc.dtype == gl.float32:  # e4m3: the half step of each code, see `unpack_fp8`
-        y = y * 256.0 - gl.load(token_ptr + 2 * M + tokens, mask=tokens < M, other=0.0)[None, :]
-        return y * scale[:, None] * token_scale[None, :]
     return y * (scale * 0.0625)[:, None] * token_scale[None, :]
 
 
@@ -291,7 +283,6 @@ def consumer(mask_ptr, finished_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl
     y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
     M, N, steps, tiles_n, tiles_m, pending = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
-    SUM: gl.constexpr = gl.int32 if x_ring.dtype == gl.int8 else gl.float32
     wait_for_previous_kernel()
     start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
     i = 0
@@ -299,7 +290,7 @@ def consumer(mask_ptr, finished_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl
     for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        acc = gl.zeros([C.BN // 2, C.BM], SUM, LAYOUT)
+        acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
         acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
         if first > 0:
             hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG, C)

@@ -55,26 +55,6 @@ def unpack_int8(packed):
 
 
 @gluon.jit
-def unpack_fp8(packed):
-    """Bytes of two one's-complement codes c -> (2c + 1) 2^-9 as e4m3, exact: its first 16 magnitudes are linear.
-
-    The half step is taken back with the sum of the token's values.
-    """
-    return gl.inline_asm_elementwise(
-        """{ .reg .b32 a, b;
-        shl.b32 a, $2, 1; lop3.b32 a, a, 0x0E0E0E0E, 0x01010101, 0xEA;
-        shl.b32 b, $2, 4; lop3.b32 $0, b, 0x80808080, a, 0xEA;
-        shr.u32 a, $2, 3; lop3.b32 a, a, 0x0E0E0E0E, 0x01010101, 0xEA;
-        lop3.b32 $1, $2, 0x80808080, a, 0xEA; }""",
-        "=&r,=&r,r",
-        [packed],
-        dtype=(gl.float8e4nv, gl.float8e4nv),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
 def tile_place(tile, tiles_n, tiles_m, GROUP_M: gl.constexpr):
     """Tile number -> (row tile of the weight, token tile); tokens run fastest inside bands of GROUP_M token tiles."""
     band = tile // (GROUP_M * tiles_n)
