@@ -55,9 +55,8 @@ def main() -> None:
         sys.argv = ["demo_table.py", str(file), *table]
         print_tables()
         print()
-    print(
-        "| scheme | method | points below full precision | share of rtn's loss recovered, % |\n| --- | --- | --- | --- |"
-    )
+    print("| scheme | method | points below full precision | share of rtn's loss recovered, % |")
+    print("| --- | --- | --- | --- |")
     for r in rows[1:]:
         below, gain = r["below_full_precision"], r["over_rtn"]["mean"]
         interval = f"{100 * below['mean']:.1f} ({100 * below['low']:.1f} to {100 * below['high']:.1f})"
