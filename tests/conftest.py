@@ -10,7 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import shutil
-from collections.abc import Callable
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,21 @@ def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 def copied(quantized: Callable[..., Path], tmp_path: Path) -> Path:
     """A checkpoint that the test may damage."""
     return Path(shutil.copytree(quantized(), tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 600 kB, where this process may mount one.
+
+    Not below `tmp_path`: a run that is killed leaves the mount behind, and pytest, which deletes its old folders,
+    would fail on it in every later run."""
+    folder = Path(tempfile.mkdtemp(prefix="quant-experts-small-disk-"))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    try:
+        if shutil.which("mount") is None or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("this process may not mount a file system")
+        yield folder
+        # Lazily: what a test that fails keeps alive may still map a file.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    finally:
+        folder.rmdir()

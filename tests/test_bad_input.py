@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -468,19 +468,6 @@ def test_images_for_a_model_that_takes_none(
     check_refusal(
         command("quantize", tiny("qwen2"), place.samples, place.output), "takes text only: use samples without"
     )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB, less than a checkpoint takes, where this process may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this process may not mount a file system")
-    yield folder
-    # Lazily: what a test that fails keeps alive may still map a file.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk(small_disk: Path, place: Place, command: Callable[..., Ended]) -> None:
