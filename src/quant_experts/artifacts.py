@@ -78,6 +78,8 @@ class GroupStatistics:
 
     fit_tokens: Tensor | None = None
     """(F, K) float32, a uniform sample of the tokens behind the sums above, F bounded; None unless asked for."""
+    reservoir_position: Tensor | None = None
+    """(S,) float32 in [0, 1), where each token stands in its sequence; NaN where that is not known. None: nowhere."""
 
     @property
     def tokens(self) -> int:
@@ -186,6 +188,9 @@ class GroupRecord:
     tokens."""
     expert_use: dict[str, list[float]] = field(default_factory=dict)
     """By modality name: share of tokens that each routed expert serves."""
+    expert_positions: dict[str, list[list[int]]] = field(default_factory=dict)
+    """By modality name: how many tokens each routed expert serves (a list an expert) in each of some equal parts of
+    the sequence, from its first token to its last."""
     oracle_error: dict[str, float] = field(default_factory=dict)
     """As `error`, if each token had the expert that leaves it the smallest error; empty without routed experts."""
     important_tokens: dict[str, list[list[int]]] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from quant_experts.artifacts import (
     RoutedExperts,
     Router,
 )
-from quant_experts.calibration.measurement import measure_group
+from quant_experts.calibration.measurement import POSITION_BINS, measure_group
 from quant_experts.config import Scheme
 from quant_experts.quantizers.grids import dequantize
 from quant_experts.quantizers.rtn import quantize_rtn
@@ -28,8 +28,18 @@ def draw(*shape: int, seed: int) -> Tensor:
 def statistics(x: Tensor, modality: Tensor) -> GroupStatistics:
     important = x.abs().topk(4, dim=1).indices.int()
     moment, magnitude = (x.T @ x).double() / len(x), x.abs().double()
+    position = torch.arange(len(x)) / len(x)
+    position[::10] = torch.nan
     return GroupStatistics(
-        magnitude.mean(0), moment, important, modality, x, modality, magnitude.amax(0), magnitude.mean(0)
+        mean_abs=magnitude.mean(0),
+        second_moment=moment,
+        important=important,
+        modality=modality,
+        reservoir=x,
+        reservoir_modality=modality,
+        absmax=magnitude.amax(0),
+        max_mean_abs=magnitude.mean(0),
+        reservoir_position=position,
     )
 
 
@@ -74,19 +84,26 @@ def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
         assert record.rtn_error[name] == pytest.approx(relative(seen @ base.T, rows), rel=1e-3), name
         use = [float((chosen[rows] == e).float().mean()) for e in range(EXPERTS)]
         assert record.expert_use[name] == pytest.approx(use, abs=1e-6)
+        if name != "all":
+            counts = [[0] * POSITION_BINS for _ in range(EXPERTS)]
+            for t in rows.nonzero()[:, 0].tolist():
+                if t % 10:  # the others' positions are not known
+                    counts[chosen[t]][t * POSITION_BINS // 90] += 1
+            assert record.expert_positions[name] == counts
+    assert record.expert_positions.keys() == {"text", "image"}
     best = seen @ base.T + x.double() @ down.double().T @ (up * 0.01).half().double().T
     tried = [best + x.double() @ d.double().T @ u.double().T for u, d in zip(routed_up, routed_down, strict=True)]
     least = torch.stack([(output - exact).square().sum(1) for output in tried]).amin(0)
     assert record.oracle_error["all"] == pytest.approx(float(least.sum() / exact.square().sum()), rel=1e-3)
     assert record.oracle_error["image"] <= record.error["image"]
-    counts = torch.zeros(K)
+    often = torch.zeros(K)
     for row in x.abs().topk(4, dim=1).indices:
-        counts[row] += 1
+        often[row] += 1
     assert record.channel_frequency["all"] == pytest.approx(
-        (counts.sort(descending=True).values / 90).tolist(), abs=1e-6
+        (often.sort(descending=True).values / 90).tolist(), abs=1e-6
     )
     assert record.linears == ("layers.3.a.q", "layers.3.a.k") and record.shape == (16, K)
-    order = counts.argsort(descending=True, stable=True).tolist()
+    order = often.argsort(descending=True, stable=True).tolist()
     shown = record.important_tokens["text"]
     assert len(shown) == 30 and record.important_tokens.keys() == {"text", "image"}
     assert {order[place] for place in shown[1]} == set(x[3].abs().topk(4).indices.tolist())

@@ -10,8 +10,8 @@ import torch
 from small_runs import block_stream, small_batches
 from torch import Tensor, nn
 
-from quant_experts.artifacts import CalibrationBatch
-from quant_experts.calibration.statistics import collect_statistics, find_groups
+from quant_experts.artifacts import CalibrationBatch, Modality
+from quant_experts.calibration.statistics import collect_statistics, find_groups, token_labels, token_positions
 
 
 class Readings:
@@ -65,3 +65,11 @@ def test_sums_and_maxima_leave_held_out_samples_out(tiny: Callable[..., Path]) -
         found.max_mean_abs, torch.stack([part.abs().mean(0) for part in fitted]).amax(0), rtol=1e-6, atol=0
     )
     assert torch.equal(found.reservoir.double(), seen[1])
+    assert found.reservoir_position is not None
+    assert torch.equal(found.reservoir_position, torch.arange(len(seen[1])) / len(seen[1]))
+
+
+def test_labels_and_positions_of_a_layer_that_sees_other_tokens_are_not_known() -> None:
+    batch = CalibrationBatch({"input_ids": torch.zeros(1, 4)}, torch.full((4,), Modality.IMAGE, dtype=torch.int8))
+    assert token_positions(batch, 4).tolist() == [0, 0.25, 0.5, 0.75] and token_positions(batch, 3).isnan().all()
+    assert (token_labels(batch, 4) == Modality.IMAGE).all() and (token_labels(batch, 3) == Modality.TEXT).all()

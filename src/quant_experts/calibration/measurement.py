@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ SHOWN_SIMILARITIES = 64
 """Clustered channels whose similarities a record keeps."""
 SHOWN_TOKENS = 32
 """Tokens of each modality whose important channels a record keeps."""
+POSITION_BINS = 16
+"""Equal parts of the sequence by which expert use is counted."""
 
 
 def measure_group(
@@ -36,7 +38,7 @@ def measure_group(
 
     weight (N, K) is the full-precision stack of linears with `rows` outputs each.
     """
-    x = statistics.reservoir.to(weight.device)
+    x, modality = statistics.reservoir.to(weight.device), statistics.reservoir_modality
     exact = x @ weight.T
     modules = _modules(group, rows, scheme, weight.device)
     output = torch.cat([module(x) for module in modules], dim=1)
@@ -49,11 +51,11 @@ def measure_group(
         shape=(weight.shape[0], weight.shape[1]),
         stored_bits=group_stored_bits(spec, scheme, tuple(rows), weight.shape[1]),
         weights=weight.numel(),
-        error=_relative_error(output, exact, statistics.reservoir_modality),
-        rtn_error=_relative_error(plain_output, exact, statistics.reservoir_modality),
+        error=_relative_error(output, exact, modality),
+        rtn_error=_relative_error(plain_output, exact, modality),
         channel_frequency=_frequency_curves(statistics),
-        expert_use=_expert_use(modules[0], x, statistics.reservoir_modality) if group.routed else {},
-        oracle_error=_oracle_error(modules, x, output, exact, statistics.reservoir_modality) if group.routed else {},
+        **(_expert_use(modules[0], x, statistics) if group.routed else {}),
+        oracle_error=_oracle_error(modules, x, output, exact, modality) if group.routed else {},
         important_tokens=_important_tokens(statistics),
         **_similarity(group.clusters),
         base_flops=cost.base_flops,
@@ -170,17 +172,40 @@ def _frequency_curves(statistics: GroupStatistics) -> dict[str, list[float]]:
     return {name: [round(value, 6) for value in curve] for name, curve in curves.items()}
 
 
-def _expert_use(module: QuantizedLinear, x: Tensor, modality: Tensor) -> dict[str, list[float]]:
-    """Share of the tokens of each modality that each expert serves."""
+def _expert_use(module: QuantizedLinear, x: Tensor, statistics: GroupStatistics) -> dict[str, Any]:
+    """`expert_use` and `expert_positions` of a record, of the tokens x (S, K) of the reservoir."""
     from quant_experts.kernels.reference import route, transform
 
     operands = module.group.operands()
     assert operands.router_weight is not None and operands.router_bias is not None
-    experts = len(operands.router_weight)
+    experts, modality = len(operands.router_weight), statistics.reservoir_modality
     chosen = route(transform(x, operands), operands.router_weight, operands.router_bias).cpu()
-    use = {"all": torch.bincount(chosen, minlength=experts) / len(chosen)}
-    for kind in Modality:
-        mask = modality == kind
-        if mask.any():
-            use[kind.name.lower()] = torch.bincount(chosen[mask], minlength=experts) / int(mask.sum())
-    return {name: [round(float(v), 6) for v in values] for name, values in use.items()}
+    kinds = {kind.name.lower(): modality == kind for kind in Modality if (modality == kind).any()}
+    return dict(
+        expert_use={"all": _use(chosen, experts)} | {name: _use(chosen[mask], experts) for name, mask in kinds.items()},
+        expert_positions=_use_by_position(chosen, experts, statistics.reservoir_position, kinds),
+    )
+
+
+def _use(chosen: Tensor, experts: int) -> list[float]:
+    """chosen (S,) expert of each token -> share of the tokens that each expert serves."""
+    return [round(float(v), 6) for v in torch.bincount(chosen, minlength=experts) / len(chosen)]
+
+
+def _use_by_position(
+    chosen: Tensor, experts: int, position: Tensor | None, kinds: Mapping[str, Tensor]
+) -> dict[str, list[list[int]]]:
+    """How many tokens of each kind each expert serves in each part of the sequence.
+
+    chosen (S,) int64, position (S,) float32 in [0, 1), kinds: name -> (S,) bool. Tokens whose position is not known are
+    left out, and kinds of which none is left.
+    """
+    if position is None:
+        return {}
+    known = position.isfinite()
+    cell = chosen * POSITION_BINS + (position * POSITION_BINS).nan_to_num().long()
+    return {
+        name: torch.bincount(cell[mask & known], minlength=experts * POSITION_BINS).reshape(experts, -1).tolist()
+        for name, mask in kinds.items()
+        if (mask & known).any()
+    }

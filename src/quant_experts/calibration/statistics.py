@@ -78,15 +78,18 @@ class _Collector:
     modality: list[Tensor] = field(default_factory=list)
     reservoir: list[Tensor] = field(default_factory=list)
     reservoir_modality: list[Tensor] = field(default_factory=list)
+    reservoir_position: list[Tensor] = field(default_factory=list)
     fit_tokens: list[Tensor] = field(default_factory=list)
 
-    def add(self, x: Tensor, modality: Tensor, sample: int, *, held_out: bool) -> None:
+    def add(self, x: Tensor, batch: CalibrationBatch, sample: int, *, held_out: bool) -> None:
         """x (T, K) of one sample."""
+        modality = token_labels(batch, len(x))
         x = x.float()
         if sample in self.keep:
             rows = _existing(self.keep[sample], x)
             self.reservoir.append(x[rows.to(x.device)].cpu())
             self.reservoir_modality.append(modality[rows])
+            self.reservoir_position.append(token_positions(batch, len(x))[rows])
         if sample in self.fit:
             self.fit_tokens.append(x[_existing(self.fit[sample], x).to(x.device)].cpu())
         if held_out or not len(x):
@@ -111,6 +114,7 @@ class _Collector:
             modality=modality,
             reservoir=torch.cat(self.reservoir),
             reservoir_modality=torch.cat(self.reservoir_modality),
+            reservoir_position=torch.cat(self.reservoir_position),
             fit_tokens=torch.cat(self.fit_tokens) if self.fit_tokens else None,
             absmax=self.absmax,
             max_mean_abs=self.max_mean_abs,
@@ -172,7 +176,7 @@ def collect_statistics(
                         f"at "
                         f"'{names[0]}': remove the sample, calibrate in float32, or check the model's weights."
                     )
-                collectors[names].add(x, token_labels(batch, len(x)), sample, held_out=sample not in others)
+                collectors[names].add(x, batch, sample, held_out=sample not in others)
             current.clear()
     finally:
         for handle in handles:
@@ -186,6 +190,14 @@ def token_labels(batch: CalibrationBatch, tokens: int) -> Tensor:
     if len(batch.modality) == tokens:
         return batch.modality
     return torch.full((tokens,), Modality.TEXT, dtype=torch.int8)
+
+
+def token_positions(batch: CalibrationBatch, tokens: int) -> Tensor:
+    """(tokens,) float32: how much of the sequence lies before each token, in [0, 1). NaN for layers that see another
+    number of tokens than the sequence has."""
+    if len(batch.modality) == tokens:
+        return torch.arange(tokens) / max(1, tokens)
+    return torch.full((tokens,), torch.nan)
 
 
 def _existing(rows: Tensor, x: Tensor) -> Tensor:
