@@ -83,11 +83,13 @@ def records(factor: float, blocks: int = 12, routed: bool = True, image: bool = 
     for block in range(blocks):
         for index, (linears, shape) in enumerate(TYPES):
             plain = 0.06 * (1 + 2 * (index == 3)) * (1 + 0.8 * math.sin(block / blocks * 6)) * rng.uniform(0.7, 1.4)
-            use = {}
+            use, places = {}, {}
             for kind in kinds if routed else ():
                 lean = {"text": 0.3, "image": 1.0, "answer": 0.5}[kind]
                 weights = [rng.gammavariate(1 + 3 * abs(math.sin(e * 2.1 + block + 2 * lean)), 1.0) for e in range(8)]
                 use[kind] = [w / sum(weights) for w in weights]
+                seen = [(kind == "image") == (2 < part < 12) for part in range(16)]
+                places[kind] = [[round(90 * w * rng.uniform(0.5, 1.5)) * there for there in seen] for w in use[kind]]
             curve = [max(0.0, min(1.0, 1.1 / (1 + (c / 30) ** 2.2))) for c in range(shape[1])]
             frequency = {"all": curve}
             for kind in kinds:
@@ -103,6 +105,7 @@ def records(factor: float, blocks: int = 12, routed: bool = True, image: bool = 
                     rtn_error={"all": plain, **{k: plain * (1 + 0.3 * i) for i, k in enumerate(kinds)}},
                     channel_frequency=frequency,
                     expert_use=use,
+                    expert_positions=places,
                     **(similar(rng) if routed else {}),
                     important_tokens={
                         kind: [

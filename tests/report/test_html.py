@@ -94,7 +94,7 @@ def test_the_page_loads_nothing_from_elsewhere(full_page: str) -> None:
 def test_pictures_have_descriptions_and_tables_have_scopes(full_page: str) -> None:
     tags = parsed(full_page).tags
     pictures = [a for tag, a in tags if tag == "svg" and a.get("role") == "img"]
-    accuracy, fronts, errors, by_kind_of_token, curves, maps, experts = 1, 4, 1, len(made_up.METHODS), 3, 3, 2 * 3
+    accuracy, fronts, errors, by_kind_of_token, curves, maps, experts = 1, 4, 1, len(made_up.METHODS), 3, 3, 4 * 3
     clusters = 2
     assert len(pictures) == accuracy + fronts + errors + by_kind_of_token + curves + maps + clusters + experts
     assert all(a["aria-label"] for a in pictures)

@@ -1,4 +1,4 @@
-"""Sums of layer records."""
+"""Sums of the errors of layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from quant_experts.artifacts import GroupRecord
 from quant_experts.report.layers import (
     early_middle_late,
     errors_by,
-    expert_use,
     geometric_mean,
     group_name,
     overall_error,
@@ -54,18 +53,3 @@ def test_chosen_depths_are_of_one_type() -> None:
     assert list(early_middle_late(made_up.records(1.0, 1))) == ["Only layer"]
     assert list(early_middle_late(made_up.records(1.0, 2))) == ["Early layer", "Late layer"]
     assert early_middle_late([record("a", error=1)]) == {}
-
-
-def test_experts_are_sorted_by_their_preference_for_images() -> None:
-    use = {"all": [0.3, 0.4, 0.3], "image": [0.1, 0.2, 0.7], "text": [0.5, 0.5, 0.0]}
-    found = expert_use([record("layers.4.q", error=1, expert_use=use), record("layers.4.o", error=1)])
-    assert found is not None
-    assert found.shares == {"text": [[0.0, 0.5, 0.5]], "image": [[0.7, 0.2, 0.1]]}
-    assert found.blocks == ("4",)
-    assert found.common == pytest.approx(0.3)
-
-
-def test_experts_without_image_tokens_or_at_all() -> None:
-    found = expert_use([record("layers.0.q", error=1, expert_use={"all": [0.2, 0.8]})])
-    assert found is not None and found.shares == {"all": [[0.8, 0.2]]} and found.common is None
-    assert expert_use([record("layers.0.q", error=1)]) is None

@@ -15,6 +15,7 @@ from quant_experts.report.plots import (
     channel_curve_svg,
     channel_map_svg,
     embedding_svg,
+    expert_place_svg,
     expert_use_svg,
     front_svg,
     layer_error_svg,
@@ -43,6 +44,10 @@ def experts() -> str:
     return expert_use_svg([[0.5, 0.5], [1.0]], ["0", "0"], 1.0, name="f", description="d")
 
 
+def places() -> str:
+    return expert_place_svg([[0.5, 0.5], [math.nan, math.nan]], 1.0, name="f", description="d")
+
+
 def fronts() -> str:
     points = {"rtn": (4.0, Score(0.5, 0.4, 0.6)), "$a_1$": (4.5, Score(0.7, 0.0, math.nan))}
     return front_svg(points, ["rtn"], STYLES, ("$x$", "y"), name="f", description="d")
@@ -61,7 +66,7 @@ def embedding() -> str:
     return embedding_svg(points, [0, 0, 2], list(STYLES.values()), name="f", description="d")
 
 
-DRAWINGS = [accuracy, errors, channels, experts, fronts, maps, similarities, embedding]
+DRAWINGS = [accuracy, errors, channels, experts, places, fronts, maps, similarities, embedding]
 
 
 @pytest.mark.parametrize("draw", DRAWINGS)

@@ -23,7 +23,6 @@ from quant_experts.report.columns import (
 from quant_experts.report.layers import (
     ALL,
     TOKEN_KINDS,
-    ExpertUse,
     Place,
     errors_by,
     group_name,
@@ -31,7 +30,7 @@ from quant_experts.report.layers import (
     place,
 )
 from quant_experts.report.palette import RTN_STYLE, TOKEN_STYLES, Style
-from quant_experts.report.plots import accuracy_svg, channel_curve_svg, expert_use_svg, layer_error_svg
+from quant_experts.report.plots import accuracy_svg, channel_curve_svg, layer_error_svg
 
 Records = tuple[GroupRecord, ...]
 REFERENCE = "plain rounding, for reference"
@@ -203,15 +202,3 @@ def _interesting(curves: Mapping[str, Sequence[float]]) -> int:
     longest = max(len(curve) for curve in curves.values())
     last = max((i for curve in curves.values() for i, share in enumerate(curve) if share >= 0.02), default=longest - 1)
     return min(longest, max(16, last + 2))
-
-
-def expert_maps(use: ExpertUse, label: str, name: str) -> list[Figure]:
-    """A heat map for each kind of token, all with one scale."""
-    highest = max((v for columns in use.shares.values() for column in columns for v in column if finite(v)), default=1)
-    result = []
-    for kind, columns in use.shares.items():
-        title = TOKEN_KINDS.get(kind, "all tokens")
-        description = f"Share of {title} that each routed expert serves in {len(columns)} groups of linears, {label}."
-        svg = expert_use_svg(columns, use.blocks, highest or 1, name=f"{name}-{kind}", description=description)
-        result.append(Figure(title[0].upper() + title[1:], Markup(svg)))
-    return result

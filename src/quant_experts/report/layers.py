@@ -1,10 +1,10 @@
-"""Sums of the layer records: by block, by type of linear, by kind of token."""
+"""Sums of the errors of layers: by block, by type of linear, by kind of token."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quant_experts.artifacts import GroupRecord
@@ -84,49 +84,3 @@ def early_middle_late(records: Sequence[GroupRecord]) -> dict[str, GroupRecord]:
     )
     picked = {1: [0], 2: [0, 1]}.get(len(same), [0, len(same) // 2, len(same) - 1]) if same else []
     return {name: same[index] for name, index in zip(names, picked, strict=False)}
-
-
-@dataclass(frozen=True)
-class ExpertUse:
-    """Expert use of every routed group, ready to be drawn: experts down, groups across."""
-
-    shares: Mapping[str, list[list[float]]]
-    """By kind of token: one list a group, one share an expert."""
-    blocks: tuple[str, ...]
-    """Block number of each group."""
-    common: float | None
-    """Share of the routing that image and text tokens have in common, averaged over groups."""
-
-
-def expert_use(records: Sequence[GroupRecord]) -> ExpertUse | None:
-    """Experts of each group in order of their preference for image over text tokens; None if nothing was routed."""
-    routed = [record for record in records if record.linears and any(record.expert_use.values())]
-    if not routed:
-        return None
-    shares: dict[str, list[list[float]]] = {
-        kind: [] for kind in TOKEN_KINDS if any(record.expert_use.get(kind) for record in routed)
-    }
-    if not shares:
-        shares = {ALL: []}
-    common = []
-    for record in routed:
-        use = record.expert_use
-        count = max(len(values) for values in use.values())
-        image, text = (_padded(use.get(kind), count) for kind in ("image", "text"))
-        if use.get("image") and use.get("text"):
-            common.append(sum(map(min, image, text)))
-            preference = [a - b for a, b in zip(image, text, strict=True)]
-        else:
-            preference = _padded(use.get(ALL) or next(iter(use.values())), count)
-        order = sorted(range(count), key=lambda expert: -preference[expert])
-        for kind, column in shares.items():
-            values = _padded(use.get(kind), count)
-            column.append([values[expert] for expert in order])
-    blocks = tuple(place(record.linears[0]).block_number for record in routed)
-    return ExpertUse(shares, blocks, sum(common) / len(common) if common else None)
-
-
-def _padded(values: Sequence[float] | None, count: int) -> list[float]:
-    """`count` shares; NaN where the record has none."""
-    given = list(values or [])
-    return given + [math.nan] * (count - len(given))

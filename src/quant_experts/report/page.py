@@ -28,8 +28,9 @@ from quant_experts.report.columns import (
     ordered,
     row_label,
 )
+from quant_experts.report.experts import experts
 from quant_experts.report.fronts import fronts
-from quant_experts.report.layers import TOKEN_KINDS, expert_use
+from quant_experts.report.layers import TOKEN_KINDS
 from quant_experts.report.palette import FULL_PRECISION_STYLE, RTN_STYLE, TOKEN_STYLES, Style, method_styles
 from quant_experts.report.verdict import verdict
 
@@ -74,7 +75,7 @@ def _sections(comparison: Comparison) -> dict[str, Any]:
         "modality_legend": [(TOKEN_KINDS[kind], replace(TOKEN_STYLES[kind], line=True)) for kind in TOKEN_KINDS],
         "channels": channels(comparison.layers),
         "clusters": cluster_figures(comparison.layers),
-        "experts": _experts(comparison),
+        "experts": experts(comparison.layers),
         "answers": [shown(example) for example in comparison.answers],
         "events": _events(comparison),
         "machine": comparison.versions.get("machine"),
@@ -124,17 +125,6 @@ def _accuracy_legend(comparison: Comparison, styles: dict[str, Style]) -> Legend
     legend = [(name, replace(styles[name], line=False)) for name in dict.fromkeys(drawn)]
     has_full = any(is_full_precision(row) for row in comparison.rows)
     return [*legend, (FULL_PRECISION, FULL_PRECISION_STYLE)] if has_full else legend
-
-
-def _experts(comparison: Comparison) -> list[dict[str, Any]]:
-    """One entry for each row with routed experts."""
-    entries = []
-    for number, (label, records) in enumerate(comparison.layers.items()):
-        use = expert_use(records)
-        if use:
-            drawn = figures.expert_maps(use, label, f"experts{number}")
-            entries.append({"label": label, "figures": drawn, "common": use.common})
-    return entries
 
 
 def _events(comparison: Comparison) -> list[dict[str, Any]]:

@@ -251,24 +251,41 @@ def expert_use_svg(
 
     highest: the share that gets the darkest colour, so that heat maps side by side can be compared.
     """
-    experts = max(map(len, shares))
-    rows = [[column[i] if i < len(column) else math.nan for column in shares] for i in range(experts)]
 
     def draw(axes: Axes) -> None:
-        colors = matplotlib.colormaps["Blues"].with_extremes(bad="#D9D9D9")
-        scale = Normalize(0, highest)
-        axes.imshow(rows, cmap=colors, norm=scale, aspect="auto", interpolation="none")
-        axes.grid(False)
+        _expert_map(axes, shares, highest)
         axes.set_xlabel("block, from input to output")
-        axes.set_ylabel("expert, in order")
-        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
         _position_ticks(axes, blocks)
-        bar = axes.figure.colorbar(ScalarMappable(scale, colors), ax=axes, fraction=0.05, pad=0.02)
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        bar.outline.set_visible(False)
 
     return _figure(draw, name, description, (3.8, 1.9))
+
+
+def expert_place_svg(shares: Sequence[Sequence[float]], highest: float, *, name: str, description: str) -> str:
+    """As `expert_use_svg`, with equal parts of the sequence across."""
+
+    def draw(axes: Axes) -> None:
+        _expert_map(axes, shares, highest)
+        axes.set_xlabel("place in the sequence, from its first token to its last")
+        quarters = range(0, 101, 25)
+        axes.set_xticks([len(shares) * share / 100 - 0.5 for share in quarters], [f"{share}%" for share in quarters])
+
+    return _figure(draw, name, description, (3.8, 1.9))
+
+
+def _expert_map(axes: Axes, shares: Sequence[Sequence[float]], highest: float) -> None:
+    """shares: one list a column, one share an expert; NaN, and what a shorter list leaves out, is grey."""
+    experts = max(map(len, shares))
+    rows = [[column[i] if i < len(column) else math.nan for column in shares] for i in range(experts)]
+    colors = matplotlib.colormaps["Blues"].with_extremes(bad="#D9D9D9")
+    scale = Normalize(0, highest)
+    axes.imshow(rows, cmap=colors, norm=scale, aspect="auto", interpolation="none")
+    axes.grid(False)
+    axes.set_ylabel("expert, in order")
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
+    bar = axes.figure.colorbar(ScalarMappable(scale, colors), ax=axes, fraction=0.05, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)
 
 
 def _marker(style: Style, size: float) -> dict[str, Any]:
