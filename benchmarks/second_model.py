@@ -46,7 +46,7 @@ def main() -> None:
     command = f"python benchmarks/{Path(__file__).name} {options}"
     comparison = compare(task, rows, chosen.output, title="The second model", command=command, progress=show)
     summary = comparison_json(comparison)
-    del summary["layers"]  # megabytes
+    del summary["layers"]  # rows are enough to keep
     chosen.results.write_text(json.dumps(summary, indent=1) + "\n")
     for table in ([], ["--kinds"], ["--costs"]):
         sys.argv = ["demo_table.py", str(chosen.results), *table]

@@ -62,7 +62,7 @@ def test_markup_in_names_is_shown_literally() -> None:
     assert "nan" not in text
 
 
-def test_json_is_strict_and_complete_but_for_images() -> None:
+def test_json_is_strict_and_complete_but_for_pictures() -> None:
     comparison = made_up.comparison(blocks=1)
     first = dataclasses.replace(comparison.rows[1], kl=Score(math.nan, math.nan, math.inf))
     comparison = dataclasses.replace(comparison, rows=(comparison.rows[0], first, *comparison.rows[2:]))
@@ -73,4 +73,7 @@ def test_json_is_strict_and_complete_but_for_images() -> None:
     assert data["rows"][1]["kl"] == {"mean": None, "low": None, "high": None}
     assert data["rows"][2]["accuracy"]["average"]["mean"] == comparison.rows[2].accuracy["average"].mean
     assert data["layers"]["gptq W4A6"][3]["linears"] == ["model.language_model.layers.0.mlp.down_proj"]
+    layer = data["layers"]["paper W4A6"][0]
+    assert layer["error"] == comparison.layers["paper W4A6"][0].error and layer["shape"] == [448, 320]
+    assert len(json.dumps(data["layers"])) < 1000 * sum(map(len, data["layers"].values()))
     assert data["answers"][0]["answers"]["rtn W4A6"] == "7KQ2-ZX91-PLN4" and "image" not in data["answers"][0]

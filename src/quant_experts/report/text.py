@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from quant_experts.artifacts import GroupRecord
 from quant_experts.errors import printable
 from quant_experts.evaluation.comparison import AnswerExample, Comparison
 from quant_experts.report.answers import same_answer
@@ -29,6 +30,11 @@ from quant_experts.report.verdict import verdict
 MANY = 5
 """With more methods than this a table has a line for each of them instead of a column."""
 _SUFFIX = {"best": "*", "tie": "≈", "": ""}
+_PICTURES = {
+    *("channel_frequency", "important_tokens", "similarity", "clusters"),
+    *("expert_use", "expert_positions"),
+}
+"""Fields of a group's record that only figures need, by far the most of it."""
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
@@ -119,7 +125,8 @@ def _written(column: list[Cell], with_interval: bool) -> list[Text]:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything but the images, as JSON types: what is no number becomes null, so any JSON reader takes it."""
+    """Everything but images and what figures alone are drawn from, which each checkpoint's quantization_report.json
+    keeps. JSON types: what is no number becomes null, so any JSON reader takes it."""
     result = {
         "title": comparison.title,
         "model": comparison.model,
@@ -127,13 +134,18 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "questions": comparison.questions,
         "verdict": verdict(comparison),
         "rows": [{"label": row_label(row), **asdict(row)} for row in ordered(comparison)],
-        "layers": {label: [asdict(record) for record in records] for label, records in comparison.layers.items()},
+        "layers": {label: [_layer(record) for record in records] for label, records in comparison.layers.items()},
         "answers": [_answer(example) for example in comparison.answers],
         "events": {label: [asdict(event) for event in events] for label, events in comparison.events.items()},
         "versions": dict(comparison.versions),
     }
     cleaned: dict[str, Any] = _json_types(result)
     return cleaned
+
+
+def _layer(record: GroupRecord) -> dict[str, Any]:
+    """Shape, errors and costs of a group."""
+    return {f.name: getattr(record, f.name) for f in fields(record) if f.name not in _PICTURES}
 
 
 def _answer(example: AnswerExample) -> dict[str, Any]:
