@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,22 @@ VARIANTS: dict[str, Recipe] = {
 """Ranks are those at width 1536 and follow the model's."""
 
 
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
 def layer_error(recipe: Recipe, scheme: str, samples: list[Any]) -> dict[str, float]:
-    """Geometric mean over groups of the output error over plain rounding's, stored bits, FLOPs and seconds."""
+    """Geometric means over groups of the output error over plain rounding's and of plain rounding's relative to the
+    output, stored bits and seconds."""
     config = QuantizationConfig.of(scheme, recipe, scale_with_width=True)
     with tempfile.TemporaryDirectory() as scratch:
         result = quantize(model_path(), samples, Path(scratch) / "out", config, device="cpu")
-    logs = [math.log(record.error["all"] / record.rtn_error["all"]) for record in result.records]
+    rounding = geometric_mean(record.rtn_error["all"] for record in result.records)
     return dict(
-        error=math.exp(sum(logs) / len(logs)),
+        error=geometric_mean(record.error["all"] for record in result.records) / rounding,
+        rtn_error=rounding,
         bits=result.bits_per_weight,
         seconds=result.seconds,
     )

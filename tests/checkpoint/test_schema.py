@@ -107,11 +107,11 @@ def test_linear_tensors(columns: int, bits: int, grid: str) -> None:
     scales = ceil(columns / group_size) if group_size else 1
     expected = {
         "weight_packed": ((7, ceil(columns / 32) * bits), torch.int32),
-        "weight_scale": ((7, scales), torch.float32),
+        "weight_scale": ((7, scales), torch.bfloat16 if group_size else torch.float32),
         "weight_shape": ((2,), torch.int32),
     }
     if grid.endswith("asym"):
-        expected["weight_zero_point"] = ((7, scales), torch.int8)
+        expected["weight_zero_point"] = ((scales, bits), torch.int32)
     assert linear_tensors(PLAIN, scheme, 7, columns) == expected
     experts = {"shared_up": ((7, 5), torch.float16), "routed_up": ((4, 7, 3), torch.float16)}
     assert linear_tensors(FULL, scheme, 7, columns) == expected | experts
@@ -129,3 +129,8 @@ def test_stored_bits_are_those_of_real_tensors() -> None:
 def test_stored_bits_of_a_plain_four_bit_layer_are_four_a_weight_and_a_scale_a_row() -> None:
     count = group_stored_bits(PLAIN, Scheme.parse("W4A8"), (1536,), 1536)
     assert count == 4 * prod((1536, 1536)) + 32 * 1536 + 64
+
+
+def test_a_weight_group_costs_half_precision_and_a_code_more() -> None:
+    count = group_stored_bits(PLAIN, Scheme.parse("W4A16"), (1536,), 1536)
+    assert count == 4 * prod((1536, 1536)) + (16 + 4) * 1536 * 1536 // 128 + 64

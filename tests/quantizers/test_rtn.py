@@ -1,8 +1,8 @@
 """Rounding to nearest against loops in float64, written from the field's grids.
 
 Symmetric: scale = absmax / (2^(b-1) - 1). Asymmetric: scale = (max - min) / (2^b - 1),
-zero = clamp(round(-min / scale)). A float32 quotient may fall on the other side of a tie: codes may differ where the
-exact quotient is within `TIE` of one half.
+zero = clamp(round(-min / scale)). The scale of a weight group is rounded to bfloat16 first. A float32 quotient may fall
+on the other side of a tie: codes may differ where the exact quotient is within `TIE` of one half.
 """
 
 import pytest
@@ -36,19 +36,21 @@ def check(weight: torch.Tensor, scheme: Scheme) -> None:
     assert (found.scale.dtype, found.scale.shape) == (torch.float32, (rows, groups))
     assert (found.zero_point is None) == scheme.symmetric
     assert int(found.codes.min()) >= -half and int(found.codes.max()) < half
+    if scheme.group_size is not None:
+        assert torch.equal(found.scale, found.scale.bfloat16().float())
     restored = dequantize(found)
     for n, row in enumerate(weight.double().tolist()):
         for g in range(groups):
             part = row[g * size : (g + 1) * size]
             if scheme.symmetric:
-                scale, zero = max(abs(v) for v in part) / (half - 1), 0.0
+                exact, zero = max(abs(v) for v in part) / (half - 1), 0.0
             else:
-                scale = (max(part) - min(part)) / (2**bits - 1)
-                exact = -min(part) / scale
-                zero = found.zero_point[n, g].item() + half
-                assert abs(zero - clamp(exact, 0, 2**bits - 1)) <= 0.5 + TIE
-                zero -= half
-            assert found.scale[n, g].item() == pytest.approx(scale, rel=1e-6)
+                exact = (max(part) - min(part)) / (2**bits - 1)
+            scale = found.scale[n, g].item()
+            assert scale == pytest.approx(exact, rel=1e-6 if scheme.group_size is None else 2**-8 + 1e-6)
+            if not scheme.symmetric:
+                zero = found.zero_point[n, g].item()
+                assert abs(zero + half - clamp(-min(part) / scale, 0, 2**bits - 1)) <= 0.5 + TIE
             for i, value in enumerate(part):
                 code = found.codes[n, g * size + i].item()
                 assert abs(code - clamp(value / scale + zero, -half, half - 1)) <= 0.5 + TIE
@@ -115,12 +117,14 @@ def test_ties_go_to_the_even_code() -> None:
 
 
 def test_smallest_and_largest_weights() -> None:
-    for scheme in ("W4A6", "W4A16g2"):
-        weight = torch.tensor([[1e-45, -1e-45], [1e-40, -1e-40], [1e38, -1e38]])
+    for scheme in ("W4A6", "W4A16g2", "W4A16g2-sym"):
+        weight = torch.tensor([[1e-45, -1e-45], [1e-40, -1e-40], [1e-30, -1e-30], [1e30, -1e30], [1e38, -1e38]])
         found = quantize_rtn(weight, Scheme.parse(scheme))
         assert (found.scale > 0).all() and found.scale.isfinite().all()
         error = (dequantize(found).double() - weight.double()).abs()
-        assert (error <= 0.51 * found.scale.double().amax(dim=1, keepdim=True) + 1e-40).all()
+        # A scale that bfloat16 rounds down by 2^-8 leaves the ends of a range of 15 steps 0.03 steps more outside.
+        assert (error <= 0.54 * found.scale.double().amax(dim=1, keepdim=True) + 1e-40).all()
+        assert (error[2:] <= 0.1 * weight[2:].double().abs()).all()
 
 
 def test_dequantize_leaves_its_input_alone() -> None:

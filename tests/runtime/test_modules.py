@@ -237,12 +237,13 @@ def test_a_state_dict_fills_a_new_model(scheme: str) -> None:
     assert all(torch.equal(again[key], value) for key, value in quantized.state_dict().items())
 
 
-def test_a_state_dict_goes_back_into_its_model() -> None:
-    quantized, _ = install()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_state_dict_goes_back_into_its_model(scheme: str) -> None:
+    quantized, _ = install(scheme)
     x = normal(5, K, seed=8)
     expected = quantized(x)
     state = {key: value.clone() for key, value in quantized.state_dict().items()}
-    other, _ = install()
+    other, _ = install(scheme)
     for buffer in other.buffers():
         buffer.zero_()
     other.load_state_dict(state)

@@ -20,6 +20,9 @@ QUANT_METHOD: Final = "quant_experts"
 GROUP_CHILD = "input_group"
 """Name of the submodule of a group's first linear that owns the group's shared tensors."""
 FACTOR_DTYPE = torch.float16
+GROUP_SCALE_DTYPE = torch.bfloat16
+"""Of the scales of weight groups. bfloat16 has float32's range, so that no weight is too small or too large for it, and
+its coarser steps cost nothing: codes are chosen for the scale that is stored (EXPERIMENTS.md)."""
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor name -> (shape, dtype)."""
@@ -87,19 +90,25 @@ def group_tensors(spec: GroupSpec, in_features: int) -> TensorSpecs:
 
 def linear_tensors(spec: GroupSpec, scheme: Scheme, out_features: int, in_features: int) -> TensorSpecs:
     """Tensors of one linear of the group, bias left out."""
-    scales = 1 if scheme.group_size is None else -(-in_features // scheme.group_size)
+    bits, scales = scheme.weight_bits, 1 if scheme.group_size is None else -(-in_features // scheme.group_size)
     tensors: TensorSpecs = {
-        "weight_packed": ((out_features, packed_width(in_features, scheme.weight_bits)), torch.int32),
-        "weight_scale": ((out_features, scales), torch.float32),
+        "weight_packed": ((out_features, packed_width(in_features, bits)), torch.int32),
+        "weight_scale": ((out_features, scales), scale_dtype(scheme.group_size)),
         "weight_shape": ((2,), torch.int32),
     }
     if not scheme.symmetric:
-        tensors["weight_zero_point"] = ((out_features, scales), torch.int8)
+        tensors["weight_zero_point"] = ((scales, packed_width(out_features, bits)), torch.int32)
     if spec.shared_rank:
         tensors |= _factor("shared_up", (out_features, spec.shared_rank), spec)
     if spec.experts:
         tensors |= _factor("routed_up", (spec.experts, out_features, spec.routed_rank), spec)
     return tensors
+
+
+def scale_dtype(group_size: int | None) -> torch.dtype:
+    """Of weight scales: float32 for one a channel, of which there are few; half precision where groups have their
+    own."""
+    return torch.float32 if group_size is None else GROUP_SCALE_DTYPE
 
 
 def _factor(name: str, shape: tuple[int, ...], spec: GroupSpec) -> TensorSpecs:

@@ -1,4 +1,4 @@
-"""From a quantized group to the tensors of the format: packing, half-precision factors, names."""
+"""From a quantized group to the tensors of the format: packing, half precision, names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quant_experts.artifacts import QuantizedGroup
 from quant_experts.checkpoint.packing import pack
-from quant_experts.checkpoint.schema import FACTOR_DTYPE, GROUP_CHILD, GroupSpec
+from quant_experts.checkpoint.schema import FACTOR_DTYPE, GROUP_CHILD, GroupSpec, scale_dtype
 from quant_experts.errors import QuantExpertsError
 
 
@@ -37,8 +37,8 @@ def group_state(group: QuantizedGroup) -> dict[str, Tensor]:
     for name, weight, shared_up, routed_up in zip(group.linears, group.weights, shared_ups, routed_ups, strict=True):
         tensors = {
             "weight_packed": pack(weight.codes, weight.bits),
-            "weight_scale": weight.scale,
-            "weight_zero_point": weight.zero_point,
+            "weight_scale": weight.scale.to(scale_dtype(weight.group_size)),
+            "weight_zero_point": None if weight.zero_point is None else pack(weight.zero_point.T, weight.bits),
             "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int32),
             **_factor("shared_up", shared_up, bits, name),
             **_factor("routed_up", routed_up, bits, name),

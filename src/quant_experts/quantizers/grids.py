@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quant_experts.artifacts import QuantizedWeight
+from quant_experts.checkpoint.schema import scale_dtype
 from quant_experts.config import Scheme
 
 CLIP_STEPS = 20
@@ -16,23 +17,28 @@ def group_grid(part: Tensor, scheme: Scheme, share: float = 1.0) -> tuple[Tensor
     """Scale and signed zero point, each (N, 1), of the grid for part (N, G), over `share` of its range.
 
     Symmetric: scale = absmax / (2^(b-1) - 1). Asymmetric: scale = (max - min) / (2^b - 1), zero = clamp(round(-min /
-    scale), 0, 2^b - 1). Groups of all-zero weights have scale 1; ours: the grid of a group whose weights are all equal
-    reaches to 0.
+    scale), 0, 2^b - 1). Groups of all-zero weights have scale 1. Ours: the grid of a group whose weights are all equal
+    reaches to 0; and a scale has the precision in which it is stored, so that zero point and codes are chosen for it.
     """
     bits = scheme.weight_bits
     if scheme.symmetric:
-        scale = part.abs().amax(dim=1, keepdim=True) * (share / (2 ** (bits - 1) - 1))
-        return torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale)
+        scale = _as_stored(part.abs().amax(dim=1, keepdim=True) * (share / (2 ** (bits - 1) - 1)), scheme)
+        return scale, torch.zeros_like(scale)
     low, high = part.aminmax(dim=1, keepdim=True)
     # The field's grid does not need to hold 0; a constant group would then have no width, so for it alone the grid
     # does.
     constant = low == high
     low, high = torch.where(constant, low.clamp_max(0), low), torch.where(constant, high.clamp_min(0), high)
     low, high = low * share, high * share
-    scale = (high - low) / (2**bits - 1)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = _as_stored((high - low) / (2**bits - 1), scheme)
     zero = (-low / scale).round().clamp(0, 2**bits - 1)
     return scale, zero - 2 ** (bits - 1)
+
+
+def _as_stored(scale: Tensor, scheme: Scheme) -> Tensor:
+    """The scale, float32, rounded to what the format holds; 1 where that is 0."""
+    stored = scale.to(scale_dtype(scheme.group_size)).float()
+    return torch.where(stored > 0, stored, torch.ones_like(stored))
 
 
 def clipped_grid(part: Tensor, energy: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

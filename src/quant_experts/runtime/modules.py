@@ -152,7 +152,8 @@ class QuantizedLinear(nn.Module):
     dtype.
 
     `weight_packed` is what files hold. `finalize`, called once after loading, replaces it in memory by int8 codes, the
-    operand of the integer kernels; `state_dict` packs them again.
+    operand of the integer kernels; `state_dict` packs them again. Packed zero points are few: they stay, beside int8
+    ones.
     """
 
     bias: nn.Parameter | None
@@ -161,6 +162,8 @@ class QuantizedLinear(nn.Module):
     weight_scale: Tensor
     weight_shape: Tensor
     weight_zero_point: Tensor | None
+    zero_codes: Tensor | None
+    """(N, G) int8, unpacked"""
 
     def __init__(
         self,
@@ -177,6 +180,7 @@ class QuantizedLinear(nn.Module):
         self.scheme = scheme
         _register(self, LINEAR_TENSORS, linear_tensors(spec, scheme, *shape))
         self.register_buffer("weight_codes", None, persistent=False)
+        self.register_buffer("zero_codes", None, persistent=False)
         self.register_parameter("bias", bias)
         self._group = (group,) if group is not None else None  # in a tuple: not registered a second time
         if group is None:
@@ -205,13 +209,18 @@ class QuantizedLinear(nn.Module):
                 raise QuantExpertsError(f"Tensor '{key}' holds NaN or infinity: the checkpoint is damaged.")
         self.weight_codes = unpack(self.weight_packed, self.scheme.weight_bits, self.in_features)
         self.weight_packed = None
+        self._unpack_zero_point()
+
+    def _unpack_zero_point(self) -> None:
+        if self.weight_zero_point is not None:
+            self.zero_codes = unpack(self.weight_zero_point, self.scheme.weight_bits, self.out_features).T.contiguous()
 
     def operands(self) -> LinearOperands:
         """The tensors as kernels take them."""
         return LinearOperands(
             self.stored_codes(),
-            self.weight_scale,
-            self.weight_zero_point,
+            self.weight_scale.float(),
+            self.zero_codes,
             self.scheme.group_size,
             _factor(self, "shared_up"),
             _factor(self, "routed_up"),
@@ -254,6 +263,8 @@ class QuantizedLinear(nn.Module):
             self.weight_codes.copy_(codes)
             state_dict = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.zero_codes is not None:
+            self._unpack_zero_point()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"

@@ -66,6 +66,7 @@ class QuantExpertsHfQuantizer(HfQuantizer):
         with torch.device("meta"):
             swapped = [swap_linears(model, group, config.scheme) for group in config.groups]
         modules = {name: module for group in swapped for name, module in group.items()}
+        _mark_initialised(model, modules)
         if checkpoint_files:
             _check_files([Path(file) for file in checkpoint_files], model, modules)
         if config.groups:
@@ -101,6 +102,15 @@ class QuantExpertsHfQuantizer(HfQuantizer):
 def _guard_name(config: CheckpointConfig) -> str:
     """The weight in whose place an empty tensor stops a loader without our package: its shape does not fit."""
     return f"{config.groups[0].linears[0]}.weight"
+
+
+def _mark_initialised(model: Any, modules: dict[str, QuantizedLinear]) -> None:
+    """Tell `transformers` of modules that hold quantized linears and no tensor of their own that they need no initial
+    values: some families' initialisers would look for the linears' weights (SigLIP's attention)."""
+    for name in modules:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if not owner._parameters and not owner._buffers:
+            owner._is_hf_initialized = True
 
 
 def _check_files(paths: list[Path], model: Any, modules: dict[str, QuantizedLinear]) -> None:
@@ -148,7 +158,13 @@ def _may_be_missing(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-_SAFETENSORS_NAMES = {torch.int32: "I32", torch.int8: "I8", torch.float32: "F32", torch.float16: "F16"}
+_SAFETENSORS_NAMES = {
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(QUANT_METHOD)(QuantExpertsHfConfig)
