@@ -63,14 +63,15 @@ def kinds_table(rows: list[Row]) -> Iterator[str]:
 def costs_table(rows: list[Row]) -> Iterator[str]:
     """What a row costs, and its layer errors."""
     header = (
-        "layer error over rtn's | with the best routing | stored bits per weight | operations over full precision's | "
-        "bytes read a token, MB | quantization, s | peak memory, MB"
+        "layer error over rtn's | with the best routing | held-out over calibration error | stored bits per weight | "
+        "operations over full precision's | bytes read a token, MB | quantization, s | peak memory, MB"
     )
 
     def write(row: Row) -> list[str]:
         return [
             number(row["layer_error"], 3),
             number(row["oracle_layer_error"], 3),
+            number(row.get("overfit")),
             number(row["bits_per_weight"]),
             number(1 + row["repair_flops"] / row["base_flops"] if row["base_flops"] else None, 3),
             number(row["token_bytes"], 2, 1e-6),

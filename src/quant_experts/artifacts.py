@@ -98,7 +98,7 @@ class QuantizedWeight:
     codes: Tensor
     """(N, K) int8 in [-2^(b-1), 2^(b-1) - 1]."""
     scale: Tensor
-    """(N, G) float32."""
+    """(N, G) float32, with values that the format holds (`checkpoint.schema.scale_dtype`)."""
     zero_point: Tensor | None
     """(N, G) int8, or None for a symmetric grid (zero point 0)."""
     bits: int
@@ -181,6 +181,8 @@ class GroupRecord:
     """N * K."""
     error: dict[str, float] = field(default_factory=dict)
     """Relative output error on reservoir tokens by modality name and "all", with activation rounding."""
+    calibration_error: float | None = None
+    """As `error["all"]`, on tokens that the factors were fitted to: what `error` has more is overfitting."""
     rtn_error: dict[str, float] = field(default_factory=dict)
     """The same for plain rounding of this group at the same scheme."""
     channel_frequency: dict[str, list[float]] = field(default_factory=dict)

@@ -41,16 +41,18 @@ BALANCE_TOKENS = 1024
 """Tokens on which activation rounding is tried for balanced smoothing."""
 ROUTED_TOKENS = 4096
 """Tokens that experts or a router are fitted to one by one."""
+MEASURED_TOKENS = 512
+"""Tokens that are kept to measure the error on what factors were fitted to, where no stage keeps more."""
 
 Search = Callable[["GroupTask"], Tensor]
 """Finds the smoothing scale of a group by running the modules that read its input (AWQ, MBQ)."""
 
 
 def fit_tokens_needed(recipe: Recipe) -> int:
-    """How many calibration tokens the recipe's stages need as they are."""
+    """How many calibration tokens the recipe's stages, and the measurement after them, need as they are."""
     if recipe.routed_rank and (recipe.routed == "tokens" or recipe.router == "fitted" or recipe.refine):
         return ROUTED_TOKENS
-    return BALANCE_TOKENS if recipe.smoothing == "balanced" else 0
+    return max(MEASURED_TOKENS, BALANCE_TOKENS if recipe.smoothing == "balanced" else 0)
 
 
 @dataclass

@@ -40,6 +40,7 @@ def statistics(x: Tensor, modality: Tensor) -> GroupStatistics:
         absmax=magnitude.amax(0),
         max_mean_abs=magnitude.mean(0),
         reservoir_position=position,
+        fit_tokens=x[::2],
     )
 
 
@@ -78,6 +79,8 @@ def test_errors_use_and_curves_are_their_definitions(text: str) -> None:
 
     def relative(output: Tensor, rows: Tensor) -> float:
         return float((output - exact)[rows].square().sum() / exact[rows].square().sum())
+
+    assert record.calibration_error == pytest.approx(relative(rebuilt, torch.arange(0, 90, 2)), rel=1e-4)
 
     for name, rows in {"all": modality >= 0, "text": modality == 0, "image": modality == 1}.items():
         assert record.error[name] == pytest.approx(relative(rebuilt, rows), rel=1e-3), name

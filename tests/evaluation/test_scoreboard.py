@@ -55,6 +55,7 @@ def test_every_row_has_every_measure(made: Comparison) -> None:
     assert set(paper.accuracy) == {"average", "a", "b", "c"} and full.kl is None and full.layer_error is None
     assert rtn.layer_error == pytest.approx(1) and rtn.repair_flops == 0 and rtn.over_rtn == {}
     assert paper.kl and paper.kl.mean > 0 and paper.layer_error and paper.layer_error < 1
+    assert paper.overfit and rtn.overfit and paper.overfit > rtn.overfit > 0.5
     assert paper.oracle_layer_error and paper.oracle_layer_error < paper.layer_error
     assert paper.base_flops == rtn.base_flops and paper.repair_flops and paper.bits_per_weight and paper.token_bytes
     assert set(paper.over_rtn) == {"accuracy", "nll", "kl"}

@@ -52,6 +52,7 @@ def measure_group(
         stored_bits=group_stored_bits(spec, scheme, tuple(rows), weight.shape[1]),
         weights=weight.numel(),
         error=_relative_error(output, exact, modality),
+        calibration_error=_calibration_error(modules, weight, statistics.fit_tokens),
         rtn_error=_relative_error(plain_output, exact, modality),
         channel_frequency=_frequency_curves(statistics),
         **(_expert_use(modules[0], x, statistics) if group.routed else {}),
@@ -96,6 +97,16 @@ def _shares(error: Tensor, exact: Tensor, modality: Tensor) -> dict[str, float]:
         if chosen.any():
             result[kind.name.lower()] = float(error[chosen].sum() / size[chosen].sum().clamp_min(1e-300))
     return result
+
+
+def _calibration_error(modules: Sequence[QuantizedLinear], weight: Tensor, tokens: Tensor | None) -> float | None:
+    """The relative error over all of the tokens (F, K) that factors were fitted to; None where none were kept."""
+    if tokens is None:
+        return None
+    x = tokens.to(weight.device)
+    exact = x @ weight.T
+    error = (torch.cat([module(x) for module in modules], dim=1) - exact).double().square().sum()
+    return float(error / exact.double().square().sum().clamp_min(1e-300))
 
 
 def _oracle_error(

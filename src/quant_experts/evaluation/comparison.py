@@ -40,6 +40,9 @@ class MethodRow:
     """Squared output error over that of plain rounding on held-out tokens, geometric mean over quantized linears."""
     oracle_layer_error: float | None = None
     """The same if each token had the expert that serves it best; None without routed experts."""
+    overfit: float | None = None
+    """Error on held-out tokens over that on tokens that factors were fitted to, geometric mean over quantized
+    linears."""
     base_flops: int | None = None
     """Operations of one token in all quantized linears (2 a multiply-add), integer base alone."""
     repair_flops: int | None = None

@@ -206,6 +206,7 @@ def _layer_facts(outcome: Outcome, peers: Sequence[Outcome]) -> dict[str, Any]:
     plain = _plain_errors(outcome, peers)
     return facts | dict(
         layer_error=relative_error(records, plain),
+        overfit=overfit(records),
         oracle_layer_error=relative_error(records, plain, oracle=True)
         if any(r.oracle_error for r in records)
         else None,
@@ -239,6 +240,17 @@ def relative_error(records: Sequence[GroupRecord], plain: Mapping[str, float], *
         for linear in record.linears:
             if 0 < error < math.inf and 0 < plain.get(linear, 0.0) < math.inf:
                 logs.append(math.log(error / plain[linear]))
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def overfit(records: Sequence[GroupRecord]) -> float | None:
+    """Geometric mean over linears of the error on held-out tokens over that on calibration tokens: 1 where nothing was
+    learned by heart. None where no error is a positive number."""
+    logs = []
+    for record in records:
+        held_out, fitted = record.error.get("all", 0.0), record.calibration_error or 0.0
+        if 0 < held_out < math.inf and 0 < fitted < math.inf:
+            logs += [math.log(held_out / fitted)] * len(record.linears)
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 

@@ -109,6 +109,7 @@ def cost_columns() -> list[Column]:
     return [
         Column("Layer error", "over rtn's", lambda row: row.layer_error, "{:.3f}".format),
         Column("Best routing", "layer error over rtn's", lambda row: row.oracle_layer_error, "{:.3f}".format),
+        Column("Held-out error", "over calibration's", lambda row: row.overfit, "{:.2f}".format),
         Column("Operations", "a token, over full precision's", active_flops, "{:.3f}".format),
         Column("Bytes read", "a token, when decoding", lambda row: row.token_bytes, size),
         Column("Peak memory", "while quantizing", lambda row: row.peak_bytes, size),
