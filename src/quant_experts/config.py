@@ -6,9 +6,10 @@ Both round-trip through JSON, refuse unknown keys and are what a checkpoint's `c
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quant_experts.errors import QuantExpertsError
 
@@ -18,6 +19,13 @@ Config = TypeVar("Config", bound="StrictModel")
 
 MAX_PIXELS = 1280 * 28 * 28
 """Area to which larger images are scaled down: 1,280 tokens of Qwen2-VL."""
+
+Scope = Literal["vision", "merger", "language"]
+"""A part of the model that can be quantized: the blocks of the vision encoder, what stands between it and the language
+model, the blocks of the language model."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+"""In the order in which a forward pass comes to them."""
+DEFAULT_SCOPES: tuple[Scope, ...] = ("language",)
 
 PAPER_WIDTH = 1536
 """Width of Qwen2-VL-2B, the model on which the paper's rank 64 and k = 32 were chosen."""
@@ -255,6 +263,23 @@ class QuantizationConfig(StrictModel):
     samples: int = Field(default=128, ge=1, description="how many calibration samples to use at most")
     max_tokens: int = Field(default=2048, ge=1, description="longest sample in tokens")
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="larger images are scaled down to this area")
+    scopes: tuple[Scope, ...] = Field(
+        default=DEFAULT_SCOPES, min_length=1, description="which parts of the model are quantized"
+    )
+
+    @field_validator("scopes")
+    @classmethod
+    def _in_order(cls, scopes: tuple[Scope, ...]) -> tuple[Scope, ...]:
+        """One tuple for each combination, whatever order it was given in."""
+        return tuple(scope for scope in SCOPES if scope in scopes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As for any `StrictModel`; the default scopes are not written, so that a run from before there were others is
+        the same run."""
+        value = super().to_json()
+        if self.scopes == DEFAULT_SCOPES:
+            del value["scopes"]
+        return value
 
     @classmethod
     def of(
@@ -263,14 +288,15 @@ class QuantizationConfig(StrictModel):
         recipe: str | Recipe = "quant-experts",
         *,
         scale_with_width: bool = False,
+        scopes: Sequence[str] = DEFAULT_SCOPES,
         **limits: int,
     ) -> QuantizationConfig:
-        """From names: `QuantizationConfig.of("W4A6", "quant-experts", seed=1, samples=64)`.
+        """From names: `QuantizationConfig.of("W4A6", "quant-experts", scopes=["vision", "language"], samples=64)`.
 
         scale_with_width: let the recipe's ranks follow the model's width (see `Recipe`). Raises `QuantExpertsError` for
-        a scheme, recipe or limit that does not exist.
+        a scheme, recipe, scope or limit that does not exist.
         """
         chosen = find_recipe(recipe)
         if scale_with_width:
             chosen = chosen.model_copy(update=dict(scale_with_width=True))
-        return cls.from_json(dict(scheme=Scheme.parse(scheme), recipe=chosen, **limits))
+        return cls.from_json(dict(scheme=Scheme.parse(scheme), recipe=chosen, scopes=tuple(scopes), **limits))

@@ -23,6 +23,7 @@ from quant_experts.artifacts import (
     CalibrationBatch,
     Event,
     GroupRecord,
+    Modality,
     QuantizedGroup,
     Sample,
 )
@@ -31,19 +32,25 @@ from quant_experts.calibration.measurement import measure_group
 from quant_experts.calibration.memory import MemoryEstimate, PeakMemory, estimate_memory
 from quant_experts.calibration.samples import load_samples
 from quant_experts.calibration.sensitivity import sensitivity_batches
-from quant_experts.calibration.statistics import block_linears, collect_statistics, find_groups, split_held_out
+from quant_experts.calibration.statistics import (
+    block_linears,
+    collect_statistics,
+    find_groups,
+    held_out_among,
+    split_held_out,
+)
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.checkpoint.run_folder import RunFolder
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
 from quant_experts.checkpoint.source import TensorFiles, spot_check, weight_files
 from quant_experts.checkpoint.tensors import describe_group, group_state
-from quant_experts.config import QuantizationConfig
+from quant_experts.config import DEFAULT_SCOPES, QuantizationConfig
 from quant_experts.errors import QuantExpertsError
 from quant_experts.group import fit_tokens_needed, quantize_group, split_rows
 from quant_experts.quantizers.rtn import quantize_rtn
 from quant_experts.runtime.loading import check_device, default_dtype, model_class, read_config, resolve
 from quant_experts.runtime.modules import install_groups
-from quant_experts.runtime.processor import load_processor
+from quant_experts.runtime.processor import load_processor, takes_images
 from quant_experts.scale_search import ImageWeights, measure_image_weights, scale_search
 
 if TYPE_CHECKING:
@@ -96,7 +103,7 @@ def quantize(
         captions, a data
             set's name, or an iterable of (image, text).
         output: folder to create. A run that was interrupted goes on when the same call is repeated.
-        config: scheme, recipe, seed and calibration limits; W4A6 with the default recipe if None.
+        config: scheme, recipe, scopes, seed and calibration limits; W4A6 with the default recipe if None.
         device: "cpu" or "cuda"; the GPU if there is one.
         dtype: compute dtype of the full-precision passes; float32 on a CPU, bfloat16 on a GPU.
         strict: raise where a layer is left out or a computation falls back, instead of recording an event.
@@ -119,12 +126,19 @@ def quantize(
     batches, events = _calibration(samples, folder, model_config, config)
     held_out, more = split_held_out(len(batches))
     run = _Run(config, device, dtype, batches, held_out, [*events, *more], strict, progress or (lambda *_: None))
-    weighed = sensitivity_batches(batches, held_out) if config.recipe.smoothing == "mbq" else []
+    balanced = config.recipe.smoothing == "mbq" and "language" in config.scopes
+    weighed = sensitivity_batches(batches, held_out) if balanced else []
     fingerprint = _fingerprint(folder, run)
     output = Path(output).expanduser().absolute()
     with RunFolder(output, fingerprint) as store:
         open_stream = partial(
-            BlockStream, folder, model_class(model_config), model_config, device=torch.device(device), dtype=dtype
+            BlockStream,
+            folder,
+            model_class(model_config),
+            model_config,
+            device=torch.device(device),
+            dtype=dtype,
+            scopes=config.scopes,
         )
         stream = open_stream(batches)
         estimate = estimate_memory(stream, config.recipe)
@@ -189,13 +203,13 @@ class _Run:
         specs: list[GroupSpec] = []
         records: list[GroupRecord] = []
         resumed = 0
-        for index in stream.blocks():
-            self.progress(index, len(names), names[index])
+        for done, index in enumerate(stream.blocks()):
+            self.progress(done, len(names), names[index])
             block = stream.skeleton.load_block(index, stream.device)
             if store.has_block(index):
                 resumed += 1
             else:
-                store.write_block(index, *self._quantize_block(stream, block, index))
+                store.write_block(index, *self._quantize_block(stream, block, index, first=not specs))
             tensors, saved = store.read_block(index)
             groups = [GroupSpec.from_json(spec) for spec in saved["groups"]]
             local = {key.removeprefix(f"{saved['file_prefix']}."): value for key, value in tensors.items()}
@@ -205,6 +219,10 @@ class _Run:
             specs += [_with_prefix(spec, names[index]) for spec in groups]
             records += [GroupRecord(**record) for record in saved["records"]]
             self.note([Event(**event) for event in saved["events"]])
+        for index in stream.never_run:
+            self.note([Event(names[index], "no calibration sample ran through it: left in full precision")])
+            if not store.has_block(index):
+                store.write_block(index, stream.skeleton.file_names(index, {})[1], {})
         self.progress(len(names), len(names), "done")
         checkpoint = CheckpointConfig(
             scheme=self.config.scheme,
@@ -216,9 +234,12 @@ class _Run:
         return checkpoint, records, resumed
 
     def _quantize_block(
-        self, stream: BlockStream, block: nn.Module, index: int
+        self, stream: BlockStream, block: nn.Module, index: int, *, first: bool
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """One block -> its tensors under file names, and its record (groups with names relative to the block)."""
+        """One block -> its tensors under file names, and its record (groups with names relative to the block).
+
+        first: it is the first of the run, and so holds the checkpoint's guard.
+        """
         prefix = stream.skeleton.block_names[index]
         recipe = self.config.recipe.at_width(stream.width)
         groups, unused = find_groups(stream, block, together=recipe.group_inputs)
@@ -232,16 +253,17 @@ class _Run:
             for name in unused
         ]
         seed = self.config.seed * 100_003 + index
+        held_out = held_out_among(stream.waiting)
         statistics = collect_statistics(
             stream,
             block,
             groups,
             important_channels=recipe.important_channels,
-            held_out=self.held_out,
+            held_out=held_out,
             seed=seed,
             fit_tokens=fit_tokens_needed(recipe),
         )
-        search = scale_search(stream, block, groups, self.held_out, self.image_weights.get(prefix))
+        search = scale_search(stream, block, groups, held_out, self.image_weights.get(prefix))
         linears = block_linears(block)
         tensors: dict[str, Tensor] = {}
         specs: list[GroupSpec] = []
@@ -266,7 +288,7 @@ class _Run:
             records.append(measure_group(group, plain, weight, rows, statistics.pop(names), self.config.scheme, prefix))
             events += found
             tensors |= group_state(group)
-        file_prefix, rest = stream.skeleton.file_names(index, tensors)
+        file_prefix, rest = stream.skeleton.file_names(index, tensors, guard=first)
         record = dict(
             groups=[spec.to_json() for spec in specs],
             records=[asdict(record) for record in records],
@@ -289,7 +311,23 @@ def _calibration(
     loaded, events = load_samples(source, limit=config.samples, max_pixels=config.max_pixels)
     processor = load_processor(folder)
     batches, more = make_batches(loaded, processor, model_config, max_tokens=config.max_tokens)
+    if config.scopes != DEFAULT_SCOPES and takes_images(processor):
+        more = [*more, *_check_images(batches, config)]
     return batches, [*events, *more]
+
+
+def _check_images(batches: Sequence[CalibrationBatch], config: QuantizationConfig) -> list[Event]:
+    """Scopes in front of the language model are calibrated by images alone. Raises `QuantExpertsError` without any."""
+    images = sum(bool((batch.modality == Modality.IMAGE).any()) for batch in batches)
+    if not images:
+        scopes = " and ".join(scope for scope in config.scopes if scope != "language")
+        raise QuantExpertsError(
+            f"No image would run through {scopes}: none of {len(batches)} samples has one. Calibrate with images, or "
+            "choose the scope language alone."
+        )
+    few = images == 1 < len(batches)
+    what = "one sample with an image only: in front of the language model errors are measured on what was fitted to"
+    return [Event("calibration", what)] if few else []
 
 
 def _fingerprint(folder: Path, run: _Run) -> dict[str, Any]:

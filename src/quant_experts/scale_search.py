@@ -25,12 +25,12 @@ ImageWeights = Mapping[str, float]
 
 
 def measure_image_weights(stream: BlockStream) -> dict[str, ImageWeights]:
-    """MBQ's rho by block name, from gradients through the full-precision model.
+    """MBQ's rho by name of the language model's blocks, from gradients through the full-precision model.
 
     stream: a differentiable one over `sensitivity_batches`, not started yet; it ends here.
     """
     weights = mbq.image_weights(branch_sensitivities(stream))
-    return dict(zip(stream.skeleton.block_names, weights, strict=True))
+    return dict(zip(stream.skeleton.names_of("language"), weights, strict=True))
 
 
 def scale_search(
@@ -42,7 +42,8 @@ def scale_search(
 ) -> Search:
     """AWQ's search for the groups of a full-precision block, or MBQ's if image weights are given.
 
-    AWQ: squared errors, every token alike. MBQ: absolute errors, of answers and images only, balanced by rho.
+    AWQ: squared errors, every token alike. MBQ: absolute errors, of answers and images only, balanced by rho; in front
+    of the language model, where all tokens are images', there is nothing to balance and MBQ's search is AWQ's.
     """
     in_order = [name for names in groups for name in names]
 

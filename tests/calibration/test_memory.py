@@ -9,6 +9,7 @@ from torch import nn
 
 from quant_experts.artifacts import CalibrationBatch
 from quant_experts.calibration.memory import MemoryEstimate, PeakMemory, estimate_memory, resident_bytes
+from quant_experts.calibration.skeleton import Block
 from quant_experts.config import Recipe
 
 MIB = 2**20
@@ -22,8 +23,9 @@ def stream() -> Any:
             "mlp": nn.ModuleDict({"up": nn.Linear(64, 32), "down": nn.Linear(32, 64)}),
         }
     )
+    blocks = [Block(str(i), "language", block) for i in range(3)]
     model = nn.Linear(5, 7, bias=False)
-    skeleton = SimpleNamespace(meta_block=lambda _: block, block_bytes=lambda: 1234, model=model)
+    skeleton = SimpleNamespace(blocks=blocks, block_bytes=lambda: 1234, model=model, names_of=lambda _: ["0", "1", "2"])
     batch = CalibrationBatch({"input_ids": torch.zeros(1, 10, dtype=torch.long)}, torch.zeros(10, dtype=torch.int8))
     return SimpleNamespace(skeleton=skeleton, batches=[batch, batch], dtype=torch.bfloat16, width=64)
 
@@ -45,7 +47,7 @@ def test_the_parts_are_counted_from_shapes(together: bool, statistics: int, larg
     feedback = estimate_memory(stream(), Recipe(name="x", group_inputs=together, base="gptq"))
     assert feedback.working == 8 * max(6 * largest, 4 * 64 * 64)
     searched = stream()
-    searched.skeleton.block_names, searched.vocabulary = ["0", "1", "2"], 100
+    searched.vocabulary = 100
     trials = estimate_memory(searched, Recipe(name="x", group_inputs=together, smoothing="awq")).search
     assert trials == 20 * (64 + 64) * 2
     gradients = estimate_memory(searched, Recipe(name="x", group_inputs=together, smoothing="mbq"))

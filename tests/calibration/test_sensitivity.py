@@ -12,8 +12,8 @@ from small_runs import small_batches
 from torch import Tensor
 
 from quant_experts.artifacts import CalibrationBatch, Modality
+from quant_experts.calibration.scopes import decoder_blocks
 from quant_experts.calibration.sensitivity import branch_sensitivities, sensitivity_batches
-from quant_experts.calibration.skeleton import decoder_blocks
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.errors import QuantExpertsError
 from quant_experts.runtime.loading import model_class, read_config

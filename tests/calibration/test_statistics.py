@@ -10,7 +10,7 @@ import torch
 from small_runs import block_stream, small_batches
 from torch import Tensor, nn
 
-from quant_experts.artifacts import CalibrationBatch, Modality
+from quant_experts.artifacts import Modality
 from quant_experts.calibration.statistics import collect_statistics, find_groups, token_labels, token_positions
 
 
@@ -21,10 +21,10 @@ class Readings:
 
     def __init__(self, samples: list[Tensor]) -> None:
         self.samples = samples
-        self.batches = [
-            CalibrationBatch({"input_ids": torch.zeros(1, len(x))}, torch.zeros(len(x), dtype=torch.int8))
-            for x in samples
-        ]
+        self.waiting = range(len(samples))
+
+    def modality(self, sample: int) -> Tensor:
+        return torch.zeros(len(self.samples[sample]), dtype=torch.int8)
 
     def run(self, block: nn.Module) -> Iterator[int]:
         for i, x in enumerate(self.samples):
@@ -70,6 +70,8 @@ def test_sums_and_maxima_leave_held_out_samples_out(tiny: Callable[..., Path]) -
 
 
 def test_labels_and_positions_of_a_layer_that_sees_other_tokens_are_not_known() -> None:
-    batch = CalibrationBatch({"input_ids": torch.zeros(1, 4)}, torch.full((4,), Modality.IMAGE, dtype=torch.int8))
-    assert token_positions(batch, 4).tolist() == [0, 0.25, 0.5, 0.75] and token_positions(batch, 3).isnan().all()
-    assert (token_labels(batch, 4) == Modality.IMAGE).all() and (token_labels(batch, 3) == Modality.TEXT).all()
+    brought = torch.tensor([Modality.IMAGE, Modality.IMAGE, Modality.TEXT, Modality.ANSWER], dtype=torch.int8)
+    assert token_positions(brought, 4).tolist() == [0, 0.25, 0.5, 0.75] and token_positions(brought, 3).isnan().all()
+    assert torch.equal(token_labels(brought, 4), brought) and (token_labels(brought, 3) == Modality.TEXT).all()
+    assert token_labels(brought[:2], 1).tolist() == [Modality.IMAGE], "several image tokens become one of the image"
+    assert token_labels(brought[:0], 1).tolist() == [Modality.TEXT]

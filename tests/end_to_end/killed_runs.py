@@ -59,9 +59,9 @@ def quantize() -> dict[str, Any]:
     computed: list[int] = []
     compute = pipeline._Run._quantize_block
 
-    def counting(self: Any, stream: Any, block: Any, index: int) -> Any:
+    def counting(self: Any, stream: Any, block: Any, index: int, **options: Any) -> Any:
         computed.append(index)
-        return compute(self, stream, block, index)
+        return compute(self, stream, block, index, **options)
 
     pipeline._Run._quantize_block = counting
     result = pipeline.quantize(MODEL, SAMPLES, OUTPUT, CONFIG, device="cpu")

@@ -7,16 +7,18 @@ import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quant_experts.calibration.search import SEARCH_SAMPLES
 from quant_experts.calibration.sensitivity import SENSITIVITY_SAMPLES
+from quant_experts.calibration.statistics import block_linears
 from quant_experts.calibration.streaming import BlockStream
-from quant_experts.config import Recipe
+from quant_experts.config import Recipe, Scope
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class MemoryEstimate:
     """Bytes, by what holds them."""
 
     resident: int
-    """Embeddings, vision encoder, head: everything but the blocks (host)."""
+    """Embeddings, head, vision encoder without blocks that are streamed: everything but the blocks (host)."""
     inputs: int
     """Token ids and pixels of all samples (host)."""
     hidden: int
@@ -64,40 +66,81 @@ it: the transformed moment, the same in order of rounding, its Cholesky factor, 
 def estimate_memory(stream: BlockStream, recipe: Recipe) -> MemoryEstimate:
     """From the shapes of the skeleton and the calibration batches alone."""
     skeleton = stream.skeleton
-    block = skeleton.meta_block(0)
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    # Linears of one submodule with one input width most likely read the same tensor.
-    readers: dict[tuple[str, int], int] = {}
-    for name, linear in linears.items():
-        key = (name.rpartition(".")[0] if recipe.group_inputs else name, linear.in_features)
-        readers[key] = readers.get(key, 0) + linear.out_features
-    moments = sum(8 * width * width for _, width in readers)
-    largest = max((width * rows for (_, width), rows in readers.items()), default=0)
-    widest = max((width for _, width in readers), default=0)
+    shapes = [_block_shapes(block.module, recipe) for block in skeleton.blocks]
+    widest = max(shape.widest for shape in shapes)
+    tokens = {scope: _tokens(stream, scope) for scope in {block.scope for block in skeleton.blocks}}
     squares = MOMENT_COPIES * widest**2 if recipe.base == "gptq" or recipe.rotation else 0
-    tokens = sum(batch.inputs["input_ids"].shape[1] for batch in stream.batches)
-    item = stream.dtype.itemsize
+    # Where image tokens become the language model's, the ones are freed as the others come.
+    hidden = max(sum(counts) * _width(stream, scope) for scope, counts in tokens.items())
     return MemoryEstimate(
         resident=sum(p.numel() * p.element_size() for p in skeleton.model.parameters()),
         inputs=sum(t.numel() * t.element_size() for batch in stream.batches for t in batch.inputs.values()),
-        hidden=2 * tokens * stream.width * item,
+        hidden=2 * hidden * stream.dtype.itemsize,
         block=skeleton.block_bytes(),
-        statistics=moments,
-        working=8 * max(WORKING_COPIES * largest, squares),
-        search=_search_bytes(stream, recipe, widest),
+        statistics=max(8 * shape.moments for shape in shapes),
+        working=8 * max(WORKING_COPIES * max(shape.largest for shape in shapes), squares),
+        search=_search_bytes(stream, recipe, tokens, widest),
     )
 
 
-def _search_bytes(stream: BlockStream, recipe: Recipe, widest: int) -> int:
-    """Inputs and outputs of the widest linear for trials; for gradients, the hidden state in front of every block, the
-    logits of one sample and their gradient."""
+@dataclass(frozen=True)
+class _BlockShapes:
+    """Numbers of elements."""
+
+    moments: int
+    """In the second moments of the block's groups."""
+    largest: int
+    """In the largest group's stacked weight."""
+    widest: int
+    """Input channels of the widest group."""
+
+
+def _block_shapes(block: nn.Module, recipe: Recipe) -> _BlockShapes:
+    # Linears of one submodule with one input width most likely read the same tensor.
+    readers: dict[tuple[str, int], int] = {}
+    for name, linear in block_linears(block).items():
+        key = (name.rpartition(".")[0] if recipe.group_inputs else name, linear.in_features)
+        readers[key] = readers.get(key, 0) + linear.out_features
+    return _BlockShapes(
+        moments=sum(width * width for _, width in readers),
+        largest=max((width * rows for (_, width), rows in readers.items()), default=0),
+        widest=max((width for _, width in readers), default=0),
+    )
+
+
+def _tokens(stream: BlockStream, scope: Scope) -> list[int]:
+    """What each sample brings to a scope's blocks: its sequence, or its patches."""
+    if scope == "language":
+        return [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
+    patch = _patch_embedding(stream)[0].numel()
+    pixels = [[t.numel() for t in batch.inputs.values() if t.is_floating_point()] for batch in stream.batches]
+    return [sum(sizes) // patch for sizes in pixels]
+
+
+def _width(stream: BlockStream, scope: Scope) -> int:
+    """Channels of these tokens. A merger reads the patches, or several at once, of as many fewer tokens."""
+    return stream.width if scope == "language" else len(_patch_embedding(stream))
+
+
+def _patch_embedding(stream: BlockStream) -> Tensor:
+    """(channels, ...), the weight of the first convolution, which makes a token of each patch of pixels. Some models
+    have a linear one: (channels, 3, 1, 1) stands for it, which estimates too much."""
+    for module in stream.skeleton.model.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            return module.weight
+    return torch.empty(stream.width, 3, 1, 1, device="meta")
+
+
+def _search_bytes(stream: BlockStream, recipe: Recipe, tokens: Mapping[Scope, list[int]], widest: int) -> int:
+    """Inputs and outputs of the widest linear for trials; for gradients, the hidden state in front of every block of
+    the language model, the logits of one sample and their gradient."""
     if recipe.smoothing not in ("awq", "mbq"):
         return 0
-    lengths = [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
-    trials = sum(lengths[:SEARCH_SAMPLES]) * (widest + stream.width)
-    if recipe.smoothing == "awq":
+    trials = max(sum(counts[:SEARCH_SAMPLES]) for counts in tokens.values()) * (widest + stream.width)
+    if recipe.smoothing == "awq" or "language" not in tokens:
         return trials * stream.dtype.itemsize
-    states = sum(lengths[:SENSITIVITY_SAMPLES]) * stream.width * len(stream.skeleton.block_names)
+    lengths = tokens["language"]
+    states = sum(lengths[:SENSITIVITY_SAMPLES]) * stream.width * len(stream.skeleton.names_of("language"))
     return max(trials, states + 2 * max(lengths) * stream.vocabulary) * stream.dtype.itemsize
 
 

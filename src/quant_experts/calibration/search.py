@@ -98,7 +98,7 @@ def reader_trials(
 
     token_weights: (T,) modalities -> (T,) float32, how much each token's error counts.
     """
-    chosen = ([i for i in range(len(stream.batches)) if i not in held_out] or [0])[:SEARCH_SAMPLES]
+    chosen = ([i for i in stream.waiting if i not in held_out] or stream.waiting)[:SEARCH_SAMPLES]
     reader = block.get_submodule(find_reader(names, in_order))
     seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
     calls: list[_Call] = []
@@ -112,9 +112,8 @@ def reader_trials(
             if sample in chosen:
                 for args, kwargs, output in seen:
                     tokens = output.numel() // output.shape[-1]
-                    calls.append(
-                        _Call(args, kwargs, output, token_weights(token_labels(stream.batches[sample], tokens)))
-                    )
+                    weights = token_weights(token_labels(stream.modality(sample), tokens))
+                    calls.append(_Call(args, kwargs, output, weights))
             seen.clear()
             if sample == chosen[-1]:
                 break

@@ -54,16 +54,17 @@ def branch_names(block: nn.Module) -> list[str]:
 
 
 def branch_sensitivities(stream: BlockStream) -> list[dict[str, dict[Modality, float]]]:
-    """Per block and branch, by modality: the mean over its tokens and channels of |d loss / d output|, the loss being
-    each sample's `answer_loss` (MBQ, Li et al., CVPR 2025, section 3.2).
+    """Per block of the language model and branch, by modality: the mean over its tokens and channels of
+    |d loss / d output|, the loss being each sample's `answer_loss` (MBQ, Li et al., CVPR 2025, section 3.2).
 
     stream: a differentiable one over the full-precision model, not started yet; it ends here. Every sample has an
     answer.
     """
     entries, gradients = _forward(stream)
     found: list[dict[str, dict[Modality, float]]] = []
+    first = len(stream.skeleton.blocks) - len(entries)  # the language model's blocks come last
     while entries:
-        index = len(entries) - 1
+        index = first + len(entries) - 1
         block = stream.skeleton.load_block(index, stream.device)
         sums = {name: torch.zeros(len(Modality), 2, dtype=torch.float64) for name in branch_names(block)}
         for i, entry in enumerate(entries.pop()):
@@ -86,13 +87,18 @@ class _Entry:
 
 
 def _forward(stream: BlockStream) -> tuple[list[list[_Entry]], list[Tensor]]:
-    """Entries by block and sample, and by sample the gradient of its loss at the last block's output."""
+    """Entries by block of the language model and sample, and by sample the gradient of its loss at the last block's
+    output."""
     entries: list[list[_Entry]] = []
     gradients: list[Tensor] = []
     left: list[Tensor | None] = [None] * len(stream.batches)
     for index in stream.blocks():
         block = stream.skeleton.load_block(index, stream.device)
-        calls = list(stream.calls)
+        if stream.scope != "language":
+            stream.advance(block)
+            stream.skeleton.release_block(index)
+            continue
+        calls = list(stream.calls.values())
         entries.append([_Entry(call, hidden) for call, hidden in zip(calls, left, strict=True)])
         for i, call in enumerate(calls):
             with torch.no_grad():

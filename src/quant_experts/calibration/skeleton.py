@@ -6,15 +6,18 @@ for the output. The real blocks are kept aside without memory (meta device) and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from quant_experts.calibration.scopes import scope_modules
 from quant_experts.checkpoint.source import TensorFiles, module_names
+from quant_experts.config import DEFAULT_SCOPES, SCOPES, Scope
 from quant_experts.errors import QuantExpertsError
 from quant_experts.runtime.loading import load_weights
 
@@ -26,11 +29,13 @@ Pause = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class PausingBlock(nn.Module):
-    """Stands where a block stood, and answers to the block's attributes (models read some of them between blocks)."""
+    """Stands where a block stood, and answers to the block's attributes (models read some of them between blocks) and
+    to its class (`transformers` keeps the outputs of modules of certain classes, from which some families take image
+    features)."""
 
     def __init__(self, index: int, block: nn.Module, pause: Pause) -> None:
-        super().__init__()
         object.__setattr__(self, "_stood_for", block)  # not registered: it has no memory to load
+        super().__init__()
         self._index, self._pause = index, pause
 
     def __getattr__(self, name: str) -> Any:
@@ -39,30 +44,62 @@ class PausingBlock(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "_stood_for"), name)
 
+    @property  # type: ignore[misc]  # read-only: nobody sets it
+    def __class__(self) -> type:
+        return type(self._stood_for)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the driver returns for this block."""
         return self._pause(self._index, args, kwargs)
 
 
+@dataclass(frozen=True)
+class Block:
+    """A module that was taken out of a model."""
+
+    name: str
+    scope: Scope
+    module: nn.Module
+
+
 @dataclass
 class Skeleton:
-    """A model without its blocks, and what is needed to bring each block in."""
+    """A model without its blocks, and what is needed to bring each block in.
+
+    Blocks are numbered in the order of their scopes. The language model's are always taken out, since they are most of
+    the model: where that scope is not asked for, a pass ends in front of them, under the number after the last.
+    """
 
     model: PreTrainedModel
-    block_names: list[str]
+    blocks: list[Block]
+    """Those that are streamed."""
     files: TensorFiles
     keys: dict[str, str]
     """The model's tensor names -> keys in the files."""
     dtype: torch.dtype
     """Compute dtype."""
-    _blocks: list[nn.Module]
+    unread: Sequence[Block] = ()
+    """Taken out as well, but never read: the language model's where they are no scope of the run."""
+
+    @cached_property
+    def block_names(self) -> list[str]:
+        """As the model's modules are called."""
+        return [block.name for block in self.blocks]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {block.name: index for index, block in enumerate(self.blocks)}
+
+    def names_of(self, scope: Scope) -> list[str]:
+        """Names of the blocks of a scope."""
+        return [block.name for block in self.blocks if block.scope == scope]
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """The block with its weights, on a device, in the compute dtype. The caller frees it with `release_block`.
 
         Raises `QuantExpertsError` if a tensor is missing, damaged or not finite.
         """
-        block, prefix = self._blocks[index], self.block_names[index]
+        block, prefix = self.meta_block(index), self.block_names[index]
         for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
             full = f"{prefix}.{name}"
             if full in self.keys:
@@ -87,23 +124,25 @@ class Skeleton:
 
     def release_block(self, index: int) -> None:
         """Give the block's memory back."""
-        self._blocks[index].to("meta")
+        self.meta_block(index).to("meta")
 
     def meta_block(self, index: int) -> nn.Module:
         """The block as it stands, without memory unless it is loaded."""
-        return self._blocks[index]
+        return self.blocks[index].module
 
     def keys_outside_blocks(self) -> list[str]:
         """File keys that belong to no block, in the files' order."""
         owned = {key for name, key in self.keys.items() if self._owner(name) is not None}
         return [key for key in self.files if key not in owned]
 
-    def file_names(self, index: int, quantized: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    def file_names(
+        self, index: int, quantized: Mapping[str, Tensor], *, guard: bool = False
+    ) -> tuple[str, dict[str, Tensor]]:
         """What the files call the block, and the tensors of it that quantization leaves as they are, by file key.
 
         quantized: tensors by name within the block; a linear's `weight` is replaced when its `weight_packed` is among
         them.
-        The first such linear gets a guard: an empty tensor in the place of its weight, at which a loader without this
+        guard: put an empty tensor in the place of the first such linear's weight, at which a loader without this
         package stops (shape mismatch) instead of going on with random weights.
         """
         prefix = self.block_names[index]
@@ -116,7 +155,7 @@ class Skeleton:
             file_prefix = key.removesuffix(f".{local}")
             if f"{local}_packed" not in quantized:
                 rest[key] = self.files.read(key)
-        if index == 0:  # every block of a supported model has linears, see pipeline
+        if guard:
             first = next(name for name in quantized if name.endswith(".weight_packed"))
             rest[f"{file_prefix}.{first.removesuffix('_packed')}"] = torch.zeros(0)
         return file_prefix, rest
@@ -124,13 +163,11 @@ class Skeleton:
     def unowned_weights(self, index: int) -> list[tuple[str, str]]:
         """(name, remark) of a block's matrices that are no linear layer's (fused experts, convolutions): they stay as
         they are."""
-        owned = {
-            f"{name}.weight" for name, module in self._blocks[index].named_modules() if isinstance(module, nn.Linear)
-        }
-        prefix = self.block_names[index]
+        block, prefix = self.meta_block(index), self.block_names[index]
+        owned = {f"{name}.weight" for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         return [
             (f"{prefix}.{name}", f"no linear layer, {list(parameter.shape)}: left in full precision")
-            for name, parameter in self._blocks[index].named_parameters()
+            for name, parameter in block.named_parameters()
             if parameter.ndim >= 2 and name not in owned
         ]
 
@@ -138,9 +175,9 @@ class Skeleton:
         """Names of linears that stay in full precision, as a model's own names, blocks' and others'."""
         quantized = {name for group in groups for name in group}
         inside = [
-            f"{prefix}.{name}"
-            for prefix, block in zip(self.block_names, self._blocks, strict=True)
-            for name, module in block.named_modules()
+            f"{block.name}.{name}"
+            for block in (*self.blocks, *self.unread)
+            for name, module in block.module.named_modules()
             if isinstance(module, nn.Linear)
         ]
         outside = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
@@ -148,14 +185,15 @@ class Skeleton:
 
     def _owner(self, name: str) -> int | None:
         """Index of the block that a tensor belongs to."""
-        head, _, rest = name.partition(f"{self.block_names[0].rpartition('.')[0]}.")
-        if head or not rest:
-            return None
-        return int(rest.partition(".")[0])
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._numbers:
+                return self._numbers[name]
+        return None
 
     def block_bytes(self) -> int:
         """Bytes of the largest block in the compute dtype."""
-        sizes = [sum(p.numel() for p in block.parameters()) for block in self._blocks]
+        sizes = [sum(p.numel() for p in block.module.parameters()) for block in self.blocks]
         return max(sizes) * self.dtype.itemsize
 
 
@@ -169,38 +207,36 @@ def _set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         owner._buffers[leaf] = value
 
 
-def decoder_blocks(model: PreTrainedModel) -> str:
-    """Name of the list of decoder blocks: the largest `ModuleList` of the language model. Raises `QuantExpertsError` if
-    none."""
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in decoder.named_modules(prefix=prefix)
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    if not sizes:
-        raise QuantExpertsError(
-            f"{type(model).__name__} has no list of decoder blocks: this architecture is not supported."
-        )
-    return str(max(sizes, key=lambda name: sizes[name]))
+def _take_out(model: PreTrainedModel, scopes: Sequence[Scope], pause: Pause) -> list[Block]:
+    """Put a `PausingBlock` in the place of every block of the scopes and of the language model. -> the blocks, those of
+    the language model last."""
+    wanted = [scope for scope in SCOPES if scope in scopes or scope == "language"]
+    names = [(name, scope) for scope in wanted for name in scope_modules(model, scope)]
+    blocks = [Block(name, scope, model.get_submodule(name)) for name, scope in names]
+    end = sum(block.scope in scopes for block in blocks)
+    for index, block in enumerate(blocks):
+        model.set_submodule(block.name, PausingBlock(min(index, end), block.module, pause))
+    return blocks
 
 
 def load_skeleton(
-    folder: Path, model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, pause: Pause
+    folder: Path,
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    pause: Pause,
+    scopes: Sequence[Scope] = DEFAULT_SCOPES,
 ) -> Skeleton:
-    """Load everything but the decoder blocks of a model, on the CPU."""
+    """Load everything of a model but the blocks of the scopes and of the language model, on the CPU.
+
+    Raises `QuantExpertsError` if the model has nothing of a scope, or its files cannot be read.
+    """
     found: dict[str, Any] = {}
 
     def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
         found["names"] = dict(self.state_dict())
-        list_name = decoder_blocks(self)
-        blocks = self.get_submodule(list_name)
-        assert isinstance(blocks, nn.ModuleList)
-        found["blocks"] = {f"{list_name}.{i}": block for i, block in enumerate(blocks)}
-        for index, block in enumerate(list(blocks)):
-            blocks[index] = PausingBlock(index, block, pause)
+        found["blocks"] = _take_out(self, scopes, pause)
 
     # A subclass, so that transformers does all the rest as for any model: names, conversions, computed buffers, tied
     # weights.
@@ -209,6 +245,7 @@ def load_skeleton(
     )
     model = load_weights(skeleton_class, folder, dtype, config=config)
     files = TensorFiles(folder)
-    names, blocks = found["names"], found["blocks"]
-    keys = module_names(model, list(files), names)
-    return Skeleton(model.eval(), list(blocks), files, keys, dtype, list(blocks.values()))
+    keys = module_names(model, list(files), found["names"])
+    streamed = [block for block in found["blocks"] if block.scope in scopes]
+    unread = [block for block in found["blocks"] if block.scope not in scopes]
+    return Skeleton(model.eval(), streamed, files, keys, dtype, unread)

@@ -6,13 +6,13 @@ held-out tokens is kept as it is, to measure errors on tokens that no factor was
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from quant_experts.artifacts import CalibrationBatch, Event, GroupStatistics, Modality
+from quant_experts.artifacts import Event, GroupStatistics, Modality
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.errors import QuantExpertsError
 
@@ -81,15 +81,15 @@ class _Collector:
     reservoir_position: list[Tensor] = field(default_factory=list)
     fit_tokens: list[Tensor] = field(default_factory=list)
 
-    def add(self, x: Tensor, batch: CalibrationBatch, sample: int, *, held_out: bool) -> None:
-        """x (T, K) of one sample."""
-        modality = token_labels(batch, len(x))
+    def add(self, x: Tensor, brought: Tensor, sample: int, *, held_out: bool) -> None:
+        """x (T, K) of one sample, which brought tokens of these modalities to the block."""
+        modality = token_labels(brought, len(x))
         x = x.float()
         if sample in self.keep:
             rows = _existing(self.keep[sample], x)
             self.reservoir.append(x[rows.to(x.device)].cpu())
             self.reservoir_modality.append(modality[rows])
-            self.reservoir_position.append(token_positions(batch, len(x))[rows])
+            self.reservoir_position.append(token_positions(brought, len(x))[rows])
         if sample in self.fit:
             self.fit_tokens.append(x[_existing(self.fit[sample], x).to(x.device)].cpu())
         if held_out or not len(x):
@@ -131,7 +131,7 @@ def collect_statistics(
     seed: int,
     fit_tokens: int = 0,
 ) -> dict[tuple[str, ...], GroupStatistics]:
-    """One pass of all samples through the full-precision block.
+    """One pass of all samples that wait for it through the full-precision block.
 
     held_out: indices of samples whose tokens go into the reservoir only. fit_tokens: how many tokens of the others to
     keep as they are. Raises `QuantExpertsError` for NaN or infinite
@@ -139,10 +139,11 @@ def collect_statistics(
     """
     device = stream.device
     linears = block_linears(block)
-    lengths = [batch.inputs["input_ids"].shape[1] for batch in stream.batches]
+    brought = {sample: stream.modality(sample) for sample in stream.waiting}
+    lengths = {sample: len(modality) for sample, modality in brought.items()}
     keep = _sample_rows(lengths, held_out, RESERVOIR_TOKENS, seed)
     # One sample alone serves both purposes.
-    others = frozenset(range(len(lengths))) - held_out or held_out
+    others = frozenset(lengths) - held_out or held_out
     fit = _sample_rows(lengths, others, fit_tokens, seed)
     collectors: dict[tuple[str, ...], _Collector] = {}
     current: dict[tuple[str, ...], list[Tensor]] = {}
@@ -168,7 +169,6 @@ def collect_statistics(
         handles.append(members[0].register_forward_pre_hook(watch))
     try:
         for sample in stream.run(block):
-            batch = stream.batches[sample]
             for names, x in ((names, x) for names, inputs in current.items() for x in inputs):
                 if not x.isfinite().all():
                     raise QuantExpertsError(
@@ -176,7 +176,7 @@ def collect_statistics(
                         f"at "
                         f"'{names[0]}': remove the sample, calibrate in float32, or check the model's weights."
                     )
-                collectors[names].add(x, batch, sample, held_out=sample not in others)
+                collectors[names].add(x, brought[sample], sample, held_out=sample not in others)
             current.clear()
     finally:
         for handle in handles:
@@ -184,18 +184,22 @@ def collect_statistics(
     return {names: collector.result() for names, collector in collectors.items()}
 
 
-def token_labels(batch: CalibrationBatch, tokens: int) -> Tensor:
-    """(tokens,) int8. Layers that see another number of tokens than the sequence has do not know which is which:
-    TEXT."""
-    if len(batch.modality) == tokens:
-        return batch.modality
-    return torch.full((tokens,), Modality.TEXT, dtype=torch.int8)
+def token_labels(brought: Tensor, tokens: int) -> Tensor:
+    """(tokens,) int8, the modalities of what a layer sees. brought: those of the tokens that came to its block.
+
+    A layer that sees another number of them (of which several may have become one) does not know which is which: TEXT,
+    unless all are images'.
+    """
+    if len(brought) == tokens:
+        return brought
+    images = len(brought) > 0 and bool((brought == Modality.IMAGE).all())
+    return torch.full((tokens,), Modality.IMAGE if images else Modality.TEXT, dtype=torch.int8)
 
 
-def token_positions(batch: CalibrationBatch, tokens: int) -> Tensor:
+def token_positions(brought: Tensor, tokens: int) -> Tensor:
     """(tokens,) float32: how much of the sequence lies before each token, in [0, 1). NaN for layers that see another
-    number of tokens than the sequence has."""
-    if len(batch.modality) == tokens:
+    number of tokens than came to the block."""
+    if len(brought) == tokens:
         return torch.arange(tokens) / max(1, tokens)
     return torch.full((tokens,), torch.nan)
 
@@ -205,7 +209,7 @@ def _existing(rows: Tensor, x: Tensor) -> Tensor:
     return rows[rows < len(x)]
 
 
-def _sample_rows(lengths: Sequence[int], chosen_from: frozenset[int], limit: int, seed: int) -> dict[int, Tensor]:
+def _sample_rows(lengths: Mapping[int, int], chosen_from: frozenset[int], limit: int, seed: int) -> dict[int, Tensor]:
     """Choose at most `limit` tokens of some samples uniformly: sample index -> its chosen rows, ascending."""
     if not limit:
         return {}
@@ -214,6 +218,11 @@ def _sample_rows(lengths: Sequence[int], chosen_from: frozenset[int], limit: int
     row = torch.cat([torch.arange(lengths[i]) for i in samples])
     chosen = torch.randperm(len(origin), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
     return {i: row[chosen][origin[chosen] == i] for i in samples}
+
+
+def held_out_among(samples: Sequence[int]) -> frozenset[int]:
+    """The samples that are held out of those that come to a block: by `split_held_out`, in their order."""
+    return frozenset(samples[place] for place in split_held_out(len(samples))[0])
 
 
 def split_held_out(samples: int, fraction: float = 1 / 8) -> tuple[frozenset[int], list[Event]]:
