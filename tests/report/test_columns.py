@@ -7,7 +7,16 @@ import math
 from report import made_up
 
 from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison, MethodRow, Score
-from quant_experts.report.columns import cells, duration, main_columns, overlap, row_label, size, small_number
+from quant_experts.report.columns import (
+    cells,
+    duration,
+    gain_columns,
+    main_columns,
+    overlap,
+    row_label,
+    size,
+    small_number,
+)
 from quant_experts.report.verdict import verdict
 
 ACCURACY, NLL, _, BITS, *_ = main_columns()
@@ -46,6 +55,12 @@ def test_values_without_intervals_are_tied_only_if_equal() -> None:
     known, unknown = Score(0.5, 0.4, 0.6), Score(0.55, math.nan, math.nan)
     assert not overlap(known, unknown) and overlap(known, Score(0.5, math.nan, math.nan))
     assert overlap(Score(0.5, 0.4, 0.6), Score(0.7, 0.6, 0.8))
+
+
+def test_intervals_of_differences_keep_their_signs_apart() -> None:
+    better = MethodRow("a", "W4A6", {}, Score(1, 1, 1), over_rtn={"accuracy": Score(0.01, -0.02, 0.04)})
+    assert [cell.interval for cell in cells([better], gain_columns()[0])] == ["-2.0 to +4.0"]
+    assert [cell.interval for cell in cells([row("a", 0.8)], ACCURACY)] == ["79.0–81.0"]
 
 
 def test_units() -> None:

@@ -51,17 +51,23 @@ def same_answer(answer: str, reference: str) -> bool:
 
 
 def data_uri(image: Image) -> str:
-    """The image on white, in the smaller of PNG (drawings) and JPEG (photos)."""
+    """The image as part of a page."""
+    kind, content = encoded(image)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def encoded(image: Image) -> tuple[str, bytes]:
+    """The image on white, in the smaller of "png" (drawings) and "jpeg" (photos), and which of them that is."""
     import PIL.Image
 
     small = image.convert("RGBA")
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     flat = PIL.Image.new("RGB", small.size, "white")
     flat.paste(small, mask=small.getchannel("A"))
-    encoded = []
+    found = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
         buffer = io.BytesIO()
         flat.save(buffer, format=kind, **options)
-        encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
-    _, kind, content = min(encoded)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        found.append((len(buffer.getvalue()), kind, buffer.getvalue()))
+    _, kind, content = min(found)
+    return kind, content

@@ -56,8 +56,8 @@ def cluster_figures(layers: Mapping[str, Sequence[GroupRecord]]) -> dict[str, An
                 "label": label,
                 "where": where,
                 "figures": [
-                    Figure("Similarity", Markup(matrix)),
-                    Figure("The same channels in a plane", Markup(points)),
+                    Figure("similarity", "Similarity", Markup(matrix)),
+                    Figure("embedding", "The same channels in a plane", Markup(points)),
                 ],
             }
     return {}
@@ -81,6 +81,7 @@ def _maps(record: GroupRecord) -> list[Figure]:
             where = group_name(record)
             description = f"Important channels of {len(tokens)} {TOKEN_KINDS[kind]} in {where}, one row a token."
             color = TOKEN_STYLES[kind].color
-            svg = channel_map_svg(tokens, SHOWN_CHANNELS, color, name=f"map-{kind}", description=description)
-            figures.append(Figure(f"{kind.capitalize()} tokens ({where})", Markup(svg)))
+            name = f"map-{kind}"
+            svg = channel_map_svg(tokens, SHOWN_CHANNELS, color, name=name, description=description)
+            figures.append(Figure(name, f"{kind.capitalize()} tokens ({where})", Markup(svg)))
     return figures

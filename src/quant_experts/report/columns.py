@@ -35,7 +35,7 @@ class Cell:
 
     text: str
     interval: str = ""
-    """"low–high", or "" if none is known."""
+    """"low–high", "-low to +high" for differences, or "" if none is known."""
     mark: Mark = ""
 
 
@@ -170,8 +170,9 @@ def _cell(score: Score | None, column: Column, mark: Mark) -> Cell:
     if score is None:
         return Cell(MISSING)
     bounded = finite(score.low) and finite(score.high)
-    interval = f"{column.write(score.low)}–{column.write(score.high)}" if bounded else ""
-    return Cell(column.write(score.mean), interval, mark)
+    low, high = column.write(score.low), column.write(score.high)
+    between = " to " if low[0] in "+-" else "–"
+    return Cell(column.write(score.mean), f"{low}{between}{high}" if bounded else "", mark)
 
 
 def percent(share: float) -> str:

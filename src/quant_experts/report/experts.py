@@ -121,7 +121,7 @@ def _use_maps(use: ExpertUse, label: str, name: str) -> list[Figure]:
         title = TOKEN_KINDS.get(kind, "all tokens")
         description = f"Share of {title} that each routed expert serves in {len(columns)} groups of linears, {label}."
         svg = expert_use_svg(columns, use.blocks, highest, name=f"{name}-{kind}", description=description)
-        result.append(Figure(title[0].upper() + title[1:], Markup(svg)))
+        result.append(Figure(f"{name}-{kind}", title[0].upper() + title[1:], Markup(svg)))
     return result
 
 
@@ -133,7 +133,7 @@ def _place_maps(shares: Mapping[str, Shares], where: str, name: str) -> list[Fig
         title = TOKEN_KINDS[kind]
         description = f"Share of {title} that each routed expert serves by place in the sequence, {where}."
         svg = expert_place_svg(columns, highest, name=f"{name}-{kind}", description=description)
-        result.append(Figure(title[0].upper() + title[1:], Markup(svg)))
+        result.append(Figure(f"{name}-{kind}", title[0].upper() + title[1:], Markup(svg)))
     return result
 
 

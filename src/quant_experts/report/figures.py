@@ -40,6 +40,8 @@ REFERENCE = "plain rounding, for reference"
 class Figure:
     """A drawing with its heading."""
 
+    name: str
+    """Begins the ids within the drawing; no other drawing of the report has it."""
     title: str
     svg: Markup
 
@@ -87,8 +89,9 @@ def accuracy(comparison: Comparison, styles: Mapping[str, Style]) -> list[Figure
     for number, (scheme, points) in enumerate(panels.items()):
         listed = [f"{name} {percent(score.mean)}% at {bits:.2f} bits" for name, (bits, score) in points.items()]
         description = f"Average exact match over stored bits per weight, {scheme}: {'; '.join(listed)}."
-        svg = accuracy_svg(points, full, styles, limits, name=f"accuracy{number}", description=description)
-        result.append(Figure(scheme or "Quantized", Markup(svg)))
+        name = f"accuracy{number}"
+        svg = accuracy_svg(points, full, styles, limits, name=name, description=description)
+        result.append(Figure(name, scheme or "Quantized", Markup(svg)))
     return result
 
 
@@ -116,7 +119,7 @@ def layer_errors(layers: Mapping[str, Mapping[str, Records]], styles: Mapping[st
             name=f"errors{number}",
             description=description,
         )
-        figures.append(Figure(scheme or "Layers", Markup(svg)))
+        figures.append(Figure(f"errors{number}", scheme or "Layers", Markup(svg)))
     headings, groups = _error_table(panels)
     errors = [record.error.get(ALL) for panel in layers.values() for records in panel.values() for record in records]
     left_out = sum(1 for error in errors if error is None or not finite(error) or error <= 0)
@@ -150,7 +153,7 @@ def modality_errors(
                 name=f"kinds{number}",
                 description=f"Relative output error by block and kind of token, {label}.",
             )
-            figures.append(Figure(label, Markup(svg)))
+            figures.append(Figure(f"kinds{number}", label, Markup(svg)))
     return figures
 
 
@@ -192,8 +195,9 @@ def channel_curves(chosen: Mapping[str, GroupRecord]) -> list[Figure]:
         shares = ", ".join(f"{kind} {percent(curve[0])}%" for kind, curve in curves.items())
         title = f"{depth}: {group_name(record)}"
         description = f"{title}. Share of tokens for which the most often important channel is important: {shares}."
-        svg = channel_curve_svg(curves, _interesting(curves), name=f"channels{number}", description=description)
-        result.append(Figure(title, Markup(svg)))
+        name = f"channels{number}"
+        svg = channel_curve_svg(curves, _interesting(curves), name=name, description=description)
+        result.append(Figure(name, title, Markup(svg)))
     return result
 
 

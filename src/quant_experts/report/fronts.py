@@ -56,7 +56,7 @@ def fronts(comparison: Comparison, styles: Mapping[str, Style]) -> list[Figure]:
                     name=name,
                     description=f"{title}. No method is better on both than: {best}.",
                 )
-                result.append(Figure(title, Markup(svg)))
+                result.append(Figure(name, title, Markup(svg)))
     return result
 
 

@@ -39,6 +39,11 @@ Legend = list[tuple[str, Style]]
 
 def render(comparison: Comparison) -> str:
     """The report as one HTML document."""
+    return fill("report.html", sections(comparison))
+
+
+def fill(template: str, content: dict[str, Any]) -> str:
+    """One of our templates with its content, as which text stays text."""
     environment = Environment(
         loader=PackageLoader("quant_experts.report"),
         autoescape=True,
@@ -46,11 +51,12 @@ def render(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page: str = environment.get_template("report.html").render(_sections(comparison))
-    return page
+    filled: str = environment.get_template(template).render(content)
+    return filled
 
 
-def _sections(comparison: Comparison) -> dict[str, Any]:
+def sections(comparison: Comparison) -> dict[str, Any]:
+    """What the page shows: tables, figures, legends, texts, by the names that its template has for them."""
     styles = method_styles(row.method for row in comparison.rows if not is_full_precision(row))
     layers = _layers_by_scheme(comparison)
     styles |= method_styles(name for panel in layers.values() for name in panel if name not in styles)

@@ -180,7 +180,8 @@ def channel_map_svg(tokens: Sequence[Sequence[int]], width: int, color: str, *, 
     spots = [(place + 1, row) for row, places in enumerate(tokens) for place in places if place < width]
 
     def draw(axes: Axes) -> None:
-        axes.plot([x for x, _ in spots], [y for _, y in spots], linestyle="", marker="s", color=color, markersize=1.7)
+        across, down = [x for x, _ in spots], [y for _, y in spots]
+        axes.plot(across, down, linestyle="", marker="s", color=color, markersize=2.6, markeredgewidth=0)
         axes.grid(False)
         axes.set_xlim(0, width + 1)
         axes.set_ylim(len(tokens), -1)
@@ -328,6 +329,8 @@ def _inline(svg: str, name: str, description: str) -> str:
     body = svg[svg.index(">", view.end()) + 1 :]
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
+    # Hundredths of a point are more than a screen shows; labels, which follow a ">", stay as they are.
+    body = re.sub(r'(?<=[\s"(-])(\d+\.\d\d)\d+', r"\1", body)
     body = re.sub(r'(?<= )id="', f'id="{name}-', body)
     body = body.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     body = body.replace("xlink:href=", "href=")
