@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quant_experts import __version__
-from quant_experts.config import MAX_PIXELS, RECIPES
+from quant_experts.config import DEFAULT_SCOPES, MAX_PIXELS, RECIPES, SCOPES
 from quant_experts.errors import QuantExpertsError, printable
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ RecipeOption = Annotated[str, typer.Option(help=f"How the error is repaired: {',
 ScaleOption = Annotated[
     bool, typer.Option(help="Scale ranks and channel counts with the model's width (the paper's at width 1536).")
 ]
+ScopesOption = Annotated[str, typer.Option(help=f"Comma-separated parts to quantize: {', '.join(SCOPES)}.")]
 SeedOption = Annotated[int, typer.Option(help="Makes a run repeatable.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 JsonOption = Annotated[
@@ -137,6 +138,7 @@ def quantize(
     max_tokens: Annotated[int, typer.Option(help="Longest sample in tokens; longer answers are cut.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Scale larger images down to this area.")] = MAX_PIXELS,
     scale_ranks: ScaleOption = False,
+    scopes: ScopesOption = ",".join(DEFAULT_SCOPES),
     seed: SeedOption = 0,
     device: DeviceOption = None,
     strict: Annotated[bool, typer.Option(help="Stop where a layer is left out or a computation falls back.")] = False,
@@ -153,6 +155,7 @@ def quantize(
         scheme,
         recipe,
         scale_with_width=scale_ranks,
+        scopes=scopes.split(","),
         seed=seed,
         samples=limit,
         max_tokens=max_tokens,
@@ -252,6 +255,7 @@ def compare(
     ] = "",
     control_of: Annotated[str | None, typer.Option(help="Controls of this method; the first with experts.")] = None,
     scale_ranks: ScaleOption = True,
+    scopes: ScopesOption = ",".join(DEFAULT_SCOPES),
     output: Annotated[Path, typer.Option(help="Where all goes; repeat the call to go on.")] = Path("compare-output"),
     seed: SeedOption = 0,
     device: DeviceOption = None,
@@ -276,6 +280,7 @@ def compare(
             controls=controls.split(",") if controls else [],
             control_of=control_of,
             scale_with_width=scale_ranks,
+            scopes=scopes.split(","),
             seed=seed,
             progress=progress,
             samples=samples,

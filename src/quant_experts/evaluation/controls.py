@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from quant_experts.checkpoint.schema import GroupSpec, group_stored_bits
-from quant_experts.config import RECIPES, QuantizationConfig, Recipe, Scheme
+from quant_experts.config import DEFAULT_SCOPES, RECIPES, QuantizationConfig, Recipe, Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.evaluation.bench import Contender, Outcome
 
@@ -19,8 +19,8 @@ ALL = "all"
 
 
 def derive(name: str, parent: Contender, outcome: Outcome, width: int) -> Contender | None:
-    """A control of a parent whose row is made; width is the model's hidden size. None if the parent's bits do not
-    suffice for it.
+    """A control of a parent whose row is made; width is the model's hidden size. None if the parent's bits or
+    scopes do not suffice for it.
 
     Raises `QuantExpertsError` for a name that does not exist.
     """
@@ -93,9 +93,12 @@ def _random_clusters(parent: Contender, _: Outcome) -> Contender:
     return _with(parent, "random clusters", routed="random")
 
 
-def _text_only(parent: Contender, _: Outcome) -> Contender:
-    """Calibrated on the samples' text alone: another distribution than the questions'."""
+def _text_only(parent: Contender, _: Outcome) -> Contender | None:
+    """Calibrated on the samples' text alone: another distribution than the questions'. Other scopes than language need
+    images."""
     config = parent.config
+    if config.scopes != DEFAULT_SCOPES:
+        return None
     return Contender(f"{parent.method}, text-only calibration", config, parent.scheme, text_only=True)
 
 

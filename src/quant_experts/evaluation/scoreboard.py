@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quant_experts.artifacts import GroupRecord
-from quant_experts.config import QuantizationConfig, Recipe
+from quant_experts.config import DEFAULT_SCOPES, QuantizationConfig, Recipe
 from quant_experts.errors import QuantExpertsError
 from quant_experts.evaluation import controls as control_rows
 from quant_experts.evaluation.bench import Bench, Contender, Outcome, Progress
@@ -42,6 +42,7 @@ def run_comparison(
     controls: Sequence[str],
     control_of: str | None,
     scale_with_width: bool,
+    scopes: Sequence[str],
     seed: int,
     progress: Progress,
     **given: Any,
@@ -49,9 +50,10 @@ def run_comparison(
     """What the command `compare` does; given: the arguments of `open_task`. Raises `QuantExpertsError` as `compare`
     and `open_task` do."""
     samples = given["sample_limit"]
-    rows = contenders(methods, schemes, scale_with_width=scale_with_width, seed=seed, samples=samples)
+    rows = contenders(methods, schemes, scale_with_width=scale_with_width, seed=seed, samples=samples, scopes=scopes)
     options = dict(methods=",".join(methods), schemes=",".join(schemes), controls=",".join(controls), seed=seed)
     options |= {"control-of": control_of} | {name.replace("_", "-"): value for name, value in given.items()}
+    options |= {} if tuple(scopes) == DEFAULT_SCOPES else {"scopes": ",".join(scopes)}
     flags = [] if scale_with_width else ["--no-scale-ranks"]
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value not in (None, "")]
     return compare(
@@ -69,11 +71,19 @@ def run_comparison(
 
 
 def contenders(
-    methods: Sequence[str | Recipe], schemes: Sequence[str], *, scale_with_width: bool, seed: int, samples: int
+    methods: Sequence[str | Recipe],
+    schemes: Sequence[str],
+    *,
+    scale_with_width: bool,
+    seed: int,
+    samples: int,
+    scopes: Sequence[str] = DEFAULT_SCOPES,
 ) -> list[Contender]:
     """Every method at every scheme, scheme by scheme. Raises `QuantExpertsError` for a name that does not exist."""
     configs = [
-        QuantizationConfig.of(scheme, method, scale_with_width=scale_with_width, seed=seed, samples=samples)
+        QuantizationConfig.of(
+            scheme, method, scale_with_width=scale_with_width, scopes=scopes, seed=seed, samples=samples
+        )
         for scheme in dict.fromkeys(schemes)
         for method in dict.fromkeys(methods)
     ]
