@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quant_experts import __version__
-from quant_experts.config import DEFAULT_SCOPES, MAX_PIXELS, RECIPES, SCOPES
+from quant_experts.config import MAX_PIXELS, RECIPES, SCOPES
 from quant_experts.errors import QuantExpertsError, printable
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def quantize(
     max_tokens: Annotated[int, typer.Option(help="Longest sample in tokens; longer answers are cut.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Scale larger images down to this area.")] = MAX_PIXELS,
     scale_ranks: ScaleOption = False,
-    scopes: ScopesOption = ",".join(DEFAULT_SCOPES),
+    scopes: ScopesOption = "language",
     seed: SeedOption = 0,
     device: DeviceOption = None,
     strict: Annotated[bool, typer.Option(help="Stop where a layer is left out or a computation falls back.")] = False,
@@ -255,7 +255,7 @@ def compare(
     ] = "",
     control_of: Annotated[str | None, typer.Option(help="Controls of this method; the first with experts.")] = None,
     scale_ranks: ScaleOption = True,
-    scopes: ScopesOption = ",".join(DEFAULT_SCOPES),
+    scopes: ScopesOption = "language",
     output: Annotated[Path, typer.Option(help="Where all goes; repeat the call to go on.")] = Path("compare-output"),
     seed: SeedOption = 0,
     device: DeviceOption = None,
