@@ -150,7 +150,8 @@ def test_compare_a_model_of_the_users(tiny: Callable[..., Path], samples: Path, 
     ]
     assert "--methods rtn,aser" in found["command"] and "--limit" not in found["command"]
     assert Path(found["report"]).is_file()
-    text = run(*given)
+    text = run(*given, "--figures", tmp_path / "figures")
+    assert {"accuracy0.svg", "errors0.svg", "channels0.svg"} <= {path.name for path in (tmp_path / "figures").iterdir()}
     assert "Layer errors and what a token costs" in text and "text-only" in text
 
 
@@ -181,9 +182,9 @@ def test_interrupting_gives_130_and_the_next_call_goes_on(
         # A shell's background jobs ignore SIGINT, and so would their children.
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from quant_experts import cli, pipeline\nblocks = pipeline._Run._quantize_block\n"
-        "def slow(self, stream, block, index):\n"
+        "def slow(self, stream, block, index, **more):\n"
         "    if index:\n        print('one block', flush=True)\n        time.sleep(200)\n"
-        "    return blocks(self, stream, block, index)\n"
+        "    return blocks(self, stream, block, index, **more)\n"
         "pipeline._Run._quantize_block = slow\ncli.main()\n"
     )
     arguments = ["quantize", str(tiny("qwen2_vl")), str(samples), str(tmp_path / "out"), "--recipe", "rtn"]

@@ -24,7 +24,7 @@ from quant_experts.runtime.processor import load_processor
 DEMO = "demo"
 DEMO_QUESTIONS = 280
 PACKAGE = Path(__file__).parents[1]
-_UNRELATED = ("report", "demo", "cli.py", "__main__.py")
+_UNRELATED = ("report", "demo", "cli")
 """Parts of the package that decide no figure of a row."""
 
 
