@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from xml.etree import ElementTree
 
 import matplotlib
@@ -76,6 +77,13 @@ def test_figures_are_repeatable_xml_with_a_description(draw: object) -> None:
     root = ElementTree.fromstring(svg)
     assert root.tag == "svg" and root.attrib["aria-label"] and root.attrib["role"] == "img"
     assert "width" not in root.attrib and "http" not in svg
+
+
+def test_coordinates_are_short_and_labels_whole() -> None:
+    svg = layer_error_svg({"rtn": [0.1, 0.2]}, ["0", "1"], STYLES, (0.00005, 0.5), name="f", description="d")
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag == "text"]
+    assert "0.0001" in texts and "0.001" in texts
+    assert not re.search(r'[ "]\d+\.\d{3,}', svg)
 
 
 def test_ids_are_the_figures_own() -> None:

@@ -1,50 +1,26 @@
-"""Figures as SVG text. No pyplot and no settings left behind; the same records always give the same bytes.
+"""Figures as SVG text.
 
-Figures are drawn small with comparatively large type and scaled by the page, so that they can be read on a phone too.
 They hold axes only: legends are HTML, which wraps and can be read aloud. Backgrounds are always light.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from quant_experts.evaluation.comparison import Score
+from quant_experts.report.canvas import drawing
 from quant_experts.report.columns import finite
 from quant_experts.report.palette import TOKEN_STYLES, Style
 
-_SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "quant-experts",
-    # A dollar sign in a name is a dollar sign.
-    "text.parse_math": False,
-    "font.size": 8.0,
-    "axes.edgecolor": "#5F6B7A",
-    "axes.labelcolor": "#1F2933",
-    "xtick.color": "#3E4C59",
-    "ytick.color": "#3E4C59",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E7EB",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.3,
-}
 _INK = "#1F2933"
-_SIZE = (3.8, 2.5)
-_NO_METADATA: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def accuracy_svg(
@@ -78,7 +54,7 @@ def accuracy_svg(
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
-    return _figure(draw, name, description)
+    return drawing(draw, name, description)
 
 
 def front_svg(
@@ -112,7 +88,7 @@ def front_svg(
         _log_ticks(axes, axes.get_ylim())
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
-    return _figure(draw, name, description)
+    return drawing(draw, name, description)
 
 
 def layer_error_svg(
@@ -147,7 +123,7 @@ def layer_error_svg(
         _log_ticks(axes, limits)
         _position_ticks(axes, blocks)
 
-    return _figure(draw, name, description)
+    return drawing(draw, name, description)
 
 
 def channel_curve_svg(curves: Mapping[str, Sequence[float]], width: int, *, name: str, description: str) -> str:
@@ -172,7 +148,7 @@ def channel_curve_svg(curves: Mapping[str, Sequence[float]], width: int, *, name
         axes.set_xlim(1, max(2, width))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
-    return _figure(draw, name, description, (3.8, 2.3))
+    return drawing(draw, name, description, (3.8, 2.3))
 
 
 def channel_map_svg(tokens: Sequence[Sequence[int]], width: int, color: str, *, name: str, description: str) -> str:
@@ -189,7 +165,7 @@ def channel_map_svg(tokens: Sequence[Sequence[int]], width: int, color: str, *, 
         axes.set_xlabel("channel, most often important first")
         axes.set_ylabel("tokens")
 
-    return _figure(draw, name, description, (3.8, 1.9))
+    return drawing(draw, name, description, (3.8, 1.9))
 
 
 def similarity_svg(shares: Sequence[Sequence[int]], clusters: Sequence[int], *, name: str, description: str) -> str:
@@ -210,7 +186,7 @@ def similarity_svg(shares: Sequence[Sequence[int]], clusters: Sequence[int], *, 
         bar = axes.figure.colorbar(ScalarMappable(scale, colors), ax=axes, fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
 
-    return _figure(draw, name, description, (3.8, 3.2))
+    return drawing(draw, name, description, (3.8, 3.2))
 
 
 def embedding_svg(
@@ -242,7 +218,7 @@ def embedding_svg(
         axes.set_ylabel("second direction")
         axes.margins(0.08)
 
-    return _figure(draw, name, description, (3.8, 3.2))
+    return drawing(draw, name, description, (3.8, 3.2))
 
 
 def expert_use_svg(
@@ -258,7 +234,7 @@ def expert_use_svg(
         axes.set_xlabel("block, from input to output")
         _position_ticks(axes, blocks)
 
-    return _figure(draw, name, description, (3.8, 1.9))
+    return drawing(draw, name, description, (3.8, 1.9))
 
 
 def expert_place_svg(shares: Sequence[Sequence[float]], highest: float, *, name: str, description: str) -> str:
@@ -270,7 +246,7 @@ def expert_place_svg(shares: Sequence[Sequence[float]], highest: float, *, name:
         quarters = range(0, 101, 25)
         axes.set_xticks([len(shares) * share / 100 - 0.5 for share in quarters], [f"{share}%" for share in quarters])
 
-    return _figure(draw, name, description, (3.8, 1.9))
+    return drawing(draw, name, description, (3.8, 1.9))
 
 
 def _expert_map(axes: Axes, shares: Sequence[Sequence[float]], highest: float) -> None:
@@ -308,30 +284,3 @@ def _position_ticks(axes: Axes, labels: Sequence[str]) -> None:
     starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
     kept = starts[:: max(1, math.ceil(len(starts) / 12))]
     axes.set_xticks(kept, [labels[i] for i in kept])
-
-
-def _figure(draw: Any, name: str, description: str, inches: tuple[float, float] = _SIZE) -> str:
-    """Draw one pair of axes under our settings; those of the process are back afterwards."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        figure = Figure(figsize=inches, layout="constrained")
-        draw(figure.add_subplot())
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=_NO_METADATA)
-    return _inline(text.getvalue(), name, description)
-
-
-def _inline(svg: str, name: str, description: str) -> str:
-    """An SVG document as an element of an HTML page: no prologue, ids of its own, a size that the page decides."""
-    view = re.search(r'viewBox="[^"]*"', svg)
-    assert view is not None
-    body = svg[svg.index(">", view.end()) + 1 :]
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
-    body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
-    # Hundredths of a point are more than a screen shows; labels, which follow a ">", stay as they are.
-    body = re.sub(r'(?<=[\s"(-])(\d+\.\d\d)\d+', r"\1", body)
-    body = re.sub(r'(?<= )id="', f'id="{name}-', body)
-    body = body.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    body = body.replace("xlink:href=", "href=")
-    return f'<svg {view[0]} role="img" aria-label="{escape(description)}">{body.strip()}'
