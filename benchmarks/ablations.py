@@ -1,7 +1,8 @@
-"""The paper's ablations (its tables 4, 5, 6, 11 and 13) redone on the bundled model, with its tuning questions.
+"""The paper's ablations (its tables 4, 5, 6, 11, 12 and 13) redone on the bundled model, with its tuning questions.
 
 Ranks, k and N_r stand in the paper's proportion to the width: k 4-64 at width 1536 are 1-16 here. Every row is the
-`paper` recipe with one thing changed. A call that was stopped goes on where it was; finished rows are read back.
+`paper` recipe with one thing changed; those of table 12 quantize the merger, the vision encoder or both as well, by
+`paper` and by plain rounding. A call that was stopped goes on where it was; finished rows are read back.
 Writes benchmarks/results/ablations.json and prints its table (again: python benchmarks/demo_table.py FILE --ablations).
 
     python benchmarks/ablations.py [--schemes W4A6,W3A16] [--questions 280] [--only N_r]
@@ -18,7 +19,7 @@ from typing import Any
 from demo_table import ablation_table
 from transformers.utils import logging
 
-from quant_experts.config import RECIPES, QuantizationConfig, Recipe, Scheme
+from quant_experts.config import DEFAULT_SCOPES, RECIPES, SCOPES, QuantizationConfig, Recipe, Scheme
 from quant_experts.evaluation.bench import Contender
 from quant_experts.evaluation.scoreboard import compare
 from quant_experts.evaluation.task import DEMO, Task, open_task
@@ -27,6 +28,11 @@ from quant_experts.report.text import comparison_json
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
 NO_SHARED = dict(shared_rank=0, exempt="none", smoothing="none")
+MORE_SCOPES = {
+    "language + merger": ("merger", "language"),
+    "language + vision": ("vision", "language"),
+    "all scopes": SCOPES,
+}
 
 
 def variants(width: int) -> dict[str, Recipe]:
@@ -55,10 +61,16 @@ def variants(width: int) -> dict[str, Recipe]:
 
 def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Iterator[Contender]:
     """Every variant at every scheme; plain rounding always, because others are measured against it."""
+    recipes = variants(task.width)
+    rows: dict[str, tuple[Recipe, tuple[str, ...]]] = {
+        name: (recipe, DEFAULT_SCOPES) for name, recipe in recipes.items()
+    }
+    for method in ("rtn", "paper"):
+        rows |= {f"{method}, {label}": (recipes[method], scopes) for label, scopes in MORE_SCOPES.items()}
     for scheme in schemes:
-        for name, recipe in variants(task.width).items():
+        for name, (recipe, scopes) in rows.items():
             if only in name or name == "rtn":
-                config = QuantizationConfig.of(scheme, recipe, samples=samples)
+                config = QuantizationConfig.of(scheme, recipe, samples=samples, scopes=scopes)
                 yield Contender(name, config, str(Scheme.parse(scheme)))
 
 

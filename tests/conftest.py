@@ -37,8 +37,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """quantized(family, scheme, **changes to SMALL or options of build_tiny) -> its folder, made once a session."""
-    from small_runs import SMALL, small_samples
+    """quantized(family, scheme, **changes to SMALL or options of build_tiny, or scopes) -> its folder, made once a
+    session."""
+    from small_runs import SMALL, mixed_samples, small_samples
 
     from quant_experts import QuantizationConfig, quantize
 
@@ -48,10 +49,12 @@ def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         key = f"{family} {scheme} {sorted(changes.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp("quantized") / family
+            scopes = {name: value for name, value in changes.items() if name == "scopes"}
             recipe = {name: value for name, value in changes.items() if name in type(SMALL).model_fields}
-            model = tiny(family, **{name: value for name, value in changes.items() if name not in recipe})
-            config = QuantizationConfig.of(scheme, SMALL.model_copy(update=recipe))
-            quantize(model, small_samples(family), folder, config, device="cpu")
+            model = tiny(family, **{name: changes[name] for name in changes.keys() - recipe.keys() - scopes.keys()})
+            config = QuantizationConfig.of(scheme, SMALL.model_copy(update=recipe), **scopes)
+            samples = mixed_samples(family) if scopes else small_samples(family)
+            quantize(model, samples, folder, config, device="cpu")
             made[key] = folder
         return made[key]
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,16 +53,24 @@ def write_samples(folder: Path, samples: Sequence[Sample], name: str = "samples.
     return folder / name
 
 
-def small_batches(family: str, folder: Path, count: int = 4) -> list[CalibrationBatch]:
+def mixed_samples(family: str, count: int = 4) -> list[Sample]:
+    """As `small_samples`, after one without an image."""
+    return [Sample("What is on no picture?", "nothing"), *small_samples(family, count)]
+
+
+def small_batches(
+    family: str, folder: Path, count: int = 4, make: Callable[[str, int], list[Sample]] = small_samples
+) -> list[CalibrationBatch]:
     """The samples as the model takes them."""
-    return make_batches(small_samples(family, count), load_processor(folder), read_config(folder))[0]
+    return make_batches(make(family, count), load_processor(folder), read_config(folder))[0]
 
 
 @contextmanager
-def block_stream(folder: Path, batches: Sequence[CalibrationBatch]) -> Iterator[BlockStream]:
+def block_stream(folder: Path, batches: Sequence[CalibrationBatch], **options: Any) -> Iterator[BlockStream]:
     """A stream over a full-precision model, closed at the end."""
     config = read_config(folder)
-    stream = BlockStream(folder, model_class(config), config, batches, torch.device("cpu"), torch.float32)
+    cpu = torch.device("cpu")
+    stream = BlockStream(folder, model_class(config), config, batches, cpu, torch.float32, **options)
     try:
         yield stream
     finally:

@@ -470,6 +470,30 @@ def test_images_for_a_model_that_takes_none(
     )
 
 
+SCOPES: dict[str, tuple[str, Callable[[Place], None], str]] = {
+    "no image": ("vision,language", lambda place: text_only(place), "No image would run through vision: none of 2"),
+    "unknown": ("head", NOTHING, r"scopes\.0: Input should be 'vision', 'merger' or 'language'"),
+}
+
+
+@pytest.mark.parametrize("case", SCOPES)
+def test_scopes_are_refused(case: str, place: Place, command: Callable[..., Ended]) -> None:
+    scopes, prepare, sentence = SCOPES[case]
+    prepare(place)
+    check_refusal(command("quantize", place.model, place.samples, place.output, "--scopes", scopes), sentence)
+    assert not place.output.exists() and not place.output.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("scope", ["vision", "merger"])
+def test_scopes_of_a_model_that_takes_text_only(
+    tiny: Callable[..., Path], place: Place, command: Callable[..., Ended], scope: str
+) -> None:
+    text_only(place)
+    ended = command("quantize", tiny("qwen2"), place.samples, place.output, "--scopes", f"language,{scope}")
+    check_refusal(ended, f"has no vision encoder: there is nothing to quantize in the scope '{scope}'")
+    assert not place.output.exists()
+
+
 def test_a_full_disk(small_disk: Path, place: Place, command: Callable[..., Ended]) -> None:
     arguments = ["quantize", place.model, place.samples, small_disk / "out", "--recipe", "rtn"]
     check_refusal(command(*arguments), "disk is full: free space .* repeat the call")

@@ -141,6 +141,27 @@ def test_demo(tmp_path: Path) -> None:
     assert checkpoint.stat().st_mtime_ns == written, "a finished checkpoint is used again"
 
 
+def test_scopes_are_given_on_the_command_line(tiny: Callable[..., Path], samples: Path, tmp_path: Path) -> None:
+    given = ["quantize", tiny("qwen2_vl"), samples, tmp_path / "out", "--recipe", "rtn", "--scopes", "merger,vision"]
+    json.loads(run(*given, "--json"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert all("visual" in linear for group in config["groups"] for linear in group["linears"])
+    compared = ["compare", tiny("qwen2_vl"), "--samples", samples, "--questions", samples, "--device", "cpu"]
+    compared += [
+        "--methods",
+        "rtn",
+        "--max-new-tokens",
+        2,
+        "--output",
+        tmp_path / "compared",
+        "--controls",
+        "text-only",
+    ]
+    found = json.loads(run(*compared, "--scopes", "merger,language", "--json"))
+    assert [row["label"] for row in found["rows"]] == ["full precision", "rtn W4A6"], "text calibrates no merger"
+    assert "--scopes merger,language" in found["command"]
+
+
 def test_compare_a_model_of_the_users(tiny: Callable[..., Path], samples: Path, tmp_path: Path) -> None:
     given = ["compare", tiny("qwen2_vl"), "--samples", samples, "--questions", samples, "--device", "cpu"]
     given += ["--methods", "rtn,aser", "--max-new-tokens", 2, "--output", tmp_path / "out", "--controls", "text-only"]

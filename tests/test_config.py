@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from pydantic import ValidationError
 
-from quant_experts.config import PAPER_WIDTH, RECIPES, QuantizationConfig, Recipe, Scheme, find_recipe
+from quant_experts.config import PAPER_WIDTH, RECIPES, SCOPES, QuantizationConfig, Recipe, Scheme, find_recipe
 from quant_experts.errors import QuantExpertsError
 
 ALL_SCHEMES = [
@@ -153,3 +153,19 @@ def test_at_width_keeps_what_is_absent_or_absolute() -> None:
     assert (rtn.shared_rank, rtn.routed_rank) == (0, 0)
     paper = RECIPES["paper"].model_copy(update=dict(scale_with_width=True)).at_width(PAPER_WIDTH)
     assert paper == RECIPES["paper"]
+
+
+def test_scopes_are_a_set_and_the_default_is_not_written() -> None:
+    plain = QuantizationConfig.of("W4A6")
+    assert plain.scopes == ("language",) and "scopes" not in plain.to_json()
+    assert QuantizationConfig.from_json(plain.to_json()) == plain
+    every = QuantizationConfig.of("W4A6", scopes=["language", "vision", "merger", "vision"])
+    assert every.scopes == SCOPES == ("vision", "merger", "language")
+    assert every.to_json()["scopes"] == list(SCOPES)
+    assert QuantizationConfig.from_json(json.loads(json.dumps(every.to_json()))) == every
+
+
+@pytest.mark.parametrize(("scopes", "said"), [(["head"], "'vision', 'merger' or 'language'"), ([], "at least 1 item")])
+def test_scopes_that_do_not_exist_are_refused(scopes: list[str], said: str) -> None:
+    with pytest.raises(QuantExpertsError, match=f"Invalid QuantizationConfig: scopes.*{said}"):
+        QuantizationConfig.of("W4A6", scopes=scopes)

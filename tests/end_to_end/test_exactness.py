@@ -8,25 +8,35 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import SMALL, block_stream, contents, small_batches, small_samples
-from tiny_models import FAMILIES, tiny_image
+from small_runs import SMALL, block_stream, contents, mixed_samples, small_batches, small_samples
+from tiny_models import FAMILIES, VISION_FAMILIES, tiny_image
 
 from quant_experts import QuantizationConfig, load, quantize
 from quant_experts.artifacts import Sample
 from quant_experts.calibration.statistics import collect_statistics, find_groups, split_held_out
 from quant_experts.calibration.streaming import BlockStream
+from quant_experts.config import DEFAULT_SCOPES, SCOPES
 from quant_experts.kernels import cpu_int8, reference
 from quant_experts.runtime.modules import QuantizedLinear
 
 Folders = Callable[..., Path]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streaming_is_the_plain_forward_pass(tiny: Folders, family: str) -> None:
-    """With nothing quantized, block by block and all samples in lockstep give bit-equal logits."""
+SCOPED = [
+    *((family, DEFAULT_SCOPES) for family in FAMILIES),
+    *((family, SCOPES) for family in VISION_FAMILIES),
+    ("qwen3_vl", ("vision", "language")),
+    ("llava_onevision", ("merger", "language")),
+]
+
+
+@pytest.mark.parametrize(("family", "scopes"), SCOPED)
+def test_streaming_is_the_plain_forward_pass(tiny: Folders, family: str, scopes: tuple[str, ...]) -> None:
+    """With nothing quantized, block by block and all samples in lockstep give bit-equal logits, with or without an
+    image."""
     folder = tiny(family, layers=3)
-    batches = small_batches(family, folder)
-    with block_stream(folder, batches) as stream:
+    batches = small_batches(family, folder, make=mixed_samples)
+    with block_stream(folder, batches, scopes=scopes) as stream:
         for index in stream.blocks():
             block = stream.skeleton.load_block(index, stream.device)
             stream.advance(block, finish=True)
@@ -39,11 +49,17 @@ def test_streaming_is_the_plain_forward_pass(tiny: Folders, family: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme"),
-    [*((family, "W4A6") for family in FAMILIES), ("qwen2_vl", "W3A16"), ("qwen2_vl", "W4A8g32-asym")],
+    ("family", "scheme", "scopes"),
+    [
+        *((family, "W4A6", DEFAULT_SCOPES) for family in FAMILIES),
+        ("qwen2_vl", "W3A16", DEFAULT_SCOPES),
+        ("qwen2_vl", "W4A8g32-asym", DEFAULT_SCOPES),
+        ("qwen3_vl", "W4A6", SCOPES),
+        ("llava_onevision", "W3A16", SCOPES),
+    ],
 )
 def test_the_checkpoint_is_the_model_that_was_calibrated(
-    tiny: Folders, family: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Folders, family: str, scheme: str, scopes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Let the last block's quantized output run on to the logits: those of the loaded checkpoint, bit for bit."""
     advance, streams = BlockStream.advance, []
@@ -53,9 +69,10 @@ def test_the_checkpoint_is_the_model_that_was_calibrated(
         advance(stream, block, finish=True)
 
     monkeypatch.setattr(BlockStream, "advance", to_the_end)
-    quantize(tiny(family), small_samples(family), tmp_path / "out", QuantizationConfig.of(scheme, SMALL), device="cpu")
+    config = QuantizationConfig.of(scheme, SMALL, scopes=scopes)
+    quantize(tiny(family), small_samples(family), tmp_path / "out", config, device="cpu")
     model = load(tmp_path / "out")
-    assert len(streams) == 2 and len(streams[0].outputs) == 4
+    assert len(streams) == len(streams[0].skeleton.blocks) and len(streams[0].outputs) == 4
     with torch.inference_mode():
         for batch, output in zip(streams[0].batches, streams[0].outputs, strict=True):
             assert torch.equal(model(**batch.inputs, use_cache=False).logits, output.logits)

@@ -14,7 +14,7 @@ from torch import nn
 
 import quant_experts
 from quant_experts.checkpoint.schema import CheckpointConfig
-from quant_experts.config import RECIPES
+from quant_experts.config import DEFAULT_SCOPES, RECIPES, SCOPES
 from quant_experts.runtime.modules import QuantizedLinear
 
 DEFAULT = RECIPES["quant-experts"].to_json()
@@ -27,6 +27,11 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {family: (family, "W4A6", {})
     "default, weight-only": ("internvl", "W3A16", DEFAULT | {"shared_rank": 4}),
     "tied": ("qwen2_vl", "W4A6", {"tie_embeddings": True}),
     "bfloat16": ("qwen2_5_vl", "W4A6", {"dtype": torch.bfloat16}),
+    "vision": ("qwen2_vl", "W4A6", {"scopes": ("vision",)}),
+    "merger": ("qwen3_vl", "W4A6", {"scopes": ("merger",)}),
+    "vision and language, default": ("qwen2_5_vl", "W3A16", DEFAULT | {"shared_rank": 4, "scopes": SCOPES[::2]}),
+    **{f"{family}, all scopes": (family, "W4A6", {"scopes": SCOPES, "routed_rank": 0}) for family in VISION_FAMILIES},
+    "routed experts everywhere": ("qwen3_vl", "W4A6", {"scopes": SCOPES}),
 }
 Found = dict[str, Any]
 
@@ -77,13 +82,12 @@ def test_another_program_gets_the_same(elsewhere: dict[str, Found], name: str) -
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_decoder_blocks_are_quantized_and_nothing_else(elsewhere: dict[str, Found], name: str) -> None:
+def test_the_scopes_are_quantized_and_nothing_else(elsewhere: dict[str, Found], name: str) -> None:
     run = elsewhere[name]
     original, model = quant_experts.load(run["original"]), quant_experts.load(run["folder"])
-    decoder = next(name for name, module in original.named_modules() if module is original.get_decoder())
     linears = {name for name, module in original.named_modules() if isinstance(module, nn.Linear)}
-    inside = {name for name in linears if name.startswith(f"{decoder}.layers.")}
-    assert len(inside) == 2 * 7 and inside < linears
+    inside = {linear for linear in linears if scope_of(linear) in RUNS[name][2].get("scopes", DEFAULT_SCOPES)}
+    assert sum(scope_of(linear) == "language" for linear in linears) == 2 * 7 and inside < linears
     assert {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)} == inside
     config = CheckpointConfig.read(json.loads((run["folder"] / "config.json").read_text())["quantization_config"])
     assert sorted(name for group in config.groups for name in group.linears) == sorted(inside)
@@ -92,6 +96,13 @@ def test_the_decoder_blocks_are_quantized_and_nothing_else(elsewhere: dict[str, 
     for key, value in original.state_dict().items():
         if key.removesuffix(".weight") not in inside:
             assert torch.equal(after[key], value), key
+
+
+def scope_of(linear: str) -> str:
+    """By what the families call things."""
+    if "merger" in linear or "projector" in linear:
+        return "merger"
+    return "head" if linear == "lm_head" else "vision" if "vis" in linear else "language"
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -79,7 +79,8 @@ def _outermost_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Mod
 def _merger_modules(model: PreTrainedModel) -> list[str]:
     """The outermost modules with linears that hold neither vision blocks nor language model nor head.
 
-    Those that are registered before the vision blocks feed them (a linear patch embedding) and are left out.
+    Left out are those that are registered before the vision blocks, since they feed them (a linear patch embedding),
+    and linears by themselves, which are no module with linears in it.
     """
     vision = model.get_submodule(encoder_blocks(model, "merger"))
     elsewhere = {vision, model.get_decoder(), model.get_output_embeddings()}
@@ -93,14 +94,14 @@ def _merger_modules(model: PreTrainedModel) -> list[str]:
         if isinstance(module, nn.ModuleList) or _holds(module, lambda part: part in elsewhere):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}".removeprefix("."), child)
-        elif _holds(module, lambda part: isinstance(part, nn.Linear)):
+        elif not isinstance(module, nn.Linear) and _holds(module, lambda part: isinstance(part, nn.Linear)):
             found.append(name)
 
     visit("", model)
     if not found:
         raise QuantExpertsError(
-            f"{type(model).__name__} has no linear layer between vision encoder and language model: leave the scope "
-            "'merger' out."
+            f"{type(model).__name__} has no module with linear layers between vision encoder and language model: leave "
+            "the scope 'merger' out."
         )
     return found
 
