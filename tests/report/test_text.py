@@ -45,9 +45,17 @@ def test_nothing_is_cut_at_80_columns() -> None:
         for nll in [Score(0.0123, 0.01, 0.02)]
     )
     costs = dict(layer_error=0.373, oracle_layer_error=0.359, base_flops=9, repair_flops=1, token_bytes=9_990_000)
+    costs |= dict(overfit=1.02)  # which has no room
     paper = dataclasses.replace(paper, peak_bytes=999_000_000, **costs)
     text = printed(Comparison("A comparison", "m", "c", 350, (full, rtn, paper)), width=80)
     assert max(map(len, text.splitlines())) <= 80 and "9.99 MB" in text and "999 MB" in text
+    titles = next(line for line in text.splitlines() if "FLOPs" in line)
+    values = next(line for line in text.splitlines() if "999 MB" in line)
+    cells = dict(zip(titles.split("┃"), values.split("│"), strict=True))
+    assert {title.strip(): cell.strip() for title, cell in cells.items()}.items() >= {
+        ("FLOPs", "1.111"),
+        ("error", "0.373"),
+    }
     assert "…" not in text and "full precision" in text
     line = next(line.split() for line in text.splitlines() if "color_position" in line)
     assert [entry for entry in line if entry.startswith("87.1")] == ["87.1", "87.1*", "87.1*"]

@@ -29,6 +29,14 @@ from quant_experts.report.verdict import verdict
 
 MANY = 5
 """With more methods than this a table has a line for each of them instead of a column."""
+_COSTS = {
+    "Layer error": "error",
+    "Best routing": "routed best",
+    "Operations": "FLOPs",
+    "Bytes read": "read",
+    "Peak memory": "memory",
+}
+"""Columns of costs for which 80 characters have room, with short titles."""
 _SUFFIX = {"best": "*", "tie": "≈", "": ""}
 _PICTURES = {
     *("channel_frequency", "important_tokens", "similarity", "clusters"),
@@ -70,19 +78,19 @@ def _summary(comparison: Comparison) -> Table:
 
 
 def _costs(comparison: Comparison) -> Table:
-    columns = cost_columns()
+    columns = [column for column in cost_columns() if column.title in _COSTS]
     table = Table(
         title=Text("Layer errors and what a token costs"),
         caption=Text("error of layers over rtn's; FLOPs over full precision's; bytes read a token"),
     )
     table.add_column("method", overflow="fold", min_width=13)
     table.add_column("scheme", no_wrap=True)
-    for title in ("error", "routed best", "FLOPs", "read", "memory"):
-        table.add_column(Text(title), justify="right")
+    for column in columns:
+        table.add_column(Text(_COSTS[column.title]), justify="right")
     rows = [row for row in ordered(comparison) if not is_full_precision(row)]
     written = [_written(cells(rows, column), False) for column in columns]
     for index, row in enumerate(rows):
-        table.add_row(Text(row.method), Text(row.scheme), *(column[index] for column in written))
+        table.add_row(Text(row.method), Text(row.scheme), *(texts[index] for texts in written))
     return table
 
 
