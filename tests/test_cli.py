@@ -147,16 +147,8 @@ def test_scopes_are_given_on_the_command_line(tiny: Callable[..., Path], samples
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert all("visual" in linear for group in config["groups"] for linear in group["linears"])
     compared = ["compare", tiny("qwen2_vl"), "--samples", samples, "--questions", samples, "--device", "cpu"]
-    compared += [
-        "--methods",
-        "rtn",
-        "--max-new-tokens",
-        2,
-        "--output",
-        tmp_path / "compared",
-        "--controls",
-        "text-only",
-    ]
+    compared += ["--methods", "rtn", "--max-new-tokens", 2, "--output", tmp_path / "compared"]
+    compared += ["--controls", "text-only", "--control-of", "rtn"]
     found = json.loads(run(*compared, "--scopes", "merger,language", "--json"))
     assert [row["label"] for row in found["rows"]] == ["full precision", "rtn W4A6"], "text calibrates no merger"
     assert "--scopes merger,language" in found["command"]
