@@ -20,6 +20,7 @@ from quant_experts.calibration.memory import estimate_memory
 from quant_experts.calibration.scopes import image_encoder, scope_modules
 from quant_experts.calibration.sensitivity import branch_sensitivities
 from quant_experts.calibration.skeleton import PausingBlock
+from quant_experts.calibration.streaming import _hook_encoder
 from quant_experts.config import RECIPES, SCOPES
 from quant_experts.runtime.loading import model_class, read_config
 
@@ -117,6 +118,30 @@ def test_image_tokens_come_in_order_and_in_the_estimated_number(tiny: Folders, f
     assert estimate.statistics >= 8 * widest**2
 
 
+@pytest.mark.parametrize(
+    ("scopes", "hooked"),
+    [
+        (SCOPES, ["patch_embed", "pos_embed"]),
+        (("merger", "language"), ["patch_embed", "pos_embed", "blocks.0", "blocks.1"]),
+        (("language",), [""]),
+    ],
+)
+def test_what_is_left_of_the_encoder_runs_apart(tiny: Folders, scopes: tuple[str, ...], hooked: list[str]) -> None:
+    """As on a GPU, where it is moved there: the parts without blocks, with all that passes between them on the host."""
+    folder = tiny("qwen3_vl")
+    batches = small_batches("qwen3_vl", folder, make=mixed_samples)
+    with block_stream(folder, batches, scopes=scopes) as stream:
+        parts = stream._encoder = _hook_encoder(stream.skeleton.model, torch.device("cpu"))
+        names = {module: name for name, module in stream.skeleton.model.named_modules()}
+        assert [names[part] for part in parts] == [f"{QWEN}.{name}".removesuffix(".") for name in hooked]
+        for index in stream.blocks():
+            stream.advance(stream.skeleton.load_block(index, stream.device), finish=True)
+    model = load(folder)
+    with torch.inference_mode():
+        for batch, output in zip(batches, stream.outputs, strict=True):
+            assert torch.equal(model(**batch.inputs, use_cache=False).logits, output.logits)
+
+
 @pytest.mark.parametrize("scopes", [("vision",), ("merger",)])
 def test_without_an_image_nothing_comes_to_them(tiny: Folders, scopes: tuple[str, ...]) -> None:
     folder = tiny("qwen2_vl")
@@ -202,3 +227,22 @@ def test_mbq_weighs_the_language_model_alike_whatever_else_is_quantized(tiny: Fo
     quantize(folder, mixed_samples("qwen3_vl", 2), tmp_path / "out", config, device="cpu")
     with torch.inference_mode():
         assert load(tmp_path / "out")(**batches[0].inputs).logits.isfinite().all()
+
+
+def test_files_may_call_parts_of_a_block_otherwise(tiny: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some vision encoders' do (mlp.c_fc for mlp.fc1): what is written goes by the block's own names behind the
+    files' name for the block, or its own name where no file key tells."""
+    folder = tiny("qwen2_vl")
+    with block_stream(folder, [], scopes=("vision",)) as stream:
+        skeleton = stream.skeleton
+        block = f"{QWEN}.blocks.1"
+        own = {name: key for name, key in skeleton.keys.items() if name.startswith(f"{block}.")}
+        monkeypatch.setattr(skeleton.files, "read", lambda key: torch.zeros(1))
+        renamed = {name: key.replace("mlp.fc", "mlp.c_fc") for name, key in own.items()}
+        monkeypatch.setattr(skeleton, "keys", renamed)
+        prefix, rest = skeleton.file_names(1, {"mlp.fc1.weight_packed": torch.zeros(1)}, guard=True)
+        assert prefix == own[f"{block}.norm1.weight"].removesuffix(".norm1.weight")
+        assert f"{prefix}.mlp.c_fc1.bias" in rest and f"{prefix}.mlp.c_fc1.weight" not in rest
+        assert not rest[f"{prefix}.mlp.fc1.weight"].numel()
+        monkeypatch.setattr(skeleton, "keys", {name: f"{key}.v2" for name, key in own.items()})
+        assert skeleton.file_names(1, {})[0] == block

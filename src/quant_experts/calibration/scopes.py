@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+"""Modules that are never called: their members are."""
+
+
 def scope_modules(model: PreTrainedModel, scope: Scope) -> list[str]:
     """Names of a scope's modules in the order of registration, each to be quantized as one block.
 
@@ -91,7 +95,7 @@ def _merger_modules(model: PreTrainedModel) -> list[str]:
             found.clear()
         if module in elsewhere:
             return
-        if isinstance(module, nn.ModuleList) or _holds(module, lambda part: part in elsewhere):
+        if isinstance(module, CONTAINERS) or _holds(module, lambda part: part in elsewhere):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}".removeprefix("."), child)
         elif not isinstance(module, nn.Linear) and _holds(module, lambda part: isinstance(part, nn.Linear)):

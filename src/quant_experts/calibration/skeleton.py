@@ -147,12 +147,13 @@ class Skeleton:
         """
         prefix = self.block_names[index]
         rest: dict[str, Tensor] = {}
-        file_prefix = ""
+        file_prefix = prefix  # loads too, where files call every tensor otherwise than the block does
         for name, key in self.keys.items():
             if self._owner(name) != index:
                 continue
             local = name.removeprefix(f"{prefix}.")
-            file_prefix = key.removesuffix(f".{local}")
+            if key.endswith(f".{local}"):
+                file_prefix = key.removesuffix(f".{local}")
             if f"{local}_packed" not in quantized:
                 rest[key] = self.files.read(key)
         if guard:

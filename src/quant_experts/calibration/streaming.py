@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quant_experts.artifacts import CalibrationBatch, Modality
-from quant_experts.calibration.scopes import image_encoder
+from quant_experts.calibration.scopes import CONTAINERS, image_encoder
 from quant_experts.calibration.skeleton import PausingBlock, Skeleton, load_skeleton
 from quant_experts.config import DEFAULT_SCOPES, Scope
 from quant_experts.errors import QuantExpertsError
@@ -248,8 +248,8 @@ def _hook_encoder(model: PreTrainedModel, device: torch.device) -> list[nn.Modul
 
 
 def _parts_without_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules with parameters that hold no `PausingBlock`."""
-    if any(type(part) is PausingBlock for part in module.modules()):
+    """The outermost modules with parameters that hold no `PausingBlock` and are called (lists are not)."""
+    if isinstance(module, CONTAINERS) or any(type(part) is PausingBlock for part in module.modules()):
         for child in module.children():
             yield from _parts_without_blocks(child)
     elif any(True for _ in module.parameters()):
