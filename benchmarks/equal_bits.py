@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "equal_bits.json"
 BITS = (4.5, 5.0, 6.0)
 """At 4-bit weights; each weight bit less or more moves them as much."""
 STRONG_GPTQ = dict(base="gptq", act_order=True, clip=True)
-TOKENS = dict(routed="tokens", router="fitted")
+TOKENS = dict(routed="tokens", router="fitted", shared_reads="values")
 
 
 def changed(recipe: Recipe, **fields: Any) -> Recipe:

@@ -25,6 +25,7 @@ from quant_experts.pipeline import quantize
 RESULTS = Path(__file__).parent / "results" / "recipe_search.json"
 DEFAULT = RECIPES["quant-experts"]
 TOKENS = dict(routed="tokens", router="fitted")
+VALUES = dict(shared_reads="values")
 NO_ADAPTER = dict(shared_rank=0)
 
 
@@ -56,9 +57,10 @@ VARIANTS: dict[str, Recipe] = {
     "default, blocks of 128": changed(DEFAULT, rotation=128),
     "default, rank 32": changed(DEFAULT, shared_rank=32),
     "default": DEFAULT,
+    "default, expert reads values": changed(DEFAULT, **VALUES),
     "default, rank 128": changed(DEFAULT, shared_rank=128),
-    "default, fp16 factors": changed(DEFAULT, factor_bits=16),
-    "default, 32 shared + 8 x 32 routed": changed(DEFAULT, shared_rank=32, routed_rank=32, **TOKENS),
+    "default, fp16 factors": changed(DEFAULT, factor_bits=16, **VALUES),
+    "default, 32 shared + 8 x 32 routed": changed(DEFAULT, shared_rank=32, routed_rank=32, **TOKENS, **VALUES),
     "default, rank 288 (bytes of 32 + 8 x 32)": changed(DEFAULT, shared_rank=32 + 8 * 32),
 }
 """Ranks are those at width 1536 and follow the model's."""

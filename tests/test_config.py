@@ -90,6 +90,13 @@ def test_json_round_trip(value: Scheme | Recipe | QuantizationConfig) -> None:
         (Recipe, dict(name="x", rotation=64, exempt="frequency", shared_rank=8), "set exempt to none"),
         (Recipe, dict(name="x", rotation=64, routed_rank=8), "set routed to tokens"),
         (Recipe, dict(name="x", factor_bits=4), "factor_bits"),
+        (Recipe, dict(name="x", shared_rank=8, shared_reads="codes"), "needs factor_bits 8"),
+        (Recipe, dict(name="x", shared_rank=8, factor_bits=8, routed_rank=8, shared_reads="codes"), "no routed"),
+        (
+            Recipe,
+            dict(name="x", shared_rank=8, factor_bits=8, exempt="frequency", shared_reads="codes"),
+            "exempt channels are rebuilt",
+        ),
         (Recipe, dict(name="x", shared_rank=-1), "shared_rank"),
         (Recipe, dict(name="x", refine=True), "routed_rank"),
         (Recipe, dict(name="x", num_experts=0), "num_experts"),

@@ -73,7 +73,7 @@ CASES = {
     "svdquant": Recipe(name="x", smoothing="smoothquant", shared="principal", shared_rank=6),
     "refined": Recipe(name="x", routed="random", routed_rank=4, num_experts=4, refine=True, **SMALL),
     "rotated experts": RECIPES["quant-experts"].model_copy(
-        update=dict(routed="tokens", router="fitted", routed_rank=4, num_experts=4, **SMALL)
+        update=dict(routed="tokens", router="fitted", routed_rank=4, num_experts=4, shared_reads="values", **SMALL)
     ),
 }
 

@@ -160,6 +160,8 @@ class QuantizedGroup:
     rotated input."""
     factor_bits: Literal[8, 16] = 16
     """How factors are stored."""
+    shared_reads: Literal["values", "codes"] = "values"
+    """What the shared expert multiplies: the transformed input, or its codes where activations are rounded."""
     shared: LowRankExpert | None = None
     routed: RoutedExperts | None = None
     router: Router | None = None

@@ -155,6 +155,11 @@ class Recipe(StrictModel):
         "at random (a control)",
     )
     factor_bits: Literal[8, 16] = Field(default=16, description="how expert factors are stored: int8 with scales, fp16")
+    shared_reads: Literal["values", "codes"] = Field(
+        default="values",
+        description="what the shared expert reads: the input before rounding, or its codes, so that its down product is"
+        " one of integers (ours); weight-only schemes have no codes and always read values",
+    )
     refine: bool = Field(default=False, description="train routed experts and router on the layer's output afterwards")
     group_inputs: bool = Field(
         default=True, description="treat linears that read one tensor together; share their factors"
@@ -172,6 +177,10 @@ class Recipe(StrictModel):
             raise ValueError("smoothing of exempt channels needs exempt channels: set exempt")
         if self.refine and not self.routed_rank:
             raise ValueError("refinement trains routed experts: set routed_rank")
+        if self.shared_reads == "codes" and (self.routed_rank or self.factor_bits != 8):
+            raise ValueError("shared_reads codes needs factor_bits 8 and no routed experts")
+        if self.shared_reads == "codes" and self.exempt != "none":
+            raise ValueError("exempt channels are rebuilt from values that are not rounded: set shared_reads to values")
         if self.rotation and self.exempt != "none":
             raise ValueError("a rotation mixes channels, so that none can be exempt: set exempt to none")
         if self.rotation and self.routed_rank and self.routed != "tokens":
@@ -240,6 +249,7 @@ RECIPES: dict[str, Recipe] = {
             clip=True,
             shared_rank=64,
             factor_bits=8,
+            shared_reads="codes",
         ),
     )
 }

@@ -121,7 +121,15 @@ def quantize_group(
     task.rotation = _rotation_block(recipe.rotation, weight.shape[1])
     task.smooth_scale = _SMOOTHING[recipe.smoothing](task, exempt)
     base, shared, residual = _base_and_shared(task, exempt)
-    group = QuantizedGroup(names, split_rows(base, rows), task.smooth_scale, task.rotation, recipe.factor_bits, shared)
+    group = QuantizedGroup(
+        names,
+        split_rows(base, rows),
+        task.smooth_scale,
+        task.rotation,
+        recipe.factor_bits,
+        recipe.shared_reads if shared else "values",
+        shared,
+    )
     if recipe.routed_rank:
         group.routed, group.router = _routed(task, residual, dependent)
     if recipe.refine and group.routed and group.router:

@@ -66,6 +66,8 @@ def test_bad_entries_are_named() -> None:
     refused({"groups": [group | {"shared_rank": -1}]}, "groups.0.shared_rank")
     refused({"groups": [group | {"rotation": 48}]}, "groups.0", "power of two")
     refused({"groups": [group | {"factor_bits": 4}]}, "groups.0.factor_bits")
+    refused({"groups": [group | {"shared_reads": "both"}]}, "groups.0.shared_reads")
+    refused({"groups": [group | {"shared_reads": "codes", "factor_bits": 8}]}, "groups.0", "no routed experts")
     refused({"groups": None}, "groups")
 
 

@@ -90,6 +90,22 @@ def test_prepared_rows_are_the_references_sorted_by_expert(rows: int, experts: i
         torch.testing.assert_close(getattr(ours, key)[ours.restore], getattr(plain, key), rtol=1e-5, atol=1e-5)
 
 
+def test_hidden_values_of_codes_are_the_references_and_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    down = Factor(codes(5, 64, seed=1, extreme=False), torch.rand(5, generator=generator) + 0.1)
+    smooth = torch.rand(64, generator=generator) + 0.5
+    group = GroupOperands(6, smooth, 64, down, None, None, None, shared_reads_codes=True)
+    x = torch.randn(30, 64, generator=generator)
+    x[3], x[4, 7] = 0, torch.inf
+    ours, plain = cpu_int8.prepare(x, group), reference.prepare(x, group)
+    assert torch.equal(ours.codes, plain.codes)
+    torch.testing.assert_close(ours.shared_hidden, plain.shared_hidden, rtol=0, atol=0, equal_nan=True)
+    rounded = plain.codes.double() * plain.token_scale.double()
+    expected = rounded @ down.float().double().T
+    torch.testing.assert_close(plain.shared_hidden.double(), expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert plain.shared_hidden[4].isnan().all() and plain.shared_hidden[:4].isfinite().all()
+
+
 @pytest.mark.parametrize("bits", range(4, 9))
 @pytest.mark.parametrize("step", [1.0, 1e30, 1e-30, 2.0**-149])
 def test_codes_of_tokens_are_the_references(step: float, bits: int) -> None:

@@ -30,7 +30,7 @@ ALL = ("smooth", "shared", "routed", "bias")
 
 def operands(
     k: int, sizes: tuple[int, ...], bits: int = 6, parts: tuple[str, ...] = ALL, experts: int = 4, rotation: int = 0,
-    integer_factors: bool = False, rank: int = 5,
+    integer_factors: bool = False, rank: int = 5, reads_codes: bool = False,
 ) -> tuple[GroupOperands, list[LinearOperands]]:  # fmt: skip
     """A random group and its linears, one for each number of output channels."""
     generator = torch.Generator().manual_seed(k + sum(sizes))
@@ -57,6 +57,7 @@ def operands(
         factor("routed", experts, 3, k),
         chosen("routed", normal(experts, k).half()),
         chosen("routed", normal(experts).half()),
+        reads_codes,
     )
     linears = [
         LinearOperands(
@@ -159,6 +160,27 @@ def input_types() -> None:
 def rotation_and_integer_factors() -> None:
     check(tokens(4, 192), *operands(192, (33,), integer_factors=True))
     check(tokens(18, 192), *operands(192, (33,), rotation=64, integer_factors=True, rank=40))
+
+
+def shared_expert_that_reads_codes() -> None:
+    """One rounding to float16 away from the oracle."""
+    for m, k, rotation, rank in [(1, 45, 0, 5), (4, 320, 64, 40), (18, 192, 64, 32), (20, 700, 0, 3)]:
+        parts = ("smooth", "shared", "bias")
+        group, linears = operands(
+            k, (33, 7), 6, parts, rotation=rotation, integer_factors=True, rank=rank, reads_codes=True
+        )
+        x = tokens(m, k)
+        x[0, :5] *= 1e20
+        ours, plain = prepared_like_the_oracle(x, group)
+        layout = triton_backend.pack(group, linears).group
+        assert ours.hidden is not None and ours.scales is not None and plain.shared_hidden is not None
+        assert layout.code_scale is not None and ours.present is not None and (ours.present == 1).all()
+        hidden = (ours.hidden.float() * ours.scales[1][:, None])[:, :rank]
+        torch.testing.assert_close(hidden, plain.shared_hidden, rtol=2**-10, atol=0)
+        y = check(x, group, linears)
+        x[m - 1, 2] = torch.inf
+        other = triton_backend.apply(x, triton_backend.pack(group, linears))
+        assert other[m - 1].isnan().all() and torch.equal(other[: m - 1], y[: m - 1])
 
 
 def all_tokens_to_one_expert() -> None:
@@ -267,7 +289,8 @@ def a_model_runs_stacked() -> None:
 
 CASES: list[Callable[[], None]] = [
     sizes, parts, stacked_linears, sums_are_exact, activation_widths, input_types, rotation_and_integer_factors,
-    all_tokens_to_one_expert, experts_without_tokens, ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens,
+    shared_expert_that_reads_codes, all_tokens_to_one_expert, experts_without_tokens, ties_go_to_the_first,
+    zero_and_extreme_tokens, non_finite_tokens,
     no_tokens, packing, a_model_runs_stacked,
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from quant_experts.checkpoint.tensors import describe_group, group_state
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.operands import GroupOperands, Prepared
+from quant_experts.kernels.reference import quantize_tokens
 from quant_experts.quantizers.grids import dequantize
 from quant_experts.quantizers.rtn import quantize_rtn
 from quant_experts.runtime import modules
@@ -87,6 +88,28 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Prepared]]:
 
     monkeypatch.setattr(modules, "select", counting)
     return calls
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_shared_expert_reads_codes_where_there_are_codes(scheme: str) -> None:
+    """Weight-only schemes round no activations: there it reads values, whatever the checkpoint says."""
+    parsed, quantized = Scheme.parse(scheme), model()
+    group = quantized_group(quantized, parsed)
+    group.routed = group.router = None
+    group.factor_bits, group.shared_reads = 8, "codes"
+    install_groups(quantized, [describe_group(group)], parsed, group_state(group))
+    z = normal(20, K, seed=8) / group.smooth_scale
+    if not parsed.weight_only:
+        codes, scale = quantize_tokens(z, parsed.activation_bits)
+        z = codes * scale
+    first = quantized.attn["q"]
+    up = torch.cat([linear.operands().shared_up.float() for linear in quantized.attn.values()]).double()
+    matrix = torch.cat([dequantize(weight) for weight in group.weights]).double()
+    matrix += up @ first.group.operands().shared_down.float().double()
+    linears = quantized.attn.values()
+    bias = [torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+    expected = z.double() @ matrix.T + torch.cat(bias)
+    torch.testing.assert_close(quantized(normal(20, K, seed=8)).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -38,6 +38,7 @@ class GroupSpec(StrictModel):
     routed_rank: int = Field(default=0, ge=0)
     experts: int = Field(default=0, ge=0)
     factor_bits: Literal[8, 16] = 16
+    shared_reads: Literal["values", "codes"] = "values"
 
     @model_validator(mode="after")
     def _experts_with_rank(self) -> GroupSpec:
@@ -45,6 +46,8 @@ class GroupSpec(StrictModel):
             raise ValueError("experts and routed_rank must both be zero or both be positive")
         if self.rotation & (self.rotation - 1):
             raise ValueError(f"rotation is {self.rotation}; it must be a power of two")
+        if self.shared_reads == "codes" and (not self.shared_rank or self.experts or self.factor_bits != 8):
+            raise ValueError("shared_reads codes needs a shared expert with factor_bits 8 and no routed experts")
         return self
 
 

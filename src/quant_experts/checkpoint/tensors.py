@@ -21,6 +21,7 @@ def describe_group(group: QuantizedGroup) -> GroupSpec:
         routed_rank=group.routed.down.shape[1] if group.routed else 0,
         experts=group.routed.down.shape[0] if group.routed else 0,
         factor_bits=group.factor_bits,
+        shared_reads=group.shared_reads,
     )
 
 

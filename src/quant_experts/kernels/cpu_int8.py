@@ -73,7 +73,13 @@ def prepare(x: Tensor, group: GroupOperands) -> Prepared:
         for e, rows in _slices(expert, len(group.routed_down)):
             routed_hidden[rows] = x[rows] @ group.routed_down[e].float().T
     codes, token_scale = quantize_tokens(x, group.activation_bits)
-    shared_hidden = None if group.shared_down is None else x @ group.shared_down.float().T
+    shared_hidden = None
+    if group.shared_reads_codes:
+        assert group.shared_down is not None
+        product = integer_product(codes, group.shared_down.values)
+        shared_hidden = reference.hidden_of_codes(product, token_scale, group.shared_down)
+    elif group.shared_down is not None:
+        shared_hidden = x @ group.shared_down.float().T
     return Prepared(None, codes, token_scale, shared_hidden, routed_hidden, expert, restore)
 
 

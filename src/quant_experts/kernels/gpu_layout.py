@@ -40,7 +40,7 @@ class GroupLayout:
     smooth_scale: Tensor | None
     """(2, K) float32: m and 1 / m"""
     down: Tensor | None
-    """(F, R, Kp) float16"""
+    """(F, R, Kp) float16; of a shared expert that reads codes (1, R, Kp) int8"""
     router_weight: Tensor | None
     """(EP, Kp) float16, EP = E padded"""
     router_bias: Tensor | None
@@ -50,7 +50,10 @@ class GroupLayout:
     experts: int
     """E, the routed ones"""
     headroom: float
-    """A power of two: |down x| <= headroom * max|x| * 2^15 for any x, so that hidden values fit float16."""
+    """A power of two: |down x| <= headroom * max|x| * 2^15 for any x, so that hidden values fit float16; max|x| is the
+    token's scale where the expert reads codes."""
+    code_scale: Tensor | None = None
+    """(R,) float32, the scales of int8 down factors over the headroom; None unless codes are read."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,20 @@ def pack_group(group: GroupOperands) -> GroupLayout:
     """Pad and stack a group's tensors. Reads values on the host: call it once, after loading."""
     down = _stack(group.shared_down, group.routed_down, 1)
     router, bias = group.router_weight, group.router_bias
-    headroom = 1.0
+    headroom, code_scale = 1.0, None
     if down is not None:
         missing = -down.shape[2] % BLOCK
         largest_sum = float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
+        if group.shared_reads_codes:
+            assert group.shared_down is not None and group.shared_down.scale is not None
+            largest_sum *= 2 ** (group.activation_bits - 1)
+            codes, scale = group.shared_down.values, group.shared_down.scale.float()
+            rank = down.shape[1] - len(codes)
+            down = functional.pad(codes, (0, 0, 0, rank))[None]
+            code_scale = functional.pad(scale, (0, rank))
         headroom = 2.0 ** (math.ceil(math.log2(max(largest_sum, 1e-20))) - 15)
-        down = functional.pad(down, (0, missing)).half().contiguous()
+        down = functional.pad(down if code_scale is not None else down.half(), (0, missing)).contiguous()
+        code_scale = None if code_scale is None else code_scale / headroom
     m = None if group.smooth_scale is None else group.smooth_scale.float()
     return GroupLayout(
         activation_bits=group.activation_bits,
@@ -153,6 +164,7 @@ def pack_group(group: GroupOperands) -> GroupLayout:
         factors=0 if down is None else len(down),
         experts=0 if router is None else len(router),
         headroom=headroom,
+        code_scale=code_scale,
     )
 
 

@@ -55,6 +55,8 @@ class GroupOperands:
     """(E, K)"""
     router_bias: Tensor | None
     """(E,)"""
+    shared_reads_codes: bool = False
+    """Whether the shared expert multiplies activation codes instead of values; its factors are int8 then."""
 
 
 @dataclass(frozen=True)

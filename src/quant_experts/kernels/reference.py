@@ -1,7 +1,7 @@
 """The oracle: each operation as plainly as PyTorch can say it, on any device. Other backends are tested against it.
 
 `y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x/m), H a rotation or nothing, e chosen
-by the router. The integer product is exact.
+by the router. A shared expert that reads codes multiplies s_x q(z) in place of z. Integer products are exact.
 A token that holds NaN or infinity gets NaN outputs, and no other token is touched.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
 
 
 def is_exact() -> bool:
@@ -40,6 +40,13 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32, exact: float64 holds every partial sum below 2^53."""
     return (a.double() @ b.double().T).to(torch.int32)
+
+
+def hidden_of_codes(product: Tensor, token_scale: Tensor, down: Factor) -> Tensor:
+    """Hidden values of an expert that reads codes: product (M, R) int32 of codes and int8 factors, token_scale (M, 1)
+    -> (M, R) float32."""
+    assert down.scale is not None, "an expert that reads codes has int8 factors"
+    return product.float() * down.scale * token_scale
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -87,7 +94,13 @@ def prepare(x: Tensor, group: GroupOperands) -> Prepared:
         x = torch.where(x.isfinite().all(dim=1, keepdim=True), x, torch.full_like(x, torch.nan))
     else:
         codes, token_scale = quantize_tokens(x, group.activation_bits)
-    shared_hidden = None if group.shared_down is None else x @ group.shared_down.float().T
+    shared_hidden = None
+    if group.shared_reads_codes:
+        assert codes is not None and token_scale is not None and group.shared_down is not None
+        product = integer_product(codes, group.shared_down.values)
+        shared_hidden = hidden_of_codes(product, token_scale, group.shared_down)
+    elif group.shared_down is not None:
+        shared_hidden = x @ group.shared_down.float().T
     expert = routed_hidden = None
     if group.routed_down is not None:
         assert group.router_weight is not None and group.router_bias is not None

@@ -153,6 +153,22 @@ def _shape(layout: GroupLayout) -> dict[str, int]:
     return dict(F=layout.factors, E=layout.experts, EP=padded_experts(max(1, layout.experts)), R=rank)
 
 
+def _project_codes(tokens: Tokens, layout: GroupLayout) -> None:
+    """Hidden values from codes that are written."""
+    from quant_experts.kernels.triton_project_codes import project_codes
+
+    assert tokens.codes is not None and layout.down is not None
+    (m, padded), rank, device = tokens.codes.shape, layout.down.shape[1], tokens.codes.device
+    rows = 16 if m <= 16 or INTERPRETED else 64
+    blocks = -(-m // rows)
+    slices = min(padded // BLOCK, MAX_SLICES, max(1, 2 * programs(device) // blocks))
+    project_codes[(blocks, slices)](
+        tokens.codes, layout.down, layout.code_scale, tokens.hidden, tokens.present,
+        zeros("code sums", blocks * rows * rank, device), zeros("code sums done", blocks, device), m, padded, slices,
+        R=rank, ROWS=rows, PDL=overlapped(device), num_warps=4, **options(device),
+    )  # fmt: skip
+
+
 def _prepare_few(x: Tensor, layout: GroupLayout, overlap: bool) -> Tokens:
     from quant_experts.kernels.triton_prepare import project_few, quantize_few
 
@@ -161,8 +177,8 @@ def _prepare_few(x: Tensor, layout: GroupLayout, overlap: bool) -> Tokens:
     (m, k), padded, shape = x.shape, tokens.codes.shape[1], _shape(layout)
     flags = dict(SMOOTH=layout.smooth_scale is not None, PLAIN=INTERPRETED, PDL=overlapped(x.device))
     smooth = _or(layout.smooth_scale, x)
-    pending = 0
-    if layout.factors:
+    pending, reads_codes = 0, layout.code_scale is not None
+    if layout.factors and not reads_codes:
         rows = 16 if m <= 16 else 32
         blocks, chunks = -(-m // rows), -(-shape["F"] * shape["R"] // RANK_CHUNK)
         pending = blocks * chunks
@@ -181,9 +197,11 @@ def _prepare_few(x: Tensor, layout: GroupLayout, overlap: bool) -> Tokens:
     chunk = min(CHUNK, 1 << (padded - 1).bit_length())
     quantize_few[(m, -(-padded // chunk))](
         x, smooth, tokens.codes, tokens.scales, tokens.token_scale, m, k, padded, layout.headroom,
-        LARGEST=2 ** (layout.activation_bits - 1) - 1, F=shape["F"], CHUNK=chunk, WAIT=not (overlap and pending),
-        **flags, num_warps=8, **options(x.device),
+        LARGEST=2 ** (layout.activation_bits - 1) - 1, F=shape["F"], CODES=reads_codes, CHUNK=chunk,
+        WAIT=not (overlap and pending), **flags, num_warps=8, **options(x.device),
     )  # fmt: skip
+    if reads_codes:
+        _project_codes(tokens, layout)
     return replace(tokens, pending=pending) if overlap else tokens
 
 
@@ -219,9 +237,12 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     quantize_sorted[(-(-m // tile), -(-padded // width))](
         x, smooth, expert, _or(tokens.order, expert), absmax, tokens.codes, tokens.scales, tokens.token_scale,
         _or(tokens.expert, expert), m, k, padded, layout.headroom, LARGEST=2 ** (layout.activation_bits - 1) - 1,
-        F=shape["F"], E=shape["E"], TILE=tile, WIDTH=width, **flags, num_warps=8, **options(device),
+        F=shape["F"], E=shape["E"], CODES=layout.code_scale is not None, TILE=tile, WIDTH=width, **flags, num_warps=8,
+        **options(device),
     )  # fmt: skip
-    if layout.factors:
+    if layout.code_scale is not None:
+        _project_codes(tokens, layout)
+    elif layout.factors:
         project[(blocks, slices)](
             x, smooth, layout.down, expert, _or(tokens.order, expert), absmax, tokens.hidden, tokens.present, part,
             done, m, k, padded, layout.headroom, slices, F=shape["F"], E=shape["E"], R=shape["R"], ROWS=rows,

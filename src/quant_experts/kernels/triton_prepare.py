@@ -23,6 +23,7 @@ from quant_experts.kernels.triton_tokens import (
     choose,
     down_dot,
     hidden_scale,
+    hidden_unit,
     load_smoothed,
     nan_max,
     power_below,
@@ -146,8 +147,8 @@ def project_few(
 @triton.jit
 def quantize_few(
     x_ptr, smooth_ptr, codes_ptr, scales_ptr, token_scale_ptr, M, K, Kp, headroom, LARGEST: tl.constexpr,
-    F: tl.constexpr, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr, WAIT: tl.constexpr,
-    PDL: tl.constexpr,
+    F: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr,
+    WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales. Programs: (M, cdiv(Kp, CHUNK)); each passes over its whole token for the scale.
 
@@ -170,7 +171,7 @@ def quantize_few(
     at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
     tl.store(at, quantize(x, scale, PLAIN), mask=(columns < Kp)[None, :])
     if part == 0:
-        unit = tl.full((1,), 1.0, tl.float32) if F == 0 else hidden_scale(absmax, headroom)
+        unit = hidden_unit(absmax, scale, headroom, F, CODES)
         tl.store(token_scale_ptr + row, scale)
         tl.store(scales_ptr + row, tl.div_rn(scale, unit))
         tl.store(scales_ptr + M + row, unit)

@@ -15,6 +15,7 @@ from quant_experts.kernels.triton_tokens import (
     choose,
     down_dot,
     hidden_scale,
+    hidden_unit,
     load_smoothed,
     nan_max,
     power_below,
@@ -114,8 +115,8 @@ def sorted_tokens(row, expert_ptr, order_ptr, absmax_ptr, M, E: tl.constexpr):
 @triton.jit
 def quantize_sorted(
     x_ptr, smooth_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr, scales_ptr, token_scale_ptr, sorted_expert_ptr,
-    M, K, Kp, headroom, LARGEST: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
-    WIDTH: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    M, K, Kp, headroom, LARGEST: tl.constexpr, F: tl.constexpr, E: tl.constexpr, CODES: tl.constexpr,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Codes of TILE places by WIDTH channels; the first tile of a row writes its scales."""
     wait_for_previous_kernel(PDL)
@@ -127,7 +128,7 @@ def quantize_sorted(
     at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
     tl.store(at, quantize(x, scale, PLAIN), mask=(row < M)[:, None] & (columns < Kp)[None, :])
     if tl.program_id(1) == 0:
-        unit = tl.full((TILE,), 1.0, tl.float32) if F == 0 else hidden_scale(absmax, headroom)
+        unit = hidden_unit(absmax, scale, headroom, F, CODES)
         tl.store(token_scale_ptr + row, scale, mask=row < M)
         tl.store(scales_ptr + row, tl.div_rn(scale, unit), mask=row < M)
         tl.store(scales_ptr + M + row, unit, mask=row < M)

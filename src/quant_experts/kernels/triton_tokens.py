@@ -93,6 +93,18 @@ def hidden_scale(absmax, headroom):
 
 
 @triton.jit
+def hidden_unit(absmax, scale, headroom, F: tl.constexpr, CODES: tl.constexpr):
+    """What a token's hidden values are stored in units of: of an expert that reads codes, multiples of the token's
+    scale."""
+    if F == 0:
+        return tl.full(absmax.shape, 1.0, tl.float32)
+    elif CODES:
+        return scale * headroom
+    else:
+        return hidden_scale(absmax, headroom)
+
+
+@triton.jit
 def quantize(x, scale, PLAIN: tl.constexpr):
     """Codes of x (M, columns) for scale (M,): rounded half to even, 0 where the scale is NaN.
 

@@ -120,6 +120,7 @@ class InputGroup(nn.Module):
             _factor(self, "routed_down"),
             self.router_weight,
             self.router_bias,
+            shared_reads_codes=self.spec.shared_reads == "codes" and not self.scheme.weight_only,
         )
 
     def forward(self, x: Tensor, reader: int) -> Prepared:
