@@ -4,7 +4,8 @@ Random weights: the figure depends on shapes only. Prints the ratio of median ti
 process), the resident weights of both, and writes them into benchmarks/results under the recipe's name.
 
     python benchmarks/cpu_prefill.py                     the paper's ranks: 32 + 32, 8 experts
-    python benchmarks/cpu_prefill.py --recipe default    a rotation and one int8 expert of rank 64
+    python benchmarks/cpu_prefill.py --recipe default    a rotation and one int8 expert of rank 64 that reads codes
+    python benchmarks/cpu_prefill.py --recipe default-values    the same, but it reads values
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-RANKS = {"paper": (32, 8), "default": (64, 0)}
+RANKS = {"paper": (32, 8), "default": (64, 0), "default-values": (64, 0)}
 """Recipe -> rank of the shared and of each routed expert, number of routed experts."""
 
 
-def quantize_randomly(block: nn.Module, scheme: Scheme, rank: int, experts: int) -> None:
+def quantize_randomly(block: nn.Module, scheme: Scheme, rank: int, experts: int, *, codes: bool) -> None:
     """Swap a block's linears for quantized ones with random factors: of the paper's shape, or, without routed
-    experts, of the default recipe's."""
+    experts, of the default recipe's. codes: what the shared expert reads."""
     for names in GROUPS:
         weights = [block.get_submodule(name).weight.detach() for name in names]
         rows, width = sum(len(w) for w in weights), weights[0].shape[1]
@@ -51,6 +52,7 @@ def quantize_randomly(block: nn.Module, scheme: Scheme, rank: int, experts: int)
             smooth_scale=torch.rand(width) + 0.5,
             rotation=0 if experts else 64,
             factor_bits=16 if experts else 8,
+            shared_reads="codes" if codes else "values",
             shared=LowRankExpert(torch.randn(rows, rank) * 0.01, torch.randn(rank, width) * 0.01),
         )
         if experts:
@@ -82,7 +84,7 @@ def main() -> None:
         full = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         small = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for block in small.model.layers:
-        quantize_randomly(block, scheme, *RANKS[arguments.recipe])
+        quantize_randomly(block, scheme, *RANKS[arguments.recipe], codes=arguments.recipe == "default")
     tokens = torch.randint(0, 4096, (1, arguments.tokens))
     times: dict[str, list[float]] = {"fp32": [], "W4A6": []}
     with torch.inference_mode():
