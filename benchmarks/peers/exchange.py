@@ -22,7 +22,7 @@ LANGUAGE_MODEL = "model.language_model."
 CHECKED = 14
 """So many samples' last logits travel with the result, to check that both sides compute the same model: two of each
 kind of question."""
-BITS_OF_SCALE = 16
+BITS_OF_SCALE = BITS_OF_FACTOR = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Grid:
     symmetric: bool
     activation_bits: int
     """16: not quantized; else per token, symmetric, found anew for each token."""
+    rank: int = 0
+    """Of an adapter beside each linear, in half precision; 0 for none."""
 
 
 def write_samples(batches: Sequence[Mapping[str, Tensor]], path: Path) -> None:
@@ -80,10 +82,13 @@ def last_logits(model: Any, samples: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 
 def stored_bits(weights: Sequence[Tensor], grid: Grid) -> float:
-    """Bits per weight: packed codes, 16 bits for each scale, and a code's bits for each zero point."""
+    """Bits per weight: packed codes, 16 bits for each scale and each number of an adapter, and a code's bits for each
+    zero point."""
     numbers = sum(weight.numel() for weight in weights)
     scales = sum(weight.numel() // (grid.group_size or weight.shape[1]) for weight in weights)
-    return grid.weight_bits + scales * (BITS_OF_SCALE + (0 if grid.symmetric else grid.weight_bits)) / numbers
+    factors = grid.rank * sum(sum(weight.shape) for weight in weights)
+    scale_bits = scales * (BITS_OF_SCALE + (0 if grid.symmetric else grid.weight_bits))
+    return grid.weight_bits + (scale_bits + factors * BITS_OF_FACTOR) / numbers
 
 
 def peer_main(methods: Mapping[str, Callable[[Any, list[dict[str, Tensor]]], tuple[dict[str, Tensor], Grid]]]) -> None:

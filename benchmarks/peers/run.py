@@ -46,6 +46,7 @@ from quant_experts.runtime.processor import load_processor
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "peers.json"
+OURS = "W3A16-bare,W3A16,W4A16-sym-bare,W4A16-bare,W4A16,W4A8"
 SAMPLES = 128
 SAME_BITS = 0.1
 """Stored bits per weight that differ by no more count as the same."""
@@ -74,29 +75,38 @@ PEERS = {
     ),
     "autoround-light": Peer("AutoRound light", "autoround", "auto_rounding.py", "light", "W4A16"),
     "autoround": Peer("AutoRound", "autoround", "auto_rounding.py", "default", "W4A16"),
+    "gptqmodel-eora-8": Peer("GPTQModel GPTQ + EoRA, rank 8", "gptqmodel", "gptq_model.py", "eora-8", "W4A16"),
+    "gptqmodel-eora-16": Peer("GPTQModel GPTQ + EoRA, rank 16", "gptqmodel", "gptq_model.py", "eora-16", "W4A16"),
 }
 
 
 def our_row(name: str) -> Contender:
     """`SCHEME`, or `SCHEME-bare`: without the static expert, which brings the bits down to the peers'."""
-    scheme, _, bare = name.partition("-")
+    scheme = name.removesuffix("-bare")
     recipe = find_recipe("quant-experts")
-    if bare:
+    if scheme != name:
         recipe = recipe.model_copy(update=dict(name="quant-experts without expert", shared_rank=0))
     config = QuantizationConfig.of(scheme, recipe, scale_with_width=True, seed=0, samples=SAMPLES)
     return Contender(config.recipe.name, config, str(config.scheme))
 
 
 def environment(package: str, envs: Path) -> Path:
-    """The interpreter of a package's environment, which is made on the first call."""
+    """The interpreter of a package's environment, which is made on the first call.
+
+    What `requirements-<package>-alone.txt` names is installed without what it asks for: a package that asks for a torch
+    that has no build for CPUs.
+    """
     folder = envs / package
     python = folder / "bin" / "python"
-    requirements = HERE / f"requirements-{package}.txt"
+    steps = {HERE / f"requirements-{package}.txt": [], HERE / f"requirements-{package}-alone.txt": ["--no-deps"]}
+    steps = {file: options for file, options in steps.items() if file.is_file()}
+    wanted = "".join(file.read_text() for file in steps)
     done = folder / "installed.txt"
-    if not done.is_file() or done.read_text() != requirements.read_text():
+    if not done.is_file() or done.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(requirements)], check=True)
-        done.write_text(requirements.read_text())
+        for file, options in steps.items():
+            subprocess.run([str(python), "-m", "pip", "install", "-q", *options, "-r", str(file)], check=True)
+        done.write_text(wanted)
     return python
 
 
@@ -287,7 +297,7 @@ def main() -> None:
     parser.add_argument("--envs", type=Path, default=default / "envs", help="where environments are made (several GB)")
     parser.add_argument("--output", type=Path, default=default / "output", help="checkpoints and logs")
     parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--ours", default="W3A16,W4A8,W4A16,W4A16-bare", help="see `our_row`")
+    parser.add_argument("--ours", default=OURS, help="see `our_row`")
     parser.add_argument("--split", default="tuning")
     parser.add_argument("--limit", type=int, default=280)
     parser.add_argument("--seconds", type=int, default=1800, help="a peer that takes longer is left out")
