@@ -87,5 +87,5 @@ def python(code: str | Path, *arguments: str | Path, flags: Sequence[str] = (), 
     command = [sys.executable, *flags, *((str(code),) if isinstance(code, Path) else ("-c", code))]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment
     return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=280
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=880
     )
