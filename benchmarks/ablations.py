@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Itera
         rows |= {f"{method}, {label}": (recipes[method], scopes) for label, scopes in MORE_SCOPES.items()}
     for scheme in schemes:
         for name, (recipe, scopes) in rows.items():
-            if only in name or name == "rtn":
+            if re.search(only, name) or name == "rtn":
                 config = QuantizationConfig.of(scheme, recipe, samples=samples, scopes=scopes)
                 yield Contender(name, config, str(Scheme.parse(scheme)))
 
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--schemes", default="W4A6")
     parser.add_argument("--questions", type=int, default=280)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--only", default="", help="rows whose name matches this pattern")
     parser.add_argument("--output", type=Path, default=Path("ablations-output"), help="checkpoints, rows, report.html")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Itera
             found = {name: with_bits(recipe, scheme, bits, sizes) for name, recipe in families.items()}
             rows |= {f"{bits:.1f} bits: {name}": recipe for name, recipe in found.items() if recipe}
         for row, recipe in rows.items():
-            if only in row or row == "rtn":
+            if re.search(only, row) or row == "rtn":
                 yield Contender(row, QuantizationConfig.of(scheme, recipe, samples=samples), str(scheme))
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--schemes", default="W4A6,W4A8,W3A16")
     parser.add_argument("--questions", type=int, default=280)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--only", default="", help="rows whose name matches this pattern")
     parser.add_argument("--output", type=Path, default=Path("equal-bits-output"), help="checkpoints and rows")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
