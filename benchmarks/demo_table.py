@@ -8,6 +8,7 @@ python benchmarks/demo_table.py board.json --kinds     exact match by kind of qu
 python benchmarks/demo_table.py board.json --costs     layer errors, bits, operations, bytes, time, memory
 python benchmarks/demo_table.py board.json --gains     paired with rtn: gain, share of its loss recovered, ties
 python benchmarks/demo_table.py FILE --ablations       what benchmarks/ablations.py writes
+python benchmarks/demo_table.py FILE --bits            what benchmarks/equal_bits.py writes
 """
 
 from __future__ import annotations
@@ -118,7 +119,27 @@ def ablation_table(rows: list[Row]) -> Iterator[str]:
     return lines(header, rows, write)
 
 
-TABLES = dict(kinds=kinds_table, costs=costs_table, gains=gains_table, ablations=ablation_table)
+def bits_table(rows: list[Row]) -> Iterator[str]:
+    """What is kept for how many bits and operations."""
+    header = (
+        "stored bits per weight | layer error over rtn's | KL, nats per token | exact match, % | "
+        "operations over full precision's | held-out over calibration error"
+    )
+
+    def write(row: Row) -> list[str]:
+        return [
+            number(row["bits_per_weight"]),
+            number(row["layer_error"], 3),
+            cell(row["kl"], 4, 1),
+            cell(row["accuracy"]["average"]),
+            number(1 + row["repair_flops"] / row["base_flops"], 3),
+            number(row.get("overfit")),
+        ]
+
+    return lines(header, [row for row in rows if row["scheme"]], write)
+
+
+TABLES = dict(kinds=kinds_table, costs=costs_table, gains=gains_table, ablations=ablation_table, bits=bits_table)
 
 
 def main() -> None:

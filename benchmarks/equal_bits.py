@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from demo_table import accuracy_table, costs_table
+from demo_table import bits_table
 from transformers.utils import logging
 
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec, group_stored_bits
@@ -132,8 +132,7 @@ def main() -> None:
     found = comparison_json(comparison)
     kept = {key: found[key] for key in ("title", "command", "questions", "rows", "versions")}
     arguments.results.write_text(json.dumps(kept, indent=1) + "\n")
-    for table in (accuracy_table, costs_table):
-        print("\n".join(table(kept["rows"])))
+    print("\n".join(bits_table(kept["rows"])))
 
 
 if __name__ == "__main__":
