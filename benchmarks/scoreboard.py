@@ -27,6 +27,7 @@ def board(method_and_scheme: tuple[str, str], output: Path, settings: dict[str, 
     """Rows of some methods (comma-separated) at some schemes."""
     import torch
 
+    from quant_experts.config import DEFAULT_SCOPES
     from quant_experts.evaluation.scoreboard import run_comparison
 
     torch.set_num_threads(1)
@@ -42,6 +43,7 @@ def board(method_and_scheme: tuple[str, str], output: Path, settings: dict[str, 
         seed=0,
         progress=lambda *_: None,
         sample_limit=128,
+        scopes=DEFAULT_SCOPES,
         **settings,
     )
 
