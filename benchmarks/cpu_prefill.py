@@ -44,7 +44,7 @@ def quantize_randomly(block: nn.Module, scheme: Scheme, rank: int, experts: int,
     """Swap a block's linears for quantized ones with random factors: of the paper's shape, or, without routed
     experts, of the default recipe's. codes: what the shared expert reads."""
     for names in GROUPS:
-        weights = [block.get_submodule(name).weight.detach() for name in names]
+        weights = [block.get_parameter(f"{name}.weight").detach() for name in names]
         rows, width = sum(len(w) for w in weights), weights[0].shape[1]
         group = QuantizedGroup(
             names,

@@ -32,6 +32,7 @@ def theirs(weight: Tensor, moment: Tensor, scale: Tensor, act_order: bool) -> Te
         num_bits=4, strategy="channel", symmetric=True, actorder="weight" if act_order else None
     )
     zero = torch.zeros_like(scale)[None]
+    made: Tensor
     made, _, _ = quantize_weight(weight.clone()[None], moment.float()[None], scale[None], zero, None, arguments)
     return made[0]
 

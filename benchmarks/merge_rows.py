@@ -38,7 +38,9 @@ def rows_file(machine: str) -> Path:
 def collect(folder: Path, machine: str, about: str) -> None:
     """Add the scored rows of a scoreboard's output folder to a machine's file; those of the same name are replaced."""
     file = rows_file(machine)
-    kept = json.loads(file.read_text()) if file.exists() else dict(about=about, questions=QUESTIONS, rows=[])
+    kept: dict[str, Any] = dict(about=about, questions=QUESTIONS, rows=[])
+    if file.exists():
+        kept = json.loads(file.read_text())
     rows = {(row["scheme"], row["method"]): row for row in kept["rows"]}
     for path in sorted(folder.glob("*.json")):
         saved = json.loads(path.read_text())

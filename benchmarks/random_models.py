@@ -31,11 +31,13 @@ def write_random_model(folder: Path, config: Qwen2Config, *, dtype: torch.dtype 
     """Write a checkpoint block by block, one shard each, without ever holding the model. -> bytes of tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
+    assert config.num_key_value_heads is not None
     kv = config.hidden_size * config.num_key_value_heads // config.num_attention_heads
     hidden, inner = config.hidden_size, config.intermediate_size
 
     def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+        values: torch.Tensor = torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+        return values.to(dtype)
 
     weight_map: dict[str, str] = {}
     total = 0

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--schemes", default="W3A16,W4A16")
     parser.add_argument("--recipes", default=f"rtn,gptq,quant-experts,{','.join(VARIANTS)}")
     arguments = parser.parse_args()
-    samples = [(q.image, q.question, q.answer) for q in questions("calibration", 128)]
+    samples: list[tuple[object, str, str]] = [(q.image, q.question, q.answer) for q in questions("calibration", 128)]
     print(f"| scheme | recipe | {' | '.join(f'{name(dtype)} | bits' for dtype in DTYPES)} |")
     print("| --- | --- |" + " --- | --- |" * len(DTYPES))
     for scheme in arguments.schemes.split(","):

@@ -71,7 +71,7 @@ def median_time(work: Callable[[], object], replays: int = 9) -> float:
     with torch.cuda.graph(graph):
         work()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -30,7 +30,7 @@ SMOOTHED = [
 
 def calibrate(model: Any, samples: list[dict[str, Tensor]], recipe: list[Any]) -> tuple[dict[str, Tensor], Grid]:
     """Run a recipe on all linears of the language model."""
-    inputs = language_inputs(model, samples)
+    inputs: Any = language_inputs(model, samples)  # a list serves as a data set
     language_model = model.model.language_model
     language_model.config.name_or_path = model.name_or_path  # where it looks whether the model is quantized already
     oneshot(
