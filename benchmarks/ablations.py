@@ -10,24 +10,16 @@ Writes benchmarks/results/ablations.json and prints its table (again: python ben
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from bundled_rows import run
 from demo_table import ablation_table
-from transformers.utils import logging
 
 from quant_experts.config import DEFAULT_SCOPES, RECIPES, SCOPES, QuantizationConfig, Recipe, Scheme
 from quant_experts.evaluation.bench import Contender
-from quant_experts.evaluation.scoreboard import compare
-from quant_experts.evaluation.task import DEMO, Task, open_task
-from quant_experts.report.html import write_report
-from quant_experts.report.text import comparison_json
+from quant_experts.evaluation.task import Task
 
-RESULTS = Path(__file__).parent / "results" / "ablations.json"
 NO_SHARED = dict(shared_rank=0, exempt="none", smoothing="none")
 MORE_SCOPES = {
     "language + merger": ("merger", "language"),
@@ -60,8 +52,8 @@ def variants(width: int) -> dict[str, Recipe]:
     return found
 
 
-def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Iterator[Contender]:
-    """Every variant at every scheme; plain rounding always, because others are measured against it."""
+def contenders(task: Task, schemes: list[str], samples: int) -> Iterator[Contender]:
+    """Every variant at every scheme."""
     recipes = variants(task.width)
     rows: dict[str, tuple[Recipe, tuple[str, ...]]] = {
         name: (recipe, DEFAULT_SCOPES) for name, recipe in recipes.items()
@@ -70,47 +62,9 @@ def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Itera
         rows |= {f"{method}, {label}": (recipes[method], scopes) for label, scopes in MORE_SCOPES.items()}
     for scheme in schemes:
         for name, (recipe, scopes) in rows.items():
-            if re.search(only, name) or name == "rtn":
-                config = QuantizationConfig.of(scheme, recipe, samples=samples, scopes=scopes)
-                yield Contender(name, config, str(Scheme.parse(scheme)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schemes", default="W4A6")
-    parser.add_argument("--questions", type=int, default=280)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--only", default="", help="rows whose name matches this pattern")
-    parser.add_argument("--output", type=Path, default=Path("ablations-output"), help="checkpoints, rows, report.html")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    task = open_task(DEMO, sample_limit=arguments.samples, question_limit=arguments.questions, device="cpu")
-    rows = list(contenders(task, arguments.schemes.split(","), arguments.only, arguments.samples))
-    shown = ""
-
-    def progress(done: int, total: int, what: str) -> None:
-        nonlocal shown
-        if what != shown:
-            shown = what
-            print(f"{100 * done // total:3d}% {what}", flush=True)
-
-    options = f"--schemes {arguments.schemes} --questions {arguments.questions} --samples {arguments.samples}"
-    comparison = compare(
-        task,
-        rows,
-        arguments.output,
-        title="The paper's ablations on the bundled model",
-        command=f"python benchmarks/ablations.py {options}",
-        progress=progress,
-    )
-    write_report(comparison, arguments.output / "report.html")
-    found = comparison_json(comparison)
-    kept = {key: found[key] for key in ("title", "command", "questions", "rows", "versions")}
-    arguments.results.parent.mkdir(exist_ok=True)
-    arguments.results.write_text(json.dumps(kept, indent=1) + "\n")
-    print("\n".join(ablation_table(kept["rows"])))
+            config = QuantizationConfig.of(scheme, recipe, samples=samples, scopes=scopes)
+            yield Contender(name, config, str(Scheme.parse(scheme)))
 
 
 if __name__ == "__main__":
-    main()
+    run("ablations", __doc__, "The paper's ablations on the bundled model", "W4A6", contenders, ablation_table)

@@ -9,28 +9,22 @@ Writes benchmarks/results/equal_bits.json and prints its table.
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bundled_rows import run
 from demo_table import bits_table
-from transformers.utils import logging
 
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec, group_stored_bits
 from quant_experts.checkpoint.source import read_json
 from quant_experts.config import RECIPES, QuantizationConfig, Recipe, Scheme
 from quant_experts.evaluation.bench import Contender
-from quant_experts.evaluation.scoreboard import compare
-from quant_experts.evaluation.task import DEMO, Task, open_task
+from quant_experts.evaluation.task import Task
 from quant_experts.pipeline import quantize
-from quant_experts.report.text import comparison_json
 
-RESULTS = Path(__file__).parent / "results" / "equal_bits.json"
 BITS = (4.5, 5.0, 6.0)
 """At 4-bit weights; each weight bit less or more moves them as much."""
 STRONG_GPTQ = dict(base="gptq", act_order=True, clip=True)
@@ -87,7 +81,7 @@ def with_bits(recipe: Recipe, scheme: Scheme, bits: float, sizes: Sizes) -> Reci
     return changed(recipe, **{follows: ranks[fitting - 1]}) if fitting else None
 
 
-def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Iterator[Contender]:
+def contenders(task: Task, schemes: list[str], samples: int) -> Iterator[Contender]:
     """Every family at every number of bits; plain rounding and GPTQ always."""
     sizes = group_sizes(task)
     scaled = {name: changed(recipe, scale_with_width=True) for name, recipe in FAMILIES.items()}
@@ -104,36 +98,15 @@ def contenders(task: Task, schemes: list[str], only: str, samples: int) -> Itera
             found = {name: with_bits(recipe, scheme, bits, sizes) for name, recipe in families.items()}
             rows |= {f"{bits:.1f} bits: {name}": recipe for name, recipe in found.items() if recipe}
         for row, recipe in rows.items():
-            if re.search(only, row) or row == "rtn":
-                yield Contender(row, QuantizationConfig.of(scheme, recipe, samples=samples), str(scheme))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schemes", default="W4A6,W4A8,W3A16")
-    parser.add_argument("--questions", type=int, default=280)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--only", default="", help="rows whose name matches this pattern")
-    parser.add_argument("--output", type=Path, default=Path("equal-bits-output"), help="checkpoints and rows")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    task = open_task(DEMO, sample_limit=arguments.samples, question_limit=arguments.questions, device="cpu")
-    rows = list(contenders(task, arguments.schemes.split(","), arguments.only, arguments.samples))
-    options = f"--schemes {arguments.schemes} --questions {arguments.questions} --samples {arguments.samples}"
-    comparison = compare(
-        task,
-        rows,
-        arguments.output,
-        title="GPTQ, static adapters over it and the default recipe at equal stored bits",
-        command=f"python benchmarks/equal_bits.py {options}",
-        progress=lambda done, total, what: print(f"{100 * done // total:3d}% {what}", flush=True),
-    )
-    found = comparison_json(comparison)
-    kept = {key: found[key] for key in ("title", "command", "questions", "rows", "versions")}
-    arguments.results.write_text(json.dumps(kept, indent=1) + "\n")
-    print("\n".join(bits_table(kept["rows"])))
+            yield Contender(row, QuantizationConfig.of(scheme, recipe, samples=samples), str(scheme))
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        "equal_bits",
+        __doc__,
+        "GPTQ, static adapters over it and the default recipe at equal stored bits",
+        "W4A6,W4A8,W3A16",
+        contenders,
+        bits_table,
+    )

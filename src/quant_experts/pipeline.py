@@ -126,8 +126,8 @@ def quantize(
     batches, events = _calibration(samples, folder, model_config, config)
     held_out, more = split_held_out(len(batches))
     run = _Run(config, device, dtype, batches, held_out, [*events, *more], strict, progress or (lambda *_: None))
-    balanced = config.recipe.smoothing == "mbq" and "language" in config.scopes
-    weighed = sensitivity_batches(batches, held_out) if balanced else []
+    weighs_modalities = config.recipe.smoothing == "mbq" and "language" in config.scopes
+    weighed = sensitivity_batches(batches, held_out) if weighs_modalities else []
     fingerprint = _fingerprint(folder, run)
     output = Path(output).expanduser().absolute()
     with RunFolder(output, fingerprint) as store:

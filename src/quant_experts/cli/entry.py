@@ -57,7 +57,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    return  # all that its option does happens in the option's own callback
 
 
 # In the order of the help.
