@@ -1,14 +1,19 @@
 """The modules that stand in a quantized model: `QuantizedLinear` in place of each linear, `InputGroup` beside the first
 of a group.
 
-A group's `prepare` runs once per input, whichever of its linears asks first; the others reuse its result. The group's
-tensors are registered once, under the first linear; the others hold a plain reference.
+A group computes the outputs of all its linears at once, whichever of them asks first; the others take theirs from that
+result. The group's tensors are registered once, under the first linear; the others hold a plain reference.
+
+`torch.compile` sees one operation for each group, `quant_experts::group_outputs`. It finds the group by a number:
+packed weights are objects of a backend, which no operation could take as arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +23,7 @@ from quant_experts.checkpoint.schema import GROUP_CHILD, GroupSpec, TensorSpecs,
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.dispatch import Backend, select
-from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 FACTOR_TENSORS = {
     end: (f"shared_{end}", f"routed_{end}", f"shared_{end}_scale", f"routed_{end}_scale") for end in ("down", "up")
@@ -57,40 +62,72 @@ class InputGroup(nn.Module):
         _register(self, GROUP_TENSORS, group_tensors(spec, in_features))
         self.backend: str | None = None
         """Name of a backend to use instead of the table's choice."""
-        self._last: tuple[Tensor, int, Any, frozenset[int]] | None = None
-        """(input, its version, what was computed from it, ids of the linears that have used it)"""
+        self._last: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        """(input, its version, outputs that linears have yet to take, by their place in the group)"""
         self._linears: list[QuantizedLinear] = []
         self._stack: Any = None
         """The group's tensors and its stacked weights as the backend lays them out, where it wants that."""
+        self._register_number()
+
+    def _register_number(self) -> None:
+        self.number = next(_numbers)
+        _groups[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a group of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._register_number()
 
     def select_backend(self, device: torch.device) -> Backend:
         """The backend that serves this group on a device."""
         weights = (self.scheme.weight_bits, self.scheme.group_size, self.scheme.symmetric)
         return select(device.type, self.scheme.activation_bits, self.backend, weights)
 
-    def attach(self, linear: QuantizedLinear) -> None:
-        """Called by each linear of the group, in order."""
+    def attach(self, linear: QuantizedLinear) -> int:
+        """Called by each linear of the group, in order. -> its place."""
         self._linears.append(linear)
+        return len(self._linears) - 1
 
-    def rows(self, linear: QuantizedLinear) -> slice:
-        """Where a linear's output channels lie among those of the whole group."""
-        start = 0
-        for other in self._linears:
-            if other is linear:
-                break
-            start += other.out_features
-        return slice(start, start + linear.out_features)
+    def widths(self) -> list[int]:
+        """Output channels of each linear."""
+        return [linear.out_features for linear in self._linears]
 
-    def stacked(self, x: Tensor, linear: QuantizedLinear, backend: Backend) -> Tensor:
-        """A linear's output from one product with all weights of the group: x (..., K) -> (M, N), a view."""
-        assert backend.layout is not None
-        layout = backend.layout
-        if self._stack is None:
-            self._stack = layout.pack(self.operands(), [other.operands() for other in self._linears])
-            for other in self._linears:  # the layout holds them in fewer bytes
-                other.weight_codes = None
-        y: Tensor = self._once(x, id(linear), lambda x: layout.apply(x, self._stack))
-        return y[:, self.rows(linear)]
+    def forward(self, x: Tensor, place: int) -> Tensor:
+        """x (..., K) -> the output (..., N) of the linear at that place, in x's dtype.
+
+        Outputs are computed once for all linears that read the same input. Each takes its own once: asking again means
+        that a new input came in the same tensor. (`torch.compile` sees no versions: there an input must not be changed
+        in place between two linears of a group.)
+        """
+        tracing = torch.compiler.is_compiling()
+        version = 0 if tracing or x.is_inference() else x._version
+        last, self._last = self._last, None
+        if last is None or last[0] is not x or last[1] != version or place not in last[2]:
+            # No gradient goes through rounding: traced outputs are constants, like those of a group that runs eagerly.
+            parts = [group_outputs(x.detach(), self.number)] if tracing else self.outputs(x)
+            if len(parts) < len(self._linears):
+                parts = list(parts[0].split(self.widths(), dim=-1))
+            last = (x, version, dict(enumerate(parts)))
+        y = last[2].pop(place)
+        # Dropped after the last linear's use, so that no activation outlives its layer.
+        if last[2]:
+            self._last = last
+        return y
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """x (..., K) -> in x's dtype one tensor (..., N) for each linear, or one for all of them side by side where the
+        backend stacks their weights."""
+        backend, flat = self.select_backend(x.device), x.reshape(-1, self.in_features)
+        if backend.layout is None:
+            prepared = backend.prepare(flat, self.operands())
+            parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
+        else:
+            if self._stack is None:
+                self._stack = backend.layout.pack(self.operands(), [linear.operands() for linear in self._linears])
+                for linear in self._linears:  # the layout holds them in fewer bytes
+                    linear.weight_codes = None
+            parts = [backend.layout.apply(flat, self._stack)]
+        return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in parts]
 
     def unstack(self) -> None:
         """Give the linears their codes back, before they move, are saved or run on another backend."""
@@ -103,7 +140,8 @@ class InputGroup(nn.Module):
         """A linear's codes (N, K) int8 out of the backend's layout."""
         layout = self.select_backend(linear.weight_scale.device).layout
         assert layout is not None and self._stack is not None
-        return layout.codes(self._stack, self.rows(linear), self.in_features)
+        start = sum(self.widths()[: linear.place])
+        return layout.codes(self._stack, slice(start, start + linear.out_features), self.in_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> InputGroup:
         self.unstack()
@@ -123,29 +161,23 @@ class InputGroup(nn.Module):
             shared_reads_codes=self.spec.shared_reads == "codes" and not self.scheme.weight_only,
         )
 
-    def forward(self, x: Tensor, reader: int) -> Prepared:
-        """x (..., K) -> its prepared form with M = product of the leading sizes; reader: see `_once`."""
-        backend = self.select_backend(x.device)
-        prepared = self._once(x, reader, lambda x: backend.prepare(x, self.operands()))
-        assert isinstance(prepared, Prepared)
-        return prepared
 
-    def _once(self, x: Tensor, reader: int, compute: Callable[[Tensor], Any]) -> Any:
-        """compute(x as (M, K)), once for all linears that read the same input.
+_numbers = count()
+_groups: WeakValueDictionary[int, InputGroup] = WeakValueDictionary()
+"""Every group that is alive, by its number."""
 
-        reader: identifies the linear that asks. Each reader is given a result once: asking again means that a new input
-        came in the same tensor.
-        """
-        version = 0 if x.is_inference() else x._version
-        last, self._last = self._last, None
-        if last is not None and last[0] is x and last[1] == version and reader not in last[3]:
-            result, readers = last[2], last[3] | {reader}
-        else:
-            result, readers = compute(x.reshape(-1, self.in_features)), frozenset({reader})
-        # Dropped after the last linear's use, so that no activation outlives its layer.
-        if len(readers) < len(self.spec.linears):
-            self._last = (x, version, result, readers)
-        return result
+
+@torch.library.custom_op("quant_experts::group_outputs", mutates_args=(), schema="(Tensor x, int number) -> Tensor")
+def group_outputs(x: Tensor, number: int) -> Tensor:
+    """What tracing sees of the group with that number: x (..., K) -> the outputs of its linears side by side
+    (..., sum of N) in x's dtype."""
+    parts = _groups[number].outputs(x)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+@group_outputs.register_fake
+def _shape(x: Tensor, number: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(_groups[number].widths()))
 
 
 class QuantizedLinear(nn.Module):
@@ -186,7 +218,7 @@ class QuantizedLinear(nn.Module):
         self._group = (group,) if group is not None else None  # in a tuple: not registered a second time
         if group is None:
             self.add_module(GROUP_CHILD, InputGroup(spec, scheme, self.in_features))
-        self.group.attach(self)
+        self.place = self.group.attach(self)
 
     @property
     def group(self) -> InputGroup:
@@ -237,13 +269,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = base product + shared expert + routed expert + bias."""
-        group = self.group
-        backend = group.select_backend(x.device)
-        if backend.layout is not None:
-            y = group.stacked(x, self, backend)
-        else:
-            y = backend.linear(group(x, id(self)), self.operands())
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y: Tensor = self.group(x, self.place)
+        return y
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

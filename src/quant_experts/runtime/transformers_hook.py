@@ -94,6 +94,11 @@ class QuantExpertsHfQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        """`generate` with a static cache compiles the model's decode steps on a GPU, as it does for a plain model."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """Inference only."""
         return False
