@@ -215,6 +215,7 @@ QUANTIZE: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
     "no config": (no_config, [], r"config\.json' does not exist: give"),
     "unknown scheme bits": (NOTHING, ["--scheme", "W4A99"], "activation_bits is 99; it must be 4 to 8"),
     "too few weight bits": (NOTHING, ["--scheme", "W1A6"], "weight_bits"),
+    "too many weight bits for fp8": (NOTHING, ["--scheme", "W8Afp8"], "weight_bits is 8; with fp8 activations .* 4"),
     "unknown scheme": (NOTHING, ["--scheme", "int4"], "Unknown scheme 'int4': write"),
     "unknown recipe": (NOTHING, ["--recipe", "magic"], "Unknown recipe 'magic': choose one of rtn"),
     "no samples asked for": (NOTHING, ["--limit", "0"], "samples"),
@@ -295,7 +296,11 @@ LOAD: dict[str, tuple[Callable[[Place], None], str]] = {
         quantization_config(scheme=dict(weight_bits=4, activation_bits=6, x=1)),
         r"scheme\.x",
     ),
-    "newer format": (quantization_config(format_version=2), "format version 2.* upgrade quant-experts"),
+    "newer format": (quantization_config(format_version=3), "format version 3.* upgrade quant-experts"),
+    "fp8 activations in format 1": (
+        quantization_config(scheme=dict(weight_bits=4, activation_bits=8, activation_format="fp8"), format_version=1),
+        "format_version is 1; W4Afp8 needs 2",
+    ),
     "no format": (quantization_config(format_version="one"), "format_version"),
     "a linear that is none": (
         quantization_config(groups=[{"linears": ["model.norm"]}]),

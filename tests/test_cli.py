@@ -79,6 +79,14 @@ def test_quantize_json(tiny: Callable[..., Path], samples: Path, tmp_path: Path)
     assert load(tmp_path / "out")
 
 
+def test_quantize_to_fp8_activations_and_inspect(tiny: Callable[..., Path], samples: Path, tmp_path: Path) -> None:
+    text = run("quantize", tiny("qwen2_vl"), samples, tmp_path / "out", "--scheme", "w4afp8")
+    assert "W4Afp8, recipe quant-experts" in " ".join(text.split())
+    found = json.loads(run("inspect", tmp_path / "out", "--json"))
+    assert found["scheme"] == "W4Afp8" and found["format_version"] == 2
+    assert "W4Afp8, recipe quant-experts, format 2" in " ".join(run("inspect", tmp_path / "out").split())
+
+
 def test_quantize_speaks_to_people(tiny: Callable[..., Path], samples: Path, tmp_path: Path) -> None:
     text = run("quantize", tiny("qwen2_vl"), samples, tmp_path / "out", "--recipe", "rtn")
     assert "stored bits per weight" in text and "W4A6" in text and "2 samples" in text

@@ -12,6 +12,9 @@ from quant_experts.errors import QuantExpertsError
 ALL_SCHEMES = [
     Scheme(weight_bits=w, activation_bits=a, group_size=g, symmetric=s)
     for w, a, g, s in product(range(2, 9), (4, 5, 6, 7, 8, 16), (None, 2, 64, 128, 129), (True, False))
+] + [
+    Scheme(weight_bits=w, activation_bits=8, group_size=g, symmetric=s, activation_format="fp8")
+    for w, g, s in product(range(2, 5), (None, 2, 64, 128, 129), (True, False))
 ]
 W4A8 = dict(weight_bits=4, activation_bits=8)
 
@@ -41,6 +44,28 @@ def test_scheme_text_means_what_the_table_says(text: str, expected: tuple) -> No
     assert Scheme.parse(scheme) is scheme
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("W4Afp8", (4, None, True)),
+        ("w3aFP8", (3, None, True)),
+        ("W2Afp8g64", (2, 64, True)),
+        ("W4Afp8pc-asym", (4, None, False)),
+    ],
+)
+def test_fp8_activations(text: str, expected: tuple) -> None:
+    scheme = Scheme.parse(text)
+    assert (scheme.weight_bits, scheme.group_size, scheme.symmetric) == expected
+    assert (scheme.activation_bits, scheme.activation_format, scheme.weight_only) == (8, "fp8", False)
+
+
+def test_integer_activations_are_not_written_and_fp8_ones_need_format_2() -> None:
+    plain, fp8 = Scheme.parse("W4A8"), Scheme.parse("W4Afp8")
+    assert plain.to_json() == W4A8 | dict(group_size=None, symmetric=True) and plain.format_version == 1
+    assert fp8.to_json() == plain.to_json() | dict(activation_format="fp8") and fp8.format_version == 2
+    assert QuantizationConfig.of("W4A8").to_json()["scheme"] == plain.to_json()
+
+
 def test_every_scheme_has_its_own_text_and_is_read_back_from_it() -> None:
     texts = [str(scheme) for scheme in ALL_SCHEMES]
     assert len(set(texts)) == len(ALL_SCHEMES)
@@ -51,10 +76,11 @@ def test_every_scheme_has_its_own_text_and_is_read_back_from_it() -> None:
 
 MISSPELT = ["", "W4", "A8W4", "W4A", "WA8", "W4 A6", "W-4A6", "W4.5A6", "xW4A6", "W4A6x", "W4A6-", "W4A6-symm"]
 BAD_BITS = ["W1A8", "W9A8", "W0A8", "W16A16", "W4A3", "W4A9", "W4A15", "W4A17", "W4A32"]
+BAD_FP8 = ["W5Afp8", "W8Afp8", "W1Afp8", "W4Afp6", "W4Afp", "W4A8fp8", "Wfp8Afp8", "W4Afp8g1"]
 BAD_GROUPS = ["W4A6g0", "W4A6g1", "W4A6g-1", "W4A6g", "W4A6g128pc", "W4A6-sym-asym"]
 
 
-@pytest.mark.parametrize("text", MISSPELT + BAD_BITS + BAD_GROUPS)
+@pytest.mark.parametrize("text", MISSPELT + BAD_BITS + BAD_FP8 + BAD_GROUPS)
 def test_unknown_scheme_is_refused_in_one_sentence(text: str) -> None:
     with pytest.raises(QuantExpertsError, match=r"scheme|Invalid Scheme") as caught:
         Scheme.parse(text)
@@ -81,6 +107,9 @@ def test_json_round_trip(value: Scheme | Recipe | QuantizationConfig) -> None:
         (Scheme, W4A8 | dict(weight_bits=4.5), "weight_bits"),
         (Scheme, W4A8 | dict(activation_bits=12), "activation_bits"),
         (Scheme, W4A8 | dict(group_size=1), "group_size"),
+        (Scheme, W4A8 | dict(activation_format="bf8"), "activation_format"),
+        (Scheme, W4A8 | dict(activation_format="fp8", activation_bits=6), "activation_bits is 6; fp8"),
+        (Scheme, W4A8 | dict(activation_format="fp8", weight_bits=5), "weight_bits is 5; with fp8"),
         (Recipe, dict(name="x", rank=3), "rank"),
         (Recipe, dict(shared_rank=3), "name"),
         (Recipe, dict(name="x", exempt="some"), "exempt"),

@@ -9,7 +9,7 @@ from quant_experts.artifacts import GroupStatistics, LowRankExpert
 from quant_experts.config import RECIPES
 from quant_experts.experts.shared import fit_shared_expert
 from quant_experts.group import GroupTask, fit_tokens_needed, quantize_group
-from quant_experts.kernels.reference import quantize_tokens, rotate, route
+from quant_experts.kernels.reference import rotate, round_tokens, route
 from quant_experts.quantizers.grids import dequantize
 
 ROWS = (24, 8)
@@ -42,10 +42,7 @@ def run(recipe: Recipe, text: str, width: int = 48) -> tuple[float, float]:
         )
         assert not events
         z = rotate(x if group.smooth_scale is None else x / group.smooth_scale, group.rotation)
-        seen = z
-        if not scheme.weight_only:
-            codes, scale = quantize_tokens(z, scheme.activation_bits)
-            seen = codes * scale
+        seen = round_tokens(z, scheme)
         y = torch.cat([seen @ dequantize(part).T for part in group.weights], dim=1).double()
         if group.shared:
             y += z.double() @ group.shared.down.T @ group.shared.up.T
@@ -78,7 +75,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("text", ["W4A6", "W3A16g16"])
+@pytest.mark.parametrize("text", ["W4A6", "W4Afp8", "W3A16g16"])
 @pytest.mark.parametrize("name", CASES)
 def test_each_stage_lowers_the_error(name: str, text: str) -> None:
     ours, plain = run(CASES[name], text)
@@ -97,7 +94,8 @@ def test_the_default_is_better_than_each_of_its_stages(text: str) -> None:
 def test_refinement_trains_on_what_the_runtime_leaves() -> None:
     """With rounded activations too, and measured by the runtime's own rules on the same tokens."""
     refined = CASES["refined"]
-    assert run(refined, "W4A6")[0] < run(refined.model_copy(update=dict(refine=False)), "W4A6")[0]
+    for text in ("W4A6", "W4Afp8"):
+        assert run(refined, text)[0] < run(refined.model_copy(update=dict(refine=False)), text)[0]
 
 
 @pytest.mark.parametrize(("largest", "width", "expected"), [(64, 48, 16), (64, 45, 0), (0, 64, 0), (8, 64, 8)])

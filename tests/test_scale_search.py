@@ -53,7 +53,7 @@ def in_front_of_a_block(folder: Path, use: Callable[..., None]) -> None:
             use(stream, block, groups, held_out, names, rows, weight, statistics[names])
 
 
-@pytest.mark.parametrize("text", ["W4A6", "W3A16g16"])
+@pytest.mark.parametrize("text", ["W4A6", "W4Afp8", "W3A16g16"])
 @pytest.mark.parametrize("image_weights", [None, {"self_attn": 0.3, "mlp": 2.0}])
 def test_the_search_takes_the_best_of_its_grid(folder: Path, text: str, image_weights: dict[str, float] | None) -> None:
     scheme, gains = Scheme.parse(text), []

@@ -9,11 +9,22 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from quant_experts.errors import QuantExpertsError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest checkpoint format. A checkpoint says the oldest that holds it (`Scheme.format_version`), so that older
+installations read all that they can."""
 
 Config = TypeVar("Config", bound="StrictModel")
 
@@ -26,6 +37,12 @@ model, the blocks of the language model."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """In the order in which a forward pass comes to them."""
 DEFAULT_SCOPES: tuple[Scope, ...] = ("language",)
+
+ActivationFormat = Literal["int", "fp8"]
+"""What activation codes are: integers, or fp8 numbers e4m3fn (OCP: 4 bits of exponent, 3 of mantissa, largest 448)."""
+MOST_WEIGHT_BITS: dict[ActivationFormat, int] = {"int": 8, "fp8": 4}
+"""fp8 products take weight codes as fp8 numbers too: e4m3 holds integers up to 16 exactly, and so codes of 4 bits with
+their zero point taken off."""
 
 PAPER_WIDTH = 1536
 """Width of Qwen2-VL-2B, the model on which the paper's rank 64 and k = 32 were chosen."""
@@ -51,53 +68,83 @@ class StrictModel(BaseModel):
 
 
 class Scheme(StrictModel):
-    """Integer grids of one linear layer (grids as in thu-nics/MBQ; see docs/math.md).
+    """Grids of one linear layer (integer grids as in thu-nics/MBQ; see docs/math.md).
 
-    Weights are quantized per output channel (`group_size` None) or per `group_size` input channels; activations per
-    token, dynamically and symmetrically, or not at all (16 bits: they keep the compute dtype).
+    Weights are integers, quantized per output channel (`group_size` None) or per `group_size` input channels;
+    activations integers or fp8 numbers, quantized per token, dynamically and symmetrically, or not at all (16 bits:
+    they keep the compute dtype).
     """
 
     weight_bits: int = Field(ge=2, le=8)
     activation_bits: int
     group_size: int | None = Field(default=None, ge=2)
     symmetric: bool = True
+    activation_format: ActivationFormat = "int"
 
     @model_validator(mode="after")
     def _known_activation(self) -> Scheme:
         if self.activation_bits != 16 and not 4 <= self.activation_bits <= 8:
             raise ValueError(f"activation_bits is {self.activation_bits}; it must be 4 to 8, or 16 for weight-only")
+        if self.activation_format == "fp8" and self.activation_bits != 8:
+            raise ValueError(f"activation_bits is {self.activation_bits}; fp8 activations have 8")
+        most = MOST_WEIGHT_BITS[self.activation_format]
+        if self.weight_bits > most:
+            raise ValueError(
+                f"weight_bits is {self.weight_bits}; with {self.activation_format} activations it is at most {most}"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_format(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Integer activations are not written, so that format 1 is what it was before there were others."""
+        value: dict[str, Any] = serialize(self)
+        if self.activation_format == "int":
+            del value["activation_format"]
+        return value
 
     @property
     def weight_only(self) -> bool:
         """True when activations stay in floating point."""
         return self.activation_bits == 16
 
+    @property
+    def format_version(self) -> int:
+        """The oldest checkpoint format that knows the scheme."""
+        return 1 if self.activation_format == "int" else 2
+
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
-        """Read `W4A6`, `W4A8g128`, `W3A16`, `W4A16g64-sym`, `W4A16pc` ...
+        """Read `W4A6`, `W4A8g128`, `W3A16`, `W4A16g64-sym`, `W4A16pc`, `W4Afp8` ...
 
-        `W<bits>A<bits>`, then optionally `g<size>` (weights in groups of that many input channels) or `pc` (per output
-        channel), then optionally `-sym` or `-asym`. Defaults follow the MBQ code: weight-and-activation schemes are
-        symmetric per channel, weight-only ones asymmetric in groups of 128.
+        `W<bits>A<bits>` or `W<bits>Afp8` (weights of at most 4 bits), then optionally `g<size>` (weights in groups of
+        that many input channels) or `pc` (per output channel), then optionally `-sym` or `-asym`. Defaults follow the
+        MBQ code: weight-and-activation schemes are symmetric per channel, weight-only ones asymmetric in groups of 128.
         """
         if isinstance(text, Scheme):
             return text
-        match = re.fullmatch(r"W(\d+)A(\d+)(?:g(\d+)|(pc))?(?:-(sym|asym))?", text.strip(), re.IGNORECASE)
+        match = re.fullmatch(r"W(\d+)A(\d+|fp8)(?:g(\d+)|(pc))?(?:-(sym|asym))?", text.strip(), re.IGNORECASE)
         if match is None:
             raise QuantExpertsError(
-                f"Unknown scheme '{text}': write weight and activation bits as in W4A6, W4A8, W3A16 or W4A16g64-sym."
+                f"Unknown scheme '{text}': write weight and activation bits as in W4A6, W4A8, W3A16, "
+                "W4A16g64-sym or W4Afp8."
             )
-        weight_bits, activation_bits = int(match[1]), int(match[2])
+        activation_format = "fp8" if match[2].lower() == "fp8" else "int"
+        weight_bits, activation_bits = int(match[1]), 8 if activation_format == "fp8" else int(match[2])
         weight_only = activation_bits == 16
         group_size = int(match[3]) if match[3] else None if match[4] or not weight_only else 128
         symmetric = match[5].lower() == "sym" if match[5] else not weight_only
         return cls.from_json(
-            dict(weight_bits=weight_bits, activation_bits=activation_bits, group_size=group_size, symmetric=symmetric)
+            dict(
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                activation_format=activation_format,
+            )
         )
 
     def __str__(self) -> str:
-        text = f"W{self.weight_bits}A{self.activation_bits}"
+        text = f"W{self.weight_bits}A{'fp8' if self.activation_format == 'fp8' else self.activation_bits}"
         if self.group_size != (128 if self.weight_only else None):
             text += f"g{self.group_size}" if self.group_size else "pc"
         if self.symmetric == self.weight_only:

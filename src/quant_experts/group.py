@@ -30,7 +30,7 @@ from quant_experts.experts.routed import cluster_channels, co_importance, fit_ro
 from quant_experts.experts.router import fit_router, fit_router_to_tokens, random_router
 from quant_experts.experts.shared import MOMENTS, fit_shared_expert, without_channels
 from quant_experts.experts.token_experts import fit_token_experts
-from quant_experts.kernels.reference import quantize_tokens, rotate
+from quant_experts.kernels.reference import rotate, round_tokens
 from quant_experts.quantizers.balanced import balanced_scale
 from quant_experts.quantizers.gptq import quantize_gptq
 from quant_experts.quantizers.grids import dequantize
@@ -265,8 +265,7 @@ def _refine(
     tokens = task.tokens()
     target = tokens @ residual.float().T
     if not task.scheme.weight_only:
-        codes, scale = quantize_tokens(tokens, task.scheme.activation_bits)
-        target += (tokens - codes * scale) @ dequantize(base).T
+        target += (tokens - round_tokens(tokens, task.scheme)) @ dequantize(base).T
     return refine_routed(target, tokens, routed, router, seed=task.seed)
 
 

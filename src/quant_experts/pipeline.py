@@ -225,6 +225,7 @@ class _Run:
                 store.write_block(index, stream.skeleton.file_names(index, {})[1], {})
         self.progress(len(names), len(names), "done")
         checkpoint = CheckpointConfig(
+            format_version=self.config.scheme.format_version,
             scheme=self.config.scheme,
             recipe=self.config.recipe,
             seed=self.config.seed,

@@ -14,8 +14,9 @@ from quant_experts.artifacts import Event
 from quant_experts.calibration.search import ReaderTrials, reader_trials
 from quant_experts.calibration.sensitivity import branch_sensitivities
 from quant_experts.calibration.streaming import BlockStream
+from quant_experts.config import Scheme
 from quant_experts.group import GroupTask, Search
-from quant_experts.kernels.reference import quantize_tokens
+from quant_experts.kernels.reference import round_tokens
 from quant_experts.quantizers import awq, mbq
 from quant_experts.quantizers.grids import dequantize
 from quant_experts.quantizers.rtn import quantize_rtn
@@ -63,13 +64,9 @@ def scale_search(
 def scale_error(task: GroupTask, trials: ReaderTrials, scale: Tensor) -> float:
     """What the group's reader loses if W diag(s) is rounded to nearest and reads the rounded x / s."""
     rounded = dequantize(quantize_rtn(task.weight * scale, task.scheme))
-    return trials.error(rounded.split(list(task.rows)), lambda x: _as_read(x, scale, task.scheme.activation_bits))
+    return trials.error(rounded.split(list(task.rows)), lambda x: _as_read(x, scale, task.scheme))
 
 
-def _as_read(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _as_read(x: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """x / s, rounded per token unless activations keep their precision. x (..., K), in its dtype."""
-    smoothed = x.float() / scale
-    if bits != 16:
-        codes, token_scale = quantize_tokens(smoothed.reshape(-1, x.shape[-1]), bits)
-        smoothed = (codes * token_scale).reshape(x.shape)
-    return smoothed.to(x.dtype)
+    return round_tokens((x.float() / scale).reshape(-1, x.shape[-1]), scheme).reshape(x.shape).to(x.dtype)

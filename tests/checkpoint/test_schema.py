@@ -22,18 +22,34 @@ PLAIN = GroupSpec(linears=("o",))
 
 
 def checkpoint(scheme: str = "W4A6") -> CheckpointConfig:
+    parsed = Scheme.parse(scheme)
     return CheckpointConfig(
-        scheme=Scheme.parse(scheme), recipe=RECIPES["paper"], seed=7, groups=(FULL, PLAIN), ignore=("lm_head",)
+        format_version=parsed.format_version,
+        scheme=parsed,
+        recipe=RECIPES["paper"],
+        seed=7,
+        groups=(FULL, PLAIN),
+        ignore=("lm_head",),
     )
 
 
-@pytest.mark.parametrize("scheme", ["W4A6", "W3A16", "W8A8g64-asym"])
+@pytest.mark.parametrize("scheme", ["W4A6", "W3A16", "W8A8g64-asym", "W4Afp8"])
 def test_round_trip_through_json(scheme: str) -> None:
     config = checkpoint(scheme)
     text = json.dumps(config.to_json())
     assert CheckpointConfig.read(json.loads(text)) == config
     entries = json.loads(text)
-    assert (entries["quant_method"], entries["format_version"]) == ("quant_experts", 1)
+    assert (entries["quant_method"], entries["format_version"]) == ("quant_experts", 2 if scheme == "W4Afp8" else 1)
+
+
+def test_fp8_activations_are_refused_in_a_format_that_does_not_know_them() -> None:
+    with pytest.raises(QuantExpertsError, match="format_version is 1; W4Afp8 needs 2"):
+        CheckpointConfig.read(checkpoint("W4Afp8").to_json() | {"format_version": 1})
+
+
+def test_activations_take_no_bits_of_a_checkpoint() -> None:
+    counts = {group_stored_bits(FULL, Scheme.parse(text), (64, 32), 96) for text in ("W4A6", "W4A8", "W4Afp8")}
+    assert len(counts) == 1
 
 
 def test_newer_formats_are_refused_before_their_keys_are_read() -> None:

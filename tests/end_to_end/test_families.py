@@ -24,6 +24,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {family: (family, "W4A6", {})
     "grouped": ("qwen2_vl", "W4A6", {"group_inputs": True}),
     "plain": ("qwen2_vl", "W4A6", {"smoothing": "none", "exempt": "none", "shared_rank": 0, "routed_rank": 0}),
     "default": ("qwen3_vl", "W4A6", DEFAULT | {"shared_rank": 4}),
+    "default, fp8": ("qwen2_5_vl", "W4Afp8", DEFAULT | {"shared_rank": 4}),
+    "fp8 in groups": ("qwen2_vl", "W4Afp8g32-asym", {}),
     "default, weight-only": ("internvl", "W3A16", DEFAULT | {"shared_rank": 4}),
     "tied": ("qwen2_vl", "W4A6", {"tie_embeddings": True}),
     "bfloat16": ("qwen2_5_vl", "W4A6", {"dtype": torch.bfloat16}),

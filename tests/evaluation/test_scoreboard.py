@@ -8,7 +8,7 @@ import pytest
 from small_runs import SMALL, small_samples
 
 from quant_experts import QuantExpertsError, QuantizationConfig, Recipe
-from quant_experts.config import RECIPES
+from quant_experts.config import RECIPES, Scheme
 from quant_experts.evaluation import bench, controls
 from quant_experts.evaluation.bench import Bench, Contender, Outcome
 from quant_experts.evaluation.comparison import FULL_PRECISION, Comparison
@@ -117,6 +117,13 @@ def test_equal_bytes_means_just_below(parent: Outcome) -> None:
         for g in (size, size - 1)
     ]
     assert stored[0] <= bits < stored[1]
+
+
+def test_more_weight_bits_than_the_activations_allow_are_no_control(parent: Outcome) -> None:
+    fp8 = contender(scheme="W4Afp8")
+    assert controls.derive("more-bits", fp8, parent, WIDTH) is None
+    groups = controls.derive("small-groups", fp8, parent, WIDTH)
+    assert groups and groups.config.scheme == Scheme.parse(str(groups.config.scheme))
 
 
 def test_controls_change_one_thing(parent: Outcome) -> None:

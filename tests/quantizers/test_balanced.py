@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quant_experts.artifacts import GroupStatistics
 from quant_experts.config import Scheme
-from quant_experts.kernels.reference import quantize_tokens, rotate
+from quant_experts.kernels.reference import rotate, round_tokens
 from quant_experts.quantizers.balanced import balanced_scale, expected_error
 from quant_experts.quantizers.gptq import quantize_gptq
 from quant_experts.quantizers.grids import dequantize
@@ -33,15 +33,11 @@ def measured(scale: Tensor, x: Tensor, weight: Tensor, scheme: Scheme, rotation:
     smoothed = rotate(weight * scale, rotation)
     z = rotate(x / scale, rotation)
     base, _ = quantize_gptq(smoothed, z.double().T @ z.double() / len(z), scheme, act_order=True)
-    seen = z
-    if not scheme.weight_only:
-        codes, token_scale = quantize_tokens(z, scheme.activation_bits)
-        seen = codes * token_scale
-    return float((seen @ dequantize(base).T - x @ weight.T).square().sum(dim=1).mean())
+    return float((round_tokens(z, scheme) @ dequantize(base).T - x @ weight.T).square().sum(dim=1).mean())
 
 
 @pytest.mark.parametrize("rotation", [0, 16])
-@pytest.mark.parametrize("text", ["W4A6", "W4A8", "W3A16g32"])
+@pytest.mark.parametrize("text", ["W4A6", "W4A8", "W4Afp8", "W3A16g32"])
 def test_the_expected_error_foretells_the_measured_one(text: str, rotation: int) -> None:
     x, weight, scheme = outlier_tokens(800, 64), normal(96, 64, seed=2), Scheme.parse(text)
     for strength in (0.0, 0.3, 0.6):
@@ -51,7 +47,7 @@ def test_the_expected_error_foretells_the_measured_one(text: str, rotation: int)
 
 
 @pytest.mark.parametrize("rotation", [0, 16])
-@pytest.mark.parametrize("text", ["W4A6", "W4A4", "W3A16g32"])
+@pytest.mark.parametrize("text", ["W4A6", "W4A4", "W4Afp8", "W3A16g32"])
 def test_the_chosen_scale_is_near_the_best_and_better_than_none(text: str, rotation: int) -> None:
     x, weight, scheme = outlier_tokens(800, 64), normal(96, 64, seed=2), Scheme.parse(text)
     chosen = balanced_scale(statistics(x), weight, scheme, rotation)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from naive_e4m3 import nearest
 from torch import Tensor, nn
 
 from quant_experts.artifacts import LowRankExpert, QuantizedGroup, RoutedExperts, Router
@@ -16,14 +17,14 @@ from quant_experts.checkpoint.tensors import describe_group, group_state
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.operands import GroupOperands, Prepared
-from quant_experts.kernels.reference import quantize_tokens
+from quant_experts.kernels.reference import round_tokens
 from quant_experts.quantizers.grids import dequantize
 from quant_experts.quantizers.rtn import quantize_rtn
 from quant_experts.runtime import modules
 from quant_experts.runtime.modules import QuantizedLinear, install_groups, swap_linears
 
 K, SIZES = 37, {"attn.q": 10, "attn.k": 6, "attn.v": 6}
-SCHEMES = ["W4A6", "W3A16g16", "W8A8g16-asym"]
+SCHEMES = ["W4A6", "W3A16g16", "W8A8g16-asym", "W4Afp8"]
 
 
 class Attention(nn.Module):
@@ -99,9 +100,7 @@ def test_a_shared_expert_reads_codes_where_there_are_codes(scheme: str) -> None:
     group.factor_bits, group.shared_reads = 8, "codes"
     install_groups(quantized, [describe_group(group)], parsed, group_state(group))
     z = normal(20, K, seed=8) / group.smooth_scale
-    if not parsed.weight_only:
-        codes, scale = quantize_tokens(z, parsed.activation_bits)
-        z = codes * scale
+    z = round_tokens(z, parsed)
     first = quantized.attn["q"]
     up = torch.cat([linear.operands().shared_up.float() for linear in quantized.attn.values()]).double()
     matrix = torch.cat([dequantize(weight) for weight in group.weights]).double()
@@ -114,7 +113,8 @@ def test_a_shared_expert_reads_codes_where_there_are_codes(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_outputs_are_the_formula(scheme: str) -> None:
-    """y = Wq q(x/m) + up_s down_s x/m + up_e down_e x/m + bias in float64; activations off by half a step."""
+    """y = Wq q(x/m) + up_s down_s x/m + up_e down_e x/m + bias in float64; integer activations off by half a step, fp8
+    ones by a sixteenth, or half the smallest number, of which 448 has 2^18."""
     quantized, group = install(scheme)
     x = normal(20, K, seed=8)
     z = (x / group.smooth_scale).double()
@@ -127,14 +127,18 @@ def test_outputs_are_the_formula(scheme: str) -> None:
     shared = z @ group.shared.down.half().double().T @ group.shared.up.half().double().T
     down, up = group.routed.down.half().double(), group.routed.up.half().double()
     routed = torch.stack([up[e] @ (down[e] @ row) for e, row in zip(experts.tolist(), z, strict=True)])
-    bits = Scheme.parse(scheme).activation_bits
-    step = 0 if bits == 16 else z.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
-    rounding = step / 2 * base.abs().sum(dim=1) if bits < 16 else torch.zeros(1)
-    error = (quantized(x).double() - (z @ base.T + shared + routed + bias)).abs()
-    assert (error <= rounding + 1e-4).all()
-    if bits < 16:
+    parsed, largest = Scheme.parse(scheme), z.abs().amax(dim=1, keepdim=True)
+    exact, most = z, torch.zeros_like(z)
+    if parsed.activation_format == "fp8":
+        most = torch.maximum(z.abs() / 16, largest / 448 / 2**10)
+        exact = torch.tensor([[nearest(v) for v in row] for row in (z / largest * 448).tolist()]) * largest / 448
+    elif not parsed.weight_only:
+        step = largest / (2 ** (parsed.activation_bits - 1) - 1)
+        most = step / 2
         exact = (z / step).round() * step
-        torch.testing.assert_close(quantized(x).double(), exact @ base.T + shared + routed + bias, rtol=1e-4, atol=1e-4)
+    error = (quantized(x).double() - (z @ base.T + shared + routed + bias)).abs()
+    assert (error <= most.expand_as(z) @ base.abs().T + 1e-4).all()
+    torch.testing.assert_close(quantized(x).double(), exact @ base.T + shared + routed + bias, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

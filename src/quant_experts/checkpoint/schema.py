@@ -1,4 +1,4 @@
-"""Checkpoint format 1: what `config.json` says and which tensors stand beside each linear. See docs/format.md.
+"""Checkpoint formats 1 and 2: what `config.json` says and which tensors stand beside each linear. See docs/format.md.
 
 The shapes are a function of the configuration alone, so that a reader can allocate, check and count bits before it
 opens a file.
@@ -55,13 +55,21 @@ class CheckpointConfig(StrictModel):
     """The `quantization_config` entry of `config.json`."""
 
     quant_method: Literal["quant_experts"] = QUANT_METHOD
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     library_version: str = __version__
     scheme: Scheme
     recipe: Recipe
     seed: int = 0
     groups: tuple[GroupSpec, ...]
     ignore: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _version_knows_the_scheme(self) -> CheckpointConfig:
+        if self.format_version < self.scheme.format_version:
+            raise ValueError(
+                f"format_version is {self.format_version}; {self.scheme} needs {self.scheme.format_version}"
+            )
+        return self
 
     @classmethod
     def read(cls, value: dict[str, Any]) -> CheckpointConfig:

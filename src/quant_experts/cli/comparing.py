@@ -15,7 +15,7 @@ from quant_experts.config import RECIPES
 if TYPE_CHECKING:
     from quant_experts.evaluation.comparison import Comparison
 
-SchemesOption = Annotated[str, typer.Option(help="Comma-separated schemes.")]
+SchemesOption = Annotated[str, typer.Option(help="Comma-separated schemes, as W4A6, W4A8, W4Afp8, W3A16.")]
 MethodsOption = Annotated[str, typer.Option(help=f"Comma-separated recipes: {', '.join(RECIPES)}.")]
 ControlsOption = Annotated[str, typer.Option(help="Comma-separated controls, or all (listed in docs/scoreboard.md).")]
 FiguresOption = Annotated[Path | None, typer.Option(help="Write the report's figures to this folder too, as SVG.")]

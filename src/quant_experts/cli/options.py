@@ -10,7 +10,11 @@ from quant_experts.config import RECIPES, SCOPES
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or Hugging Face name of the model.")]
 SchemeOption = Annotated[
-    str, typer.Option(help="Weight and activation bits: W4A6, W4A8, W3A16, W4A16g64-sym ... (A16: weights only).")
+    str,
+    typer.Option(
+        help="Weight and activation bits: W4A6, W4A8, W3A16, W4A16g64-sym, W4Afp8 ... (A16: weights only; Afp8: 8-bit "
+        "floating point, with weights of at most 4 bits)."
+    ),
 ]
 RecipeOption = Annotated[str, typer.Option(help=f"How the error is repaired: {', '.join(RECIPES)}.")]
 ScaleOption = Annotated[

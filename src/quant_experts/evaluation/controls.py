@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from quant_experts.checkpoint.schema import GroupSpec, group_stored_bits
-from quant_experts.config import DEFAULT_SCOPES, RECIPES, QuantizationConfig, Recipe, Scheme
+from quant_experts.config import DEFAULT_SCOPES, MOST_WEIGHT_BITS, RECIPES, QuantizationConfig, Recipe, Scheme
 from quant_experts.errors import QuantExpertsError
 from quant_experts.evaluation.bench import Contender, Outcome
 
@@ -74,9 +74,10 @@ def _small_groups(parent: Contender, outcome: Outcome) -> Contender | None:
 
 
 def _more_bits(parent: Contender, outcome: Outcome) -> Contender | None:
-    """Plain rounding with the most weight bits that take no more bytes."""
+    """Plain rounding with the most weight bits that take no more bytes and that the activations' format allows."""
     scheme = parent.config.scheme
-    wider = [scheme.model_copy(update=dict(weight_bits=bits)) for bits in range(scheme.weight_bits + 1, 9)]
+    widths = range(scheme.weight_bits + 1, MOST_WEIGHT_BITS[scheme.activation_format] + 1)
+    wider = [scheme.model_copy(update=dict(weight_bits=bits)) for bits in widths]
     fitting = [each for each in wider if _plain_bits(each, outcome) <= _stored(outcome)]
     if not fitting:
         return None

@@ -11,6 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import cpu_int8, reference, triton_backend
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
@@ -84,9 +85,15 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
-def select(device: str, activation_bits: int, forced: str | None = None, weights: Weights = (4, None, True)) -> Backend:
-    """The backend for a device type ("cpu", "cuda", ...), activation width and kind of weights; `forced` names one
-    instead.
+def select(
+    device: str,
+    activation_bits: int,
+    forced: str | None = None,
+    weights: Weights = (4, None, True),
+    activation_format: ActivationFormat = "int",
+) -> Backend:
+    """The backend for a device type ("cpu", "cuda", ...), activation width and format and kind of weights; `forced`
+    names one instead.
 
     Raises `QuantExpertsError` where the forced backend does not exist or does not apply.
     """
@@ -94,7 +101,7 @@ def select(device: str, activation_bits: int, forced: str | None = None, weights
         b
         for b in BACKENDS
         if b.device in (device, "any")
-        and (b.activations == "any" or activation_bits < 16)
+        and (b.activations == "any" or (activation_bits < 16 and activation_format == "int"))
         and b.fits(weights)
         and b.usable()
     ]
@@ -102,4 +109,5 @@ def select(device: str, activation_bits: int, forced: str | None = None, weights
         if forced in (None, backend.name):
             return backend
     names = ", ".join(b.name for b in fitting)
-    raise QuantExpertsError(f"Backend '{forced}' cannot run A{activation_bits} on {device}: choose one of {names}.")
+    activations = activation_bits if activation_format == "int" else activation_format
+    raise QuantExpertsError(f"Backend '{forced}' cannot run A{activations} on {device}: choose one of {names}.")

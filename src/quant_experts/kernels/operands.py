@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant_experts.config import ActivationFormat
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -57,6 +59,8 @@ class GroupOperands:
     """(E,)"""
     shared_reads_codes: bool = False
     """Whether the shared expert multiplies activation codes instead of values; its factors are int8 then."""
+    activation_format: ActivationFormat = "int"
+    """What activation codes are where `activation_bits` is below 16; fp8 codes have 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Prepared:
     values: Tensor | None
     """(M, K) float32 smoothed and rotated input; kept for weight-only schemes, None otherwise."""
     codes: Tensor | None
-    """(M, K) int8 activation codes; None for weight-only schemes."""
+    """(M, K) activation codes, int8 or float8_e4m3fn by the group's format; None for weight-only schemes."""
     token_scale: Tensor | None
     """(M, 1) float32, NaN for a token that holds a non-finite value."""
     shared_hidden: Tensor | None

@@ -1,7 +1,7 @@
 """The oracle: each operation as plainly as PyTorch can say it, on any device. Other backends are tested against it.
 
-`y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x/m), H a rotation or nothing, e chosen
-by the router. A shared expert that reads codes multiplies s_x q(z) in place of z. Integer products are exact.
+`y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x/m), H a rotation or nothing, e
+chosen by the router. A shared expert that reads codes multiplies s_x q(z) in place of z. Products of codes are exact.
 A token that holds NaN or infinity gets NaN outputs, and no other token is touched.
 """
 
@@ -12,38 +12,67 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quant_experts.config import ActivationFormat, Scheme
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
 
 
 def is_exact() -> bool:
-    """True: float64 products of int8 codes are exact wherever PyTorch runs."""
+    """True: float64 products of codes are exact wherever PyTorch runs."""
     return True
 
 
-def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric codes per token: scale = absmax / (2^(bits-1) - 1) (thu-nics/MBQ).
+FP8_LARGEST = 448
+"""Of e4m3fn, which has no infinity."""
 
-    x (M, K) float32 -> codes (M, K) int8, scale (M, 1) float32. A zero token has scale 1; a non-finite one scale NaN,
-    codes 0.
+
+def quantize_tokens(x: Tensor, bits: int, activation_format: ActivationFormat = "int") -> tuple[Tensor, Tensor]:
+    """Symmetric codes per token: scale = absmax / largest code, codes = round(x / scale), half to even.
+
+    Integers: the largest code is 2^(bits-1) - 1 (thu-nics/MBQ). fp8: 448, and codes are the nearest numbers of e4m3fn,
+    subnormal ones included; none is beyond 448, because x / scale exceeds it by rounding only.
+
+    x (M, K) float32 -> codes (M, K) int8 or float8_e4m3fn, scale (M, 1) float32. A zero token has scale 1; a non-finite
+    one scale NaN, codes 0.
     """
-    largest = 2 ** (bits - 1) - 1
+    largest = FP8_LARGEST if activation_format == "fp8" else 2 ** (bits - 1) - 1
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     finite = absmax.isfinite()
     quotient = absmax / torch.full_like(absmax, largest)  # by a plain number CUDA would multiply with 1 / largest
     scale = torch.where(finite & (absmax > 0), quotient, torch.ones_like(absmax))
     # absmax / largest underflows to 0 for the smallest subnormal numbers; such a token is a zero token.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = torch.where(finite, x / scale, torch.zeros_like(x)).round_().clamp_(-largest - 1, largest).to(torch.int8)
+    steps = torch.where(finite, x / scale, torch.zeros_like(x))
+    if activation_format == "fp8":
+        codes = steps.to(torch.float8_e4m3fn)
+    else:
+        codes = steps.round_().clamp_(-largest - 1, largest).to(torch.int8)
     return codes, torch.where(finite, scale, torch.full_like(scale, torch.nan))
 
 
+def round_tokens(x: Tensor, scheme: Scheme) -> Tensor:
+    """What a linear of the scheme reads of its transformed input: codes times scale, or x itself where activations keep
+    their precision. (M, K) float32 -> (M, K) float32."""
+    if scheme.weight_only:
+        return x
+    codes, token_scale = quantize_tokens(x, scheme.activation_bits, scheme.activation_format)
+    return codes.float() * token_scale
+
+
+def code_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) int8 or fp8, b (N, K) int8 -> a b^T (M, N) float64, exact.
+
+    Every partial sum is a multiple of 1, with fp8 of 2^-9 and at most 448 * 128 K: float64 holds it while K < 2^28.
+    """
+    return a.double() @ b.double().T
+
+
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32, exact: float64 holds every partial sum below 2^53."""
-    return (a.double() @ b.double().T).to(torch.int32)
+    """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32, exact."""
+    return code_product(a, b).to(torch.int32)
 
 
 def hidden_of_codes(product: Tensor, token_scale: Tensor, down: Factor) -> Tensor:
-    """Hidden values of an expert that reads codes: product (M, R) int32 of codes and int8 factors, token_scale (M, 1)
+    """Hidden values of an expert that reads codes: exact product (M, R) of codes and int8 factors, token_scale (M, 1)
     -> (M, R) float32."""
     assert down.scale is not None, "an expert that reads codes has int8 factors"
     return product.float() * down.scale * token_scale
@@ -93,11 +122,11 @@ def prepare(x: Tensor, group: GroupOperands) -> Prepared:
     if group.activation_bits == 16:
         x = torch.where(x.isfinite().all(dim=1, keepdim=True), x, torch.full_like(x, torch.nan))
     else:
-        codes, token_scale = quantize_tokens(x, group.activation_bits)
+        codes, token_scale = quantize_tokens(x, group.activation_bits, group.activation_format)
     shared_hidden = None
     if group.shared_reads_codes:
         assert codes is not None and token_scale is not None and group.shared_down is not None
-        product = integer_product(codes, group.shared_down.values)
+        product = code_product(codes, group.shared_down.values)
         shared_hidden = hidden_of_codes(product, token_scale, group.shared_down)
     elif group.shared_down is not None:
         shared_hidden = x @ group.shared_down.float().T
@@ -132,9 +161,9 @@ def _base_product(prepared: Prepared, weight: LinearOperands) -> Tensor:
     total = torch.zeros(len(left), len(weight.codes), dtype=torch.float32, device=left.device)
     for g, (x, codes) in enumerate(zip(left.split(size, dim=1), weight.codes.split(size, dim=1), strict=True)):
         if prepared.codes is not None:
-            product = integer_product(x, codes)
+            product = code_product(x, codes)
             if weight.zero_point is not None:
-                product = product - x.sum(dim=1, dtype=torch.int32)[:, None] * weight.zero_point[:, g].int()
+                product = product - x.double().sum(dim=1, keepdim=True) * weight.zero_point[:, g].double()
             total += product.float() * weight.scale[:, g]
         else:
             zero = 0 if weight.zero_point is None else weight.zero_point[:, g, None].float()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quant_experts.artifacts import GroupStatistics
 from quant_experts.config import Scheme
-from quant_experts.kernels.reference import quantize_tokens, rotate
+from quant_experts.kernels.reference import rotate, round_tokens
 from quant_experts.quantizers.gptq import DAMPING
 from quant_experts.quantizers.grids import group_grid
 
@@ -54,8 +54,7 @@ def expected_error(scale: Tensor, statistics: GroupStatistics, weight: Tensor, s
     if not scheme.weight_only:
         assert statistics.fit_tokens is not None
         tokens = rotate(statistics.fit_tokens.to(scale.device) / scale.float(), rotation)
-        codes, token_scale = quantize_tokens(tokens, scheme.activation_bits)
-        rounding = (codes * token_scale - tokens).double().square().mean(dim=0)
+        rounding = (round_tokens(tokens, scheme) - tokens).double().square().mean(dim=0)
         loss += float(rounding @ smoothed.double().square().sum(dim=0))
     return loss
 

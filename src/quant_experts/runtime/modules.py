@@ -80,8 +80,9 @@ class InputGroup(nn.Module):
 
     def select_backend(self, device: torch.device) -> Backend:
         """The backend that serves this group on a device."""
-        weights = (self.scheme.weight_bits, self.scheme.group_size, self.scheme.symmetric)
-        return select(device.type, self.scheme.activation_bits, self.backend, weights)
+        scheme = self.scheme
+        weights = (scheme.weight_bits, scheme.group_size, scheme.symmetric)
+        return select(device.type, scheme.activation_bits, self.backend, weights, scheme.activation_format)
 
     def attach(self, linear: QuantizedLinear) -> int:
         """Called by each linear of the group, in order. -> its place."""
@@ -159,6 +160,7 @@ class InputGroup(nn.Module):
             self.router_weight,
             self.router_bias,
             shared_reads_codes=self.spec.shared_reads == "codes" and not self.scheme.weight_only,
+            activation_format=self.scheme.activation_format,
         )
 
 
