@@ -4,10 +4,12 @@ Tolerance: an output may differ by `TOLERANCE` of the sum of its terms' magnitud
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from naive_e4m3 import nearest
 
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import dispatch
@@ -15,6 +17,8 @@ from quant_experts.kernels.dispatch import BACKENDS, Backend, select
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 TOLERANCE = 1e-5
+SMALLEST = 2.0**-100  # a token without a larger magnitude counts as zero
+Bits = int | Literal["fp8"]
 CPU_BACKENDS = [b for b in BACKENDS if b.device in ("cpu", "any")]
 
 
@@ -24,7 +28,14 @@ class Layer:
     parts: any of smooth, rotated, shared, routed, bias, asymmetric, int8."""
 
     def __init__(
-        self, k: int, n: int, bits: int, parts: str = "", group_size: int | None = None, experts: int = 4, seed: int = 0
+        self,
+        k: int,
+        n: int,
+        bits: Bits,
+        parts: str = "",
+        group_size: int | None = None,
+        experts: int = 4,
+        seed: int = 0,
     ):
         generator = torch.Generator().manual_seed(seed)
 
@@ -46,13 +57,14 @@ class Layer:
         codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
         zero = torch.randint(-8, 8, (n, groups), generator=generator, dtype=torch.int8)
         self.group = GroupOperands(
-            bits,
+            8 if bits == "fp8" else bits,
             chosen("smooth", normal(k).abs() + 0.5),
             k & -k if "rotated" in parts.split() else 0,
             factor("shared", 5, k),
             factor("routed", experts, 3, k),
             chosen("routed", normal(experts, k).half()),
             chosen("routed", normal(experts).half()),
+            activation_format="fp8" if bits == "fp8" else "int",
         )
         self.linear = LinearOperands(
             codes,
@@ -87,9 +99,12 @@ class Layer:
             z = (z.astype(np.float64).reshape(-1, block) @ signs / block**0.5).reshape(-1).astype(np.float32)
         left = z.astype(np.float64)
         if group.activation_bits < 16:
-            largest = 2 ** (group.activation_bits - 1) - 1
+            largest = 448 if group.activation_format == "fp8" else 2 ** (group.activation_bits - 1) - 1
             scale = np.float32(np.abs(z).max()) / np.float32(largest)
-            codes = np.clip(np.rint(z / scale), -largest - 1, largest) if scale > 0 else z * 0
+            steps = z * (np.float32(1) / scale) if np.abs(z).max() >= SMALLEST else z * 0
+            codes = np.rint(steps)
+            if group.activation_format == "fp8":
+                codes = np.array([nearest(float(step)) for step in steps])
             left = codes.astype(np.float64) * np.float64(scale)
         weight = exact(linear.codes)
         size = linear.group_size or weight.shape[1]
@@ -118,9 +133,9 @@ def tokens(rows: int, columns: int, seed: int = 7) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def backends(*bits: int) -> list:
-    """Each backend that runs on a CPU with each activation width that it takes."""
-    pairs = [(b, a) for b in CPU_BACKENDS for a in bits if a < 16 or b.activations == "any"]
+def backends(*bits: Bits) -> list:
+    """Each backend that runs on a CPU with each activation width or format that it takes."""
+    pairs = [(b, a) for b in CPU_BACKENDS for a in bits if b.activations == "any" or (a != "fp8" and a < 16)]
     return [pytest.param(b, a, id=f"{b.name}-A{a}") for b, a in pairs]
 
 
@@ -128,36 +143,36 @@ ALL = "smooth shared routed bias asymmetric"
 PARTS = ["", "bias", "asymmetric", "smooth shared", "routed", "smooth shared routed bias", ALL]
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(4, 6, 8, 16))
+@pytest.mark.parametrize(("backend", "bits"), backends(4, 6, 8, 16, "fp8"))
 @pytest.mark.parametrize("parts", ["rotated", "smooth rotated", "shared routed int8", "rotated int8 " + ALL])
 @pytest.mark.parametrize("k", [16, 48, 128])
-def test_rotation_and_int8_factors(backend: Backend, bits: int, k: int, parts: str) -> None:
+def test_rotation_and_int8_factors(backend: Backend, bits: Bits, k: int, parts: str) -> None:
     Layer(k, 11, bits, parts).check(backend, tokens(13, k))
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(4, 6, 8, 16))
+@pytest.mark.parametrize(("backend", "bits"), backends(4, 6, 8, 16, "fp8"))
 @pytest.mark.parametrize("group_size", [None, 16, 44, 64])
 @pytest.mark.parametrize("parts", PARTS)
-def test_equals_the_formula(backend: Backend, bits: int, group_size: int | None, parts: str) -> None:
+def test_equals_the_formula(backend: Backend, bits: Bits, group_size: int | None, parts: str) -> None:
     Layer(45, 11, bits, parts, group_size).check(backend, tokens(13, 45))
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
 @pytest.mark.parametrize("size", [(1, 45, 11), (1, 1, 1), (3, 1, 2), (2, 300, 1), (1, 129, 65)])
-def test_odd_sizes(backend: Backend, bits: int, size: tuple[int, int, int]) -> None:
+def test_odd_sizes(backend: Backend, bits: Bits, size: tuple[int, int, int]) -> None:
     rows, k, n = size
     for group_size in (None, 32):
         Layer(k, n, bits, ALL, group_size).check(backend, tokens(rows, k))
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(8, 16))
-def test_no_tokens(backend: Backend, bits: int) -> None:
+@pytest.mark.parametrize(("backend", "bits"), backends(8, 16, "fp8"))
+def test_no_tokens(backend: Backend, bits: Bits) -> None:
     assert Layer(45, 11, bits, ALL, 16)(backend, torch.zeros(0, 45)).shape == (0, 11)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_any_float_input_is_read_and_left_alone(backend: Backend, bits: int, dtype: torch.dtype) -> None:
+def test_any_float_input_is_read_and_left_alone(backend: Backend, bits: Bits, dtype: torch.dtype) -> None:
     layer, x = Layer(45, 11, bits, ALL), tokens(9, 45).to(dtype)
     before = x.clone()
     prepared = backend.prepare(x, layer.group)
@@ -167,8 +182,8 @@ def test_any_float_input_is_read_and_left_alone(backend: Backend, bits: int, dty
     layer.check(backend, x)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
-def test_inputs_and_biases_that_require_grad_are_served(backend: Backend, bits: int) -> None:
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
+def test_inputs_and_biases_that_require_grad_are_served(backend: Backend, bits: Bits) -> None:
     """A loaded model called without `torch.no_grad()`: embeddings, norms and biases require grad."""
     layer, x = Layer(45, 11, bits, ALL), tokens(9, 45)
     expected = layer(backend, x)
@@ -176,16 +191,16 @@ def test_inputs_and_biases_that_require_grad_are_served(backend: Backend, bits: 
     assert torch.equal(layer(backend, x.requires_grad_()).detach(), expected)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
-def test_autocast_changes_nothing(backend: Backend, bits: int) -> None:
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
+def test_autocast_changes_nothing(backend: Backend, bits: Bits) -> None:
     layer, x = Layer(45, 11, bits, ALL), tokens(9, 45)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer.check(backend, x)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
 @pytest.mark.parametrize("only", [0, 1, 3])
-def test_all_tokens_to_one_expert(backend: Backend, bits: int, only: int) -> None:
+def test_all_tokens_to_one_expert(backend: Backend, bits: Bits, only: int) -> None:
     layer, x = Layer(45, 11, bits, "shared routed"), tokens(9, 45)
     bias = torch.full((4,), 1000.0).half()
     bias[only] = -1000
@@ -194,8 +209,8 @@ def test_all_tokens_to_one_expert(backend: Backend, bits: int, only: int) -> Non
     layer.check(backend, x)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
-def test_an_expert_without_tokens(backend: Backend, bits: int) -> None:
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
+def test_an_expert_without_tokens(backend: Backend, bits: Bits) -> None:
     layer, x = Layer(45, 11, bits, "routed", experts=5), tokens(30, 45)
     bias = layer.group.router_bias.clone()
     bias[[0, 2]] = 1000
@@ -204,16 +219,16 @@ def test_an_expert_without_tokens(backend: Backend, bits: int) -> None:
     layer.check(backend, x)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
-def test_ties_go_to_the_first_expert(backend: Backend, bits: int) -> None:
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
+def test_ties_go_to_the_first_expert(backend: Backend, bits: Bits) -> None:
     layer, x = Layer(45, 11, bits, "routed"), tokens(9, 45)
     bias = torch.tensor([1.0, 0, 0, 0]).half()
     layer.group = replace(layer.group, router_weight=torch.ones(4, 45).half(), router_bias=bias)
     assert backend.prepare(x, layer.group).expert.tolist() == [1] * 9
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(8, 16))
-def test_rows_keep_their_order(backend: Backend, bits: int) -> None:
+@pytest.mark.parametrize(("backend", "bits"), backends(8, 16, "fp8"))
+def test_rows_keep_their_order(backend: Backend, bits: Bits) -> None:
     layer, x = Layer(45, 11, bits, ALL), tokens(40, 45)
     y = layer(backend, x)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -222,9 +237,9 @@ def test_rows_keep_their_order(backend: Backend, bits: int) -> None:
     torch.testing.assert_close(y, one_by_one, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(6, 16))
+@pytest.mark.parametrize(("backend", "bits"), backends(6, 16, "fp8"))
 @pytest.mark.parametrize("parts", ["", "asymmetric", ALL])
-def test_zero_and_extreme_tokens(backend: Backend, bits: int, parts: str) -> None:
+def test_zero_and_extreme_tokens(backend: Backend, bits: Bits, parts: str) -> None:
     x = tokens(6, 45)
     x[1] = 0
     x[2] *= 1e30
@@ -238,10 +253,10 @@ def test_zero_and_extreme_tokens(backend: Backend, bits: int, parts: str) -> Non
     assert torch.equal(y[1], torch.zeros(11) if bias is None else bias)
 
 
-@pytest.mark.parametrize(("backend", "bits"), backends(4, 8, 16))
+@pytest.mark.parametrize(("backend", "bits"), backends(4, 8, 16, "fp8"))
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("parts", ["", "asymmetric", ALL])
-def test_a_non_finite_token_gets_nan_and_touches_no_other(backend: Backend, bits: int, bad: float, parts: str) -> None:
+def test_a_non_finite_token_gets_nan_and_touches_no_other(backend: Backend, bits: Bits, bad: float, parts: str) -> None:
     layer, x = Layer(45, 11, bits, parts, 16), tokens(5, 45)
     clean = layer(backend, x)
     x[2, 17] = bad
@@ -269,11 +284,29 @@ def test_the_first_row_that_fits_is_chosen(bits: int, name: str) -> None:
     assert select("cpu", bits, "reference").name == "reference"
 
 
+def test_fp8_activations_run_on_the_reference() -> None:
+    for device in ("cpu", "mps"):
+        assert select(device, 8, activation_format="fp8").name == "reference"
+    with pytest.raises(QuantExpertsError, match=r"'cpu-int8' cannot run Afp8 on cpu: choose one of reference\."):
+        select("cpu", 8, "cpu-int8", activation_format="fp8")
+
+
+def test_weight_only_schemes_have_a_backend_of_their_own_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(replace(b, usable=lambda: True) for b in BACKENDS))
+    for weights in [(4, 128, False), (3, 128, False), (4, None, True), (3, 64, True)]:
+        assert select("cuda", 16, weights=weights).name == "triton-weight-only"
+    for weights in [(4, 16, False), (8, 128, False)]:
+        assert select("cuda", 16, weights=weights).name == "reference"
+    assert select("cuda", 8, weights=(4, 128, False)).name == "reference"
+    assert select("cuda", 8).name == "triton"
+
+
 def test_every_device_has_a_backend_for_every_width() -> None:
     for device in ("cpu", "cuda", "mps", "xpu"):
         for bits in (4, 5, 6, 7, 8, 16):
             chosen = select(device, bits)
-            assert chosen.device in (device, "any") and (bits < 16 or chosen.activations == "any")
+            assert chosen.device in (device, "any")
+            assert chosen.activations in ("any", "values" if bits == 16 else "integer")
 
 
 @pytest.mark.parametrize(("device", "bits"), [("cpu", 16), ("mps", 8)])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import cpu_int8, reference, triton_backend
+from quant_experts.kernels import cpu_int8, reference, triton_backend, weight_only_backend
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
 P = ParamSpec("P")
@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 Weights = tuple[int, int | None, bool]
 """Weight bits, group size, symmetric."""
+
+
+Activations = Literal["integer", "values", "any"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Backend:
 
     name: str
     device: Literal["cpu", "cuda", "any"]
-    activations: Literal["integer", "any"]
+    activations: Activations
+    """Which kinds it takes: tokens quantized to integers, values as they are (weight-only schemes), or any."""
     prepare: Callable[[Tensor, GroupOperands], Prepared]
     linear: Callable[[Prepared, LinearOperands], Tensor]
     usable: Callable[[], bool]
@@ -51,12 +55,11 @@ class Backend:
     layout: Layout | None = None
 
     @classmethod
-    def of(
-        cls, name: str, device: Literal["cpu", "cuda", "any"], activations: Literal["integer", "any"], module: Any
-    ) -> Backend:
-        """The backend that a module's `prepare`, `linear` and `is_exact` make, and `fits`, `pack`, `apply` and `codes`
-        if it has them."""
-        backend = cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), module.is_exact)
+    def of(cls, name: str, device: Literal["cpu", "cuda", "any"], activations: Activations, module: Any) -> Backend:
+        """The backend that a module's `prepare`, `linear` and `is_exact` (or `usable`, where nothing is exact) make,
+        and `fits`, `pack`, `apply` and `codes` if it has them."""
+        usable = module.usable if hasattr(module, "usable") else module.is_exact
+        backend = cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), usable)
         if hasattr(module, "pack"):
             layout = Layout(_isolated(module.pack), _isolated(module.apply), module.codes)
             return replace(backend, fits=module.fits, layout=layout)
@@ -81,6 +84,7 @@ def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
 BACKENDS: tuple[Backend, ...] = (
     Backend.of("cpu-int8", "cpu", "integer", cpu_int8),
     Backend.of("triton", "cuda", "integer", triton_backend),
+    Backend.of("triton-weight-only", "cuda", "values", weight_only_backend),
     Backend.of("reference", "any", "any", reference),
 )
 
@@ -97,13 +101,11 @@ def select(
 
     Raises `QuantExpertsError` where the forced backend does not exist or does not apply.
     """
+    wanted = "values" if activation_bits == 16 else "integer" if activation_format == "int" else activation_format
     fitting = [
         b
         for b in BACKENDS
-        if b.device in (device, "any")
-        and (b.activations == "any" or (activation_bits < 16 and activation_format == "int"))
-        and b.fits(weights)
-        and b.usable()
+        if b.device in (device, "any") and b.activations in (wanted, "any") and b.fits(weights) and b.usable()
     ]
     for backend in fitting:
         if forced in (None, backend.name):

@@ -1,0 +1,56 @@
+"""The weight-only kernels against float64, in Triton's interpreter on the CPU, and on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def test_in_the_interpreter() -> None:
+    assert find_spec("triton") is not None, "the dev extra brings triton"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", str(HERE / "weight_only_cases.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    from kernels.weight_only_cases import CASES
+
+    assert run.stdout.split() == [case.__name__ for case in CASES]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu() -> None:
+    from kernels.weight_only_cases import CASES
+
+    for case in CASES:
+        case()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40, 64, 100, 2048])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_tiles_fit_the_chip(tokens: int, bits: int) -> None:
+    """The copies ahead of each tile stay inside a Hopper multiprocessor's shared memory; its sizes fit matrix units."""
+    from quant_experts.kernels.weight_only_backend import STEP, tile_for
+
+    tile = tile_for(tokens, bits)
+    codes, values = tile.rows * STEP[bits] * bits // 8, 2 * STEP[bits] * tile.tokens
+    assert tile.stages * (codes + values + 8 * tile.rows) <= 227 * 1024
+    assert tile.rows % 64 == 0 and tile.tokens % 16 == 0
+
+
+def test_the_table_names_the_backend_for_gpus() -> None:
+    from quant_experts.kernels.dispatch import BACKENDS
+
+    backend = next(b for b in BACKENDS if b.name == "triton-weight-only")
+    assert backend.device == "cuda" and backend.activations == "values" and backend.layout is not None
+    for bits in (3, 4):
+        assert backend.fits((bits, 128, False)) and backend.fits((bits, None, True))
+    assert not backend.fits((8, 128, False)) and not backend.fits((4, 16, True))

@@ -1,0 +1,311 @@
+"""Runs the weight-only kernels against the formula in float64: on a GPU, or, with TRITON_INTERPRET=1, on the CPU.
+
+`python weight_only_cases.py [CASE ...]` prints the name of each case that passed; `test_weight_only.py` starts it in a
+process of its own, because the switch is read when kernels are defined. Cases have no near ties between experts.
+
+Tolerance: activations, hidden values and up factors are rounded to float16, relative to the largest of a token where
+they are small, and group scales times codes once more: each term of an output is off by 2^-10 of itself at most, and
+`TOLERANCE` is of the root of the sum of the terms' squares, times a few for the tail, plus the output's own rounding.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from quant_experts.kernels import reference, weight_only_backend
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
+from quant_experts.kernels.weight_only_layout import pack_codes, unpack_codes
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TOLERANCE = 2e-3
+ALL = ("smooth", "shared", "routed", "bias", "asymmetric")
+
+
+def operands(
+    k: int, sizes: tuple[int, ...], bits: int = 4, parts: tuple[str, ...] = ALL, group_size: int | None = 128,
+    experts: int = 4, rotation: int = 0, integer_factors: bool = False, rank: int = 5,
+) -> tuple[GroupOperands, list[LinearOperands]]:  # fmt: skip
+    """A random group and its linears, one for each number of output channels."""
+    generator = torch.Generator().manual_seed(k + sum(sizes))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int8).to(DEVICE)
+
+    def factor(part: str, *shape: int) -> Factor | None:
+        if part not in parts:
+            return None
+        if integer_factors:
+            return Factor(integers(-127, 128, *shape), (normal(*shape[:-1]).abs() * 0.01 + 0.001).to(DEVICE))
+        return Factor(normal(*shape).half().to(DEVICE), None)
+
+    def chosen(part: str, tensor: Tensor) -> Tensor | None:
+        return tensor.to(DEVICE) if part in parts else None
+
+    group = GroupOperands(
+        16,
+        chosen("smooth", normal(k).abs() + 0.5),
+        rotation,
+        factor("shared", rank, k),
+        factor("routed", experts, 3, k),
+        chosen("routed", normal(experts, k).half()),
+        chosen("routed", normal(experts).half()),
+    )
+    groups, half = -(-k // (group_size or k)), 2 ** (bits - 1)
+    linears = [
+        LinearOperands(
+            integers(-half, half, n, k),
+            (normal(n, groups).abs() * 0.1 + 0.01).bfloat16().float().to(DEVICE),
+            chosen("asymmetric", integers(-half, half, n, groups)),
+            group_size,
+            factor("shared", n, rank),
+            factor("routed", experts, n, 3),
+            chosen("bias", normal(n)),
+        )
+        for n in sizes
+    ]
+    return group, linears
+
+
+def tokens(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(7)).to(dtype).to(DEVICE)
+
+
+def expected(x: Tensor, group: GroupOperands, linear: LinearOperands) -> tuple[Tensor, Tensor]:
+    """The format's formula in float64 -> outputs, roots of the sums of the squares of their terms."""
+    z = reference.transform(x, group)
+    weight = linear.codes.double()
+    size = linear.group_size or weight.shape[1]
+    channel = torch.arange(weight.shape[1], device=weight.device) // size
+    if linear.zero_point is not None:
+        weight = weight - linear.zero_point.double()[:, channel]
+    weight = weight * linear.scale.double()[:, channel]
+    exact, squares = z.double(), (z.double().square() @ weight.square().T)
+    y = exact @ weight.T
+    if group.shared_down is not None and linear.shared_up is not None:
+        down, up = group.shared_down.float().double(), linear.shared_up.float().double()
+        y, squares = y + exact @ down.T @ up.T, squares + (exact.square() @ down.T.square()) @ up.T.square()
+    if group.routed_down is not None and linear.routed_up is not None:
+        assert group.router_weight is not None and group.router_bias is not None
+        chosen = (exact.abs() @ group.router_weight.double().T + group.router_bias.double()).argmin(dim=1)
+        down, up = group.routed_down.float().double()[chosen], linear.routed_up.float().double()[chosen]
+        y = y + torch.einsum("mk,mrk,mnr->mn", exact, down, up)
+        squares = squares + torch.einsum("mk,mrk,mnr->mn", exact.square(), down.square(), up.square())
+    if linear.bias is not None:
+        y, squares = y + linear.bias.double(), squares + linear.bias.double().square()
+    return y, squares.sqrt()
+
+
+def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Tensor:
+    """Outputs of stacked linears against the formula's."""
+    packed = weight_only_backend.pack(group, linears)
+    y = weight_only_backend.apply(x, packed)
+    assert y.dtype == x.dtype
+    pairs = [expected(x, group, linear) for linear in linears]
+    value, size = torch.cat([p[0] for p in pairs], dim=1), torch.cat([p[1] for p in pairs], dim=1)
+    assert y.shape == value.shape
+    error = (y.double() - value).abs()
+    rounding = torch.finfo(x.dtype).eps * value.abs() if x.dtype != torch.float32 else 0
+    assert (error <= TOLERANCE * size + rounding + 1e-36).all(), (error / size).max()
+    return y
+
+
+def sizes() -> None:
+    for m, k, n, bits in [(1, 45, 11, 3), (13, 300, 70, 4), (35, 600, 33, 3), (1, 1, 1, 4)]:
+        check(tokens(m, k), *operands(k, (n,), bits))
+
+
+def group_sizes() -> None:
+    for size in (None, 32, 64, 256):
+        for bits in (3, 4):
+            assert weight_only_backend.fits((bits, size, False))
+            check(tokens(3, 530), *operands(530, (9,), bits, ("asymmetric",) if size != 64 else (), size))
+    for size in (16, 48, 96, 160, 384):
+        assert not weight_only_backend.fits((4, size, True))
+
+
+def parts() -> None:
+    for m, chosen in [(5, ("smooth", "shared")), (18, ("routed",)), (18, ("shared", "bias")), (5, ("bias",))]:
+        check(tokens(m, 140), *operands(140, (33,), parts=chosen))
+
+
+def without_rounding_of_weights() -> None:
+    """Activations that float16 holds: what is left is that of scales times codes."""
+    for bits in (3, 4):
+        group, linears = operands(300, (40,), bits, ("asymmetric",), None)
+        x = tokens(4, 300).mul(8).round()
+        y = weight_only_backend.apply(x, weight_only_backend.pack(group, linears))
+        value, size = expected(x, group, linears[0])
+        assert ((y.double() - value).abs() <= 2e-6 * size).all()
+
+
+def stacked_linears() -> None:
+    for bits in (3, 4):
+        group, linears = operands(300, (33, 7, 20), bits)
+        linears[1] = replace(linears[1], bias=None)
+        x = tokens(5, 300)
+        y = check(x, group, linears)
+        packed = weight_only_backend.pack(group, linears)
+        assert torch.equal(weight_only_backend.apply(x, packed), y), "a second launch must find clean workspaces"
+        for rows, linear in zip([slice(0, 33), slice(33, 40), slice(40, 60)], linears, strict=True):
+            assert torch.equal(weight_only_backend.codes(packed, rows, 300), linear.codes)
+            alone = weight_only_backend.linear(weight_only_backend.prepare(x, group), linear)
+            torch.testing.assert_close(alone, y[:, rows], rtol=1e-5, atol=1e-5)
+
+
+def input_types() -> None:
+    for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
+        check(tokens(9, 45, dtype), *operands(45, (11,)))
+
+
+def rotation_and_integer_factors() -> None:
+    check(tokens(4, 192), *operands(192, (33,), integer_factors=True))
+    check(tokens(18, 192), *operands(192, (33,), 3, rotation=64, integer_factors=True, rank=40))
+
+
+def experts_are_the_oracles() -> None:
+    for m, experts in [(7, 4), (20, 5), (5, 17)]:
+        group, _ = operands(300, (11,), experts=experts)
+        ours, plain = weight_only_backend.prepare(tokens(m, 300), group), reference.prepare(tokens(m, 300), group)
+        assert ours.expert is not None and plain.expert is not None
+        assert torch.equal(ours.expert.long(), plain.expert)
+
+
+def one_expert_for_all_and_ties() -> None:
+    group, linears = operands(45, (11,))
+    assert group.router_weight is not None and group.router_bias is not None
+    for only in (0, 3):
+        group.router_bias[:] = 1000
+        group.router_bias[only] = -1000
+        ours = weight_only_backend.prepare(tokens(6, 45), group)
+        assert ours.expert is not None and set(ours.expert.tolist()) == {only}
+        check(tokens(6, 45), group, linears)
+    group.router_weight[:] = 1
+    group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
+    ours = weight_only_backend.prepare(tokens(6, 45), group)
+    assert ours.expert is not None and ours.expert.tolist() == [1] * 6
+
+
+def zero_and_extreme_tokens() -> None:
+    x = tokens(7, 45)
+    x[1] = 0
+    x[2] *= 1e30
+    x[3] *= 1e-20
+    x[4] *= 1e-37
+    x[5] *= 1e-42  # subnormal
+    x[6] = x[6].clamp(-1, 1) * 1e-3
+    x[6, 0] = 2.5e38
+    group, linears = operands(45, (11,), parts=("shared", "bias", "asymmetric"))
+    up = linears[0].shared_up
+    assert up is not None
+    linears = [replace(linears[0], scale=linears[0].scale * 2**-8, shared_up=Factor(up.values * 2**-8, None))]
+    y = check(x, group, linears)
+    assert torch.equal(y[1], linears[0].bias)
+
+
+@numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
+def non_finite_tokens() -> None:
+    group, linears = operands(45, (11,))
+    packed = weight_only_backend.pack(group, linears)
+    clean = weight_only_backend.apply(tokens(7, 45), packed)
+    x = tokens(7, 45)
+    x[1, 17], x[2, 0], x[5, 44] = torch.nan, torch.inf, -torch.inf
+    y = weight_only_backend.apply(x, packed)
+    assert y[[1, 2, 5]].isnan().all()
+    assert torch.equal(y[[0, 3, 4, 6]], clean[[0, 3, 4, 6]])
+
+
+def no_tokens() -> None:
+    group, linears = operands(45, (11,))
+    assert weight_only_backend.apply(tokens(0, 45), weight_only_backend.pack(group, linears)).shape == (0, 11)
+
+
+def packing() -> None:
+    for n, k in [(1, 1), (3, 128), (5, 200), (2, 257)]:
+        for half in (2, 4, 8):
+            generator = torch.Generator().manual_seed(k)
+            codes = torch.randint(-half, half, (n, k), generator=generator, dtype=torch.int8)
+            codes[0, 0] = -half
+            low, high = pack_codes(codes)
+            steps = -(-k // 256)
+            assert low.shape == (steps if half < 8 else 2 * steps, n, 32) and low.dtype == torch.int16
+            assert (high is None) == (half == 8)
+            assert high is None or (high.shape == low.shape and high.dtype == torch.int8)
+            assert torch.equal(unpack_codes(low, high, k), codes)
+            assert int(low[0, 0, 0]) & 3 == (-half + (4 if half < 8 else 8)) & 3
+
+
+def a_graph_replays() -> None:
+    """No host synchronisation: what a CUDA graph captured computes anew from what its input holds."""
+    if INTERPRETED:
+        return
+    for m in (3, 40):
+        group, linears = operands(700, (90,))
+        packed = weight_only_backend.pack(group, linears)
+        x = tokens(m, 700)
+        weight_only_backend.apply(x, packed)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = weight_only_backend.apply(x, packed)
+        for factor in (1, -3):
+            x.mul_(factor)
+            graph.replay()
+            assert torch.equal(y, weight_only_backend.apply(x, packed))
+
+
+def large_sizes() -> None:
+    """Every tile that a GPU uses."""
+    if INTERPRETED:
+        return
+    for bits in (3, 4):
+        for m in (1, 16, 17, 40, 100, 300, 1500):
+            check(tokens(m, 1536), *operands(1536, (640, 200), bits, rank=32, experts=8))
+
+
+def a_model_runs_stacked() -> None:
+    """Three linears of one input in a model: one launch, packed memory, and the file's content in the state dict."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from runtime.test_modules import K, install, normal
+
+    from quant_experts.kernels import dispatch
+    from quant_experts.runtime import modules
+
+    backend = next(b for b in dispatch.BACKENDS if b.name == "triton-weight-only")
+    for scheme in ("W4A16", "W3A16g32"):
+        quantized, _ = install(scheme)
+        quantized.to(DEVICE)
+        linears = list(quantized.attn.values())
+        x = normal(2, 3, K, seed=8).to(DEVICE)
+        with torch.no_grad():
+            linears[0].group.backend = "reference"
+            expected, stored = quantized(x), {k: v.clone() for k, v in quantized.state_dict().items()}
+            select, modules.select = modules.select, lambda *choice: backend
+            try:
+                y = quantized(x)
+                assert all(linear.weight_codes is None for linear in linears), "int8 codes were not let go"
+                assert ((y - expected).norm(dim=-1) <= TOLERANCE * expected.norm(dim=-1)).all()
+                assert all(torch.equal(value, stored[key]) for key, value in quantized.state_dict().items())
+            finally:
+                modules.select = select
+
+
+CASES: list[Callable[[], None]] = [
+    sizes, group_sizes, parts, without_rounding_of_weights, stacked_linears, input_types, rotation_and_integer_factors,
+    experts_are_the_oracles, one_expert_for_all_and_ties, zero_and_extreme_tokens, non_finite_tokens, no_tokens,
+    packing, a_graph_replays, large_sizes, a_model_runs_stacked,
+]  # fmt: skip
+
+if __name__ == "__main__":
+    for case in CASES:
+        if case.__name__ in sys.argv[1:] or not sys.argv[1:]:
+            case()
+            print(case.__name__, flush=True)
