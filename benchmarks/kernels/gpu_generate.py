@@ -1,0 +1,271 @@
+"""Tokens a second of a whole Qwen2-VL-7B on a GPU, bf16 against quantized, random weights.
+
+    python benchmarks/kernels/gpu_generate.py [--kinds ...] [--out benchmarks/results]
+
+writes gpu_generate.json and gpu_generate.md. One image of 448 x 448 and a short prompt for each of 1 or 8 sequences, 64
+new tokens, chosen greedily. `graph` is a static cache with one decode step captured in a CUDA graph: embedding,
+decoder, head, choice of the token and position, so that nothing waits for the host. `eager` is plain `generate`. The
+quantized models share vision tower, embedding and head with the bf16 one; nothing is calibrated: tokens mean nothing.
+
+`--device cpu --tiny` checks the benchmark where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+from random_blocks import (
+    SIZES,
+    about,
+    backend,
+    compile_ahead,
+    memory,
+    options,
+    random_block,
+    reset_peak,
+    served_kinds,
+    spread,
+    text_config,
+    title,
+    write,
+)
+from torch import Tensor
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, StaticCache
+
+MODEL = "Qwen2-VL-7B"
+DEFAULT_KINDS = ("bf16", "default", "experts", "W4A16")
+BATCHES = (1, 8)
+NEW_TOKENS = 64
+EAGER_RUNS, GRAPH_RUNS = 1, 3
+CHECKED_STEPS = 4
+"""Steps that run eagerly before one is captured; their tokens must come out of the graph again."""
+PATCH, MERGED = 14, 4
+"""Pixels of a patch's side, patches of an image token."""
+PROMPT = 24
+"""Text tokens, template included."""
+
+
+def random_model(tiny: bool, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model in full precision, never ending its answer by itself."""
+    text = text_config("tiny" if tiny else MODEL).to_dict()
+    vision = dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4)
+    if tiny:
+        vision = dict(depth=2, embed_dim=64, num_heads=4, mlp_ratio=2)
+    last = text["vocab_size"] - 1
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config={**vision, "hidden_size": text["hidden_size"]},
+        vision_start_token_id=last - 3,
+        vision_end_token_id=last - 2,
+        image_token_id=last - 1,
+        video_token_id=last,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with device:
+        model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def question(model: Any, batch: int, side: int) -> dict[str, Tensor]:
+    """What a processor would give for an image of `side` x `side` pixels and a prompt, `batch` times."""
+    config, device = model.config, model.device
+    patches = (side // PATCH) ** 2
+    generator = torch.Generator(device).manual_seed(batch)
+    words = torch.randint(0, 200, (batch, PROMPT), generator=generator, device=device)
+    image = torch.tensor(
+        [config.vision_start_token_id, *[config.image_token_id] * (patches // MERGED), config.vision_end_token_id],
+        device=device,
+    )
+    ids = torch.cat([words[:, :4], image.expand(batch, -1), words[:, 4:]], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        "pixel_values": torch.randn(batch * patches, 3 * 2 * PATCH**2, generator=generator, device=device).to(
+            model.dtype
+        ),
+        "image_grid_thw": torch.tensor([[1, side // PATCH, side // PATCH]] * batch, device=device),
+    }
+
+
+class Decoding:
+    """Greedy decoding with a static cache. Every tensor that a step reads or writes keeps its place in memory."""
+
+    def __init__(self, model: Any, inputs: dict[str, Tensor], new_tokens: int) -> None:
+        self.model, self.inputs = model, inputs
+        self.batch, self.prompt = inputs["input_ids"].shape
+        device, length = model.device, self.prompt + new_tokens
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.tokens = torch.zeros(self.batch, length, dtype=torch.long, device=device)
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.delta = torch.zeros(self.batch, 1, dtype=torch.long, device=device)
+        self.places = torch.arange(length, device=device)
+
+    def prefill(self) -> None:
+        """Read the question and choose the first token."""
+        self.cache.reset()
+        output = self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.tokens[:, self.prompt] = output.logits[:, -1].argmax(dim=-1)
+        self.place.fill_(self.prompt)
+        self.delta.copy_(self.model.model.rope_deltas)
+
+    def step(self) -> None:
+        """Read the token at `place` and choose the next one."""
+        language = self.model.model.language_model
+        token = self.tokens.index_select(1, self.place)
+        output = language(
+            inputs_embeds=language.embed_tokens(token),
+            position_ids=(self.place + self.delta).expand(3, -1, -1),
+            attention_mask={"full_attention": (self.places <= self.place).expand(self.batch, 1, 1, -1)},
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.place.add_(1)
+        self.tokens.index_copy_(1, self.place, self.model.lm_head(output.last_hidden_state).argmax(dim=-1))
+
+    def answer(self) -> Tensor:
+        """(B, new tokens)"""
+        return self.tokens[:, self.prompt :]
+
+
+def synchronize(device: torch.device) -> float:
+    """The time once all work is done, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run_graph(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int) -> dict[str, Any]:
+    """Seconds of prefill and of all further tokens, the answer, and whether it begins as without a graph."""
+    device, decoding = model.device, Decoding(model, inputs, new_tokens)
+    decoding.prefill()
+    for _ in range(CHECKED_STEPS):
+        decoding.step()
+    eager = decoding.answer()[:, : 1 + CHECKED_STEPS].clone()
+    replay = decoding.step
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            decoding.step()
+        replay = graph.replay
+    prefills, decodes = [], []
+    for _ in range(runs):
+        start = synchronize(device)
+        decoding.prefill()
+        middle = synchronize(device)
+        for _ in range(new_tokens - 1):
+            replay()
+        prefills.append(middle - start)
+        decodes.append(synchronize(device) - middle)
+    answer = decoding.answer()
+    same = torch.equal(answer[:, : 1 + CHECKED_STEPS], eager)
+    return {"prefill": spread(prefills), "decode": spread(decodes), "answer": answer, "same": same}
+
+
+def run_eager(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int) -> dict[str, Any]:
+    """Seconds of plain `generate`, and the answer."""
+    length, times = inputs["input_ids"].shape[1], []
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    for _ in range(runs):
+        start = synchronize(model.device)
+        tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        times.append(synchronize(model.device) - start)
+    return {"seconds": spread(times), "answer": tokens[:, length:]}
+
+
+def measure(model: Any, name: str, batch: int, side: int, new_tokens: int) -> dict[str, Any]:
+    """One row."""
+    device = model.device
+    inputs = question(model, batch, side)
+    model(**inputs, logits_to_keep=1)  # lays weights out
+    loaded = memory(device)
+    reset_peak(device)
+    graph = run_graph(model, inputs, new_tokens, GRAPH_RUNS if device.type == "cuda" else 1)
+    peak = memory(device, peak=True)
+    eager = run_eager(model, inputs, new_tokens, EAGER_RUNS if device.type == "cuda" else 1)
+    produced = batch * new_tokens
+    prefill, decode = graph["prefill"]["median"], graph["decode"]["median"]
+    return {
+        "kind": name,
+        "backend": backend(name, device),
+        "batch": batch,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "new_tokens": new_tokens,
+        "prefill_seconds": graph["prefill"],
+        "decode_seconds": graph["decode"],
+        "decode_tokens_per_second": (produced - batch) / decode,
+        "graph_tokens_per_second": produced / (prefill + decode),
+        "eager_seconds": eager["seconds"],
+        "eager_tokens_per_second": produced / eager["seconds"]["median"],
+        "graph_like_eager_steps": graph["same"],
+        "equal_tokens": float((graph["answer"] == eager["answer"]).double().mean()),
+        "distinct_tokens": len(graph["answer"].unique()),
+        "loaded_bytes": loaded,
+        "peak_bytes": peak,
+    }
+
+
+def table(model: str, rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    text = f"**{model}**, {rows[0]['prompt_tokens']} tokens in, {rows[0]['new_tokens']} out. "
+    text += "Decode is without prefill; its spread is that of a step.\n\n"
+    text += "| batch | kind | backend | prefill ms | decode ms a step (10%-90%) | decode tokens/s | x bf16 | tokens/s "
+    text += "| eager tokens/s | loaded GB | peak GB |\n| ---: | --- | --- " + "| ---: " * 8 + "|\n"
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        steps = row["new_tokens"] - 1
+        plain = [r for r in rows if (r["kind"], r["batch"]) == ("bf16", row["batch"])]
+        rate = row["decode_tokens_per_second"]
+        ratio = f"{rate / plain[0]['decode_tokens_per_second']:.2f}" if plain else "-"
+        low, middle, high = (row["decode_seconds"][key] / steps * 1e3 for key in ("p10", "median", "p90"))
+        text += f"| {row['batch']} | {title(row['kind'])} | {row['backend']} "
+        text += f"| {row['prefill_seconds']['median'] * 1e3:.1f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {rate:.0f} "
+        text += f"| {ratio} | {row['graph_tokens_per_second']:.0f} | {row['eager_tokens_per_second']:.0f} "
+        text += f"| {row['loaded_bytes'] / 1e9:.1f} | {row['peak_bytes'] / 1e9:.1f} |\n"
+    return text
+
+
+@torch.inference_mode()
+def main() -> None:
+    arguments = options(__doc__ or "", DEFAULT_KINDS).parse_args()
+    device, tiny = arguments.device, arguments.tiny
+    size, dtype = ("tiny", torch.float32) if tiny else (MODEL, torch.bfloat16)
+    side, new_tokens = (56, 8) if tiny else (448, NEW_TOKENS)
+    kinds = served_kinds(arguments.kinds, device)
+    prompt = PROMPT + 2 + (side // PATCH) ** 2 // MERGED
+    tokens = [m for batch in BATCHES for m in (batch, batch * prompt)]
+    failed = compile_ahead([size], tokens, kinds) if device.type == "cuda" else []
+    kinds = [kind for kind in kinds if kind not in failed]
+    start = synchronize(device)
+    model = random_model(tiny, device, dtype)
+    print(f"model built in {synchronize(device) - start:.1f} s", flush=True)
+    rows = []
+    layers = model.model.language_model.layers
+    for name in kinds:
+        start = synchronize(device)
+        for i in range(len(layers)):
+            layers[i] = random_block(model.config.text_config, i, name, device, dtype)
+        print(f"{name}: blocks made in {synchronize(device) - start:.1f} s", flush=True)
+        for batch in BATCHES:
+            rows.append(measure(model, name, batch, side, new_tokens))
+            print(json.dumps(rows[-1]), flush=True)
+    facts = about("python benchmarks/kernels/gpu_generate.py", device) | {
+        "model": {size: SIZES[size]},
+        "runs": {"graph": GRAPH_RUNS, "eager": EAGER_RUNS},
+    }
+    problems = [f"{kind}: its kernels do not compile or run, see the error above." for kind in failed]
+    problems += [
+        f"{row['kind']}, batch {row['batch']}: a captured step chooses other tokens than an eager one."
+        for row in rows
+        if not row["graph_like_eager_steps"]
+    ]
+    write(arguments.out, "gpu_generate", facts, rows, table(size, rows), problems)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The benchmarks of blocks and of whole models, tiny and on the CPU: they run, and decode the tokens that `generate`
+gives."""
+
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "kernels"
+KINDS = ("bf16", "no-experts", "default", "experts")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[dict[str, Any]]]:
+    """run(name) -> the rows that the benchmark of that name writes."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def main(name: str) -> list[dict[str, Any]]:
+        options = ["--device", "cpu", "--tiny", "--kinds", *KINDS, "W4A16", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        import_module(name).main()
+        assert (tmp_path / f"{name}.md").read_text().count("\n|") > 2 * len(KINDS)
+        rows: list[dict[str, Any]] = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        return rows
+
+    return main
+
+
+def test_a_block(run: Callable[[str], list[dict[str, Any]]]) -> None:
+    rows = run("gpu_block")
+    assert len(rows) == 3 * len(KINDS) and all(row["finite"] for row in rows)
+    assert {row["kind"]: row["backend"] for row in rows} == {
+        kind: "PyTorch" if kind == "bf16" else "cpu-int8" for kind in KINDS
+    }, "what only the reference computes on this device is left out"
+
+
+def test_a_model(run: Callable[[str], list[dict[str, Any]]]) -> None:
+    rows = run("gpu_generate")
+    assert len(rows) == 2 * len(KINDS)
+    assert all(row["graph_like_eager_steps"] and row["equal_tokens"] == 1 for row in rows)
+    assert all(row["distinct_tokens"] > 1 for row in rows), "an answer that repeats itself shows nothing"
