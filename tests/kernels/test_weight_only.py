@@ -35,14 +35,16 @@ def test_on_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 40, 64, 100, 2048])
+@pytest.mark.parametrize("rows", [11, 4608, 37888])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_tiles_fit_the_chip(tokens: int, bits: int) -> None:
+def test_tiles_fit_the_chip(tokens: int, bits: int, rows: int) -> None:
     """The copies ahead of each tile stay inside a Hopper multiprocessor's shared memory; its sizes fit matrix units."""
     from quant_experts.kernels.weight_only_backend import STEP, tile_for
 
-    tile = tile_for(tokens, bits)
+    tile = tile_for(tokens, rows, bits, 132)
     codes, values = tile.rows * STEP[bits] * bits // 8, 2 * STEP[bits] * tile.tokens
-    assert tile.stages * (codes + values + 8 * tile.rows) <= 227 * 1024
+    scales = 4 * tile.rows * STEP[bits] // 128
+    assert tile.stages * values + (tile.stages - 1) * (codes + scales) <= 227 * 1024
     assert tile.rows % 64 == 0 and tile.tokens % 16 == 0
 
 

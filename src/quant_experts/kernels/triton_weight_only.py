@@ -71,14 +71,15 @@ def scale_tokens(
 
 
 @triton.jit
-def add_shares(total, sums_ptr, done_ptr, share, SHARES, SPLIT: tl.constexpr, BATCH: tl.constexpr):
+def add_shares(total, sums_ptr, done_ptr, share, SHARES, SPLIT: tl.constexpr):
     """-> (the sum of all shares of a tile, True) in the last program to come here; others get (something, False).
 
-    sums_ptr, done_ptr: the tile's part of the workspace, and its counter, which is zero before and after. BATCH shares
-    are read at a time: one by one each would wait for the memory. Without SPLIT there is one share.
+    sums_ptr, done_ptr: the tile's part of the workspace, and its counter, which is zero before and after. Of small
+    tiles several shares are read at a time: one by one each would wait for the memory. Without SPLIT there is one.
     """
     if SPLIT:
         SIZE: tl.constexpr = total.shape[0] * total.shape[1]
+        BATCH: tl.constexpr = max(1, min(8, 4096 // SIZE))
         place = tl.arange(0, total.shape[0])[:, None] * total.shape[1] + tl.arange(0, total.shape[1])[None, :]
         at = sums_ptr + place
         tl.store(at + share * SIZE, total)
@@ -107,17 +108,19 @@ def share_of(steps, share, SHARES):
 
 @triton.jit
 def hidden_sums(
-    values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS: tl.constexpr, RC: tl.constexpr, STAGES: tl.constexpr
+    values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """values (ROWS, Kp) times rows of the down factors, over blocks [first, last) of 128 channels: (ROWS, RC)."""
-    column = first * 128 + tl.arange(0, 128)
+    """values (ROWS, Kp) times rows of the down factors, over blocks [first, last) of 128 channels, KB at a time:
+    (ROWS, RC)."""
+    column = first * 128 + tl.arange(0, KB)
     values_at = values_ptr + token.to(tl.int64)[:, None] * Kp + column[None, :]
     down_at = down_ptr + factor_row.to(tl.int64)[None, :] * Kp + column[:, None]
     total = tl.zeros((ROWS, RC), tl.float32)
-    for _ in tl.range(0, last - first, num_stages=STAGES):
+    for _ in tl.range(0, (last - first) * (128 // KB), num_stages=STAGES):
         total = tl.dot(tl.load(values_at), tl.load(down_at), total)
-        values_at += 128
-        down_at += 128
+        values_at += KB
+        down_at += KB
     return total
 
 
@@ -158,8 +161,8 @@ def choose(scores, E: tl.constexpr):
 def project(
     x_ptr, inverse_ptr, values_ptr, unit_ptr, down_ptr, router_ptr, bias_ptr, hidden_ptr, expert_ptr, sums_ptr,
     done_ptr, M, K, Kp, SHARES, headroom,
-    FR: tl.constexpr, RC: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr,
+    FR: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hidden (M, FR) float16, in the tokens' units times headroom, of all factors, and expert (M,).
 
@@ -176,8 +179,9 @@ def project(
     first, last = share_of(Kp // 128, share, SHARES)
     if chunk < CHUNKS:
         columns = chunk * RC + tl.arange(0, RC)
-        total = hidden_sums(values_ptr, down_ptr, token, tl.minimum(columns, FR - 1), Kp, first, last, ROWS, RC, STAGES)
-        total, done = add_shares(total, sums_ptr, done_ptr, share, SHARES, SPLIT, 8)
+        factor_row = tl.minimum(columns, FR - 1)
+        total = hidden_sums(values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS, RC, KB, STAGES)
+        total, done = add_shares(total, sums_ptr, done_ptr, share, SHARES, SPLIT)
         if done:
             at = hidden_ptr + token.to(tl.int64)[:, None] * FR + columns[None, :]
             hidden = (total / headroom).to(tl.float16)
@@ -187,7 +191,7 @@ def project(
         known = tl.where(unit > 0, unit, 1.0)
         inverse_unit = tl.where(unit > 0, one_over(known), 0.0)  # of a token that is not finite: never read
         scores = score_sums(x_ptr, inverse_ptr, router_ptr, token, inverse_unit, K, Kp, first, last, ROWS, EP, SMOOTH)
-        scores, done = add_shares(scores, sums_ptr, done_ptr, share, SHARES, SPLIT, 8)
+        scores, done = add_shares(scores, sums_ptr, done_ptr, share, SHARES, SPLIT)
         if done:
             column = tl.arange(0, EP)
             bias = tl.load(bias_ptr + column, mask=column < E, other=0.0)
@@ -295,6 +299,22 @@ def dequantize(code, pair, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def ask_ahead(pointer, at, end, stride, ROW: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr):
+    """Ask for LINES lines of 128 bytes, which are LINE numbers: ROW of them from `at`, ROW from at + stride, ..., none
+    behind `end`. They are near when a later load wants them."""
+    index = tl.arange(0, LINES)
+    at += (index // ROW).to(tl.int64) * stride + index % ROW * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0",
+        "=r,l",
+        [pointer + tl.minimum(at, end)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def weight_sums(
     low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, Kp, first, last,
     BITS: tl.constexpr, PER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
@@ -362,8 +382,8 @@ def linear(
     low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
     sums_ptr, done_ptr, M, N, Kp, SHARES, headroom,
     BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (M, N). Programs: tiles x SHARES; tokens run fastest inside bands of BAND token tiles, whose values stay in the
     cache while the weights pass by once."""
@@ -375,13 +395,20 @@ def linear(
     rows = inner // width * BN + tl.arange(0, BN)
     tokens = (band * BAND + inner % width) * BM + tl.arange(0, BM)
     row, token = tl.minimum(rows, N - 1), tl.minimum(tokens, M - 1)
-    first, last = share_of(Kp // (128 if BITS == 4 else 256), share, SHARES)
+    steps = Kp // (128 if BITS == 4 else 256)
+    first, last = share_of(steps, share, SHARES)
+    if PDL and AHEAD > 0:  # weights need not wait for the tokens
+        at = (first.to(tl.int64) * N + inner // width * BN) * PIECE
+        end = steps.to(tl.int64) * N * PIECE - 1
+        ask_ahead(low_ptr, at, end, N * PIECE, BN * PIECE // 64, 64, AHEAD)
+        if BITS == 3:
+            ask_ahead(high_ptr, at, end, N * PIECE, BN * PIECE // 128, 128, AHEAD // 2)
     wait_for_previous_kernel(PDL)
     total = weight_sums(
         low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, Kp, first, last, BITS, PER, BN, BM, STAGES, ASSEMBLY
     )
     sums_ptr += tile.to(tl.int64) * SHARES * (BN * BM)
-    total, done = add_shares(total, sums_ptr, done_ptr + tile, share, SHARES, SPLIT, 4)
+    total, done = add_shares(total, sums_ptr, done_ptr + tile, share, SHARES, SPLIT)
     if done:
         finish(
             total, rows, tokens, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, headroom,

@@ -28,6 +28,10 @@ CHUNK = 4096
 """Input channels that one program scales at a time."""
 MAX_TILES = 4096
 """Tiles of a launch that is cut along the input channels."""
+BAND = 8
+"""Token tiles whose values stay in the cache while the weights pass by once."""
+AHEAD = 256
+"""Lines of 128 bytes of weights that a program asks for before the tokens are ready, where these are few."""
 STEP = {4: 128, 3: 256}
 """Input channels of a step of the linear kernel, by bits."""
 
@@ -127,7 +131,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(m, n, dtype=prepared.dtype, device=device)
     if not y.numel():
         return y
-    tile = tile_for(m, layout.bits)
+    tile = tile_for(m, n, layout.bits, programs(device))
     tiles = -(-n // tile.rows) * -(-m // tile.tokens)
     shares = _shares(tiles, padded // STEP[layout.bits], tile.programs * programs(device))
     sums = torch.empty(tiles * shares * tile.rows * tile.tokens if shares > 1 else 1, device=device)
@@ -137,9 +141,9 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
         _or(prepared.expert, y), prepared.unit, layout.scale, _or(layout.bias, layout.scale), y, sums,
         _counters(device), m, n, padded, shares, prepared.headroom,
         BITS=layout.bits, PER=layout.pieces, F=0 if up is None else len(up), E=0 if up is None else prepared.experts,
-        R=32 if up is None else up.shape[2], BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=8,
-        SPLIT=shares > 1, STAGES=tile.stages, ASSEMBLY=not INTERPRETED, PDL=overlapped(device), num_warps=tile.warps,
-        **options(device),
+        R=32 if up is None else up.shape[2], BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND,
+        AHEAD=AHEAD if tile.tokens <= 64 else 0, SPLIT=shares > 1, STAGES=tile.stages, ASSEMBLY=not INTERPRETED,
+        PDL=overlapped(device), num_warps=tile.warps, **options(device),
     )  # fmt: skip
     return y
 
@@ -149,7 +153,9 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
 
     assert tokens.values is not None and layout.down is not None
     (m, padded), device, router = tokens.values.shape, x.device, layout.router_weight
-    rows, chunk = (16, 32) if m <= 16 or INTERPRETED else (64, 64)
+    rows, chunk, step, warps = (16, 32, 128, 4) if m <= 16 or INTERPRETED else (64, 64, 64, 4)
+    if m > 1024:
+        rows, chunk, warps = 128, 128, 8
     blocks, chunks = -(-m // rows), -(-len(layout.down) // chunk) + (layout.experts > 0)
     experts = 16 if router is None else len(router)
     shares = _shares(blocks * chunks, padded // 128, programs(device))
@@ -157,19 +163,23 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
     project[(blocks, chunks, shares)](
         x, _or(inverse, sums), tokens.values, tokens.unit, layout.down, _or(router, layout.down),
         _or(layout.router_bias, sums), tokens.hidden, _or(tokens.expert, sums), sums, _counters(device), m, x.shape[1],
-        padded, shares, layout.headroom, FR=len(layout.down), RC=chunk, E=layout.experts, EP=experts, ROWS=rows,
-        SPLIT=shares > 1, STAGES=4, SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=4, **options(device),
+        padded, shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts,
+        ROWS=rows, SPLIT=shares > 1, STAGES=4, SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps,
+        **options(device),
     )  # fmt: skip
 
 
-def tile_for(m: int, bits: int) -> Tile:
-    """Weights are the left operand, so a tile has at least 64 rows, and as few tokens as there are."""
-    if INTERPRETED:  # small and few programs: each costs the same there
+def tile_for(m: int, n: int, bits: int, programs: int) -> Tile:
+    """Weights are the left operand, so a tile has at least 64 rows, and as few tokens as there are. Tiles of 256 tokens
+    unpack each weight half as often, where there are enough of them for all multiprocessors."""
+    if INTERPRETED:  # few and small programs: each costs the same there
         return Tile(64, 32, 4, 2, 1)
     if m <= 32:
-        return Tile(64, 16 if m <= 16 else 32, 4, 6 if bits == 4 else 4, 3)
+        return Tile(64, 16 if m <= 16 else 32, 4, 4, 3)
     if m <= 64:
         return Tile(128, 64, 8, 4 if bits == 4 else 3, 1)
+    if bits == 4 and -(-n // 128) * -(-m // 256) >= 2 * programs:
+        return Tile(128, 256, 8, 3, 1)
     return Tile(128, 128, 8, 3 if bits == 4 else 2, 1)
 
 
