@@ -99,7 +99,8 @@ class Decoding:
     def __init__(self, model: Any, inputs: dict[str, Tensor], new_tokens: int) -> None:
         self.model, self.inputs = model, inputs
         self.batch, self.prompt = inputs["input_ids"].shape
-        device, length = model.device, self.prompt + new_tokens
+        self.end = self.prompt + new_tokens
+        device, length = model.device, -(-self.end // 8) * 8  # attention would copy masks of another length to pad them
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         self.tokens = torch.zeros(self.batch, length, dtype=torch.long, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
@@ -130,7 +131,7 @@ class Decoding:
 
     def answer(self) -> Tensor:
         """(B, new tokens)"""
-        return self.tokens[:, self.prompt :]
+        return self.tokens[:, self.prompt : self.end]
 
 
 def synchronize(device: torch.device) -> float:
