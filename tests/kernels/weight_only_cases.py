@@ -170,6 +170,15 @@ def input_types() -> None:
 def rotation_and_integer_factors() -> None:
     check(tokens(4, 192), *operands(192, (33,), integer_factors=True))
     check(tokens(18, 192), *operands(192, (33,), 3, rotation=64, integer_factors=True, rank=40))
+    for rotation, k in [(16, 48), (64, 320), (128, 128), (8, 24)]:
+        parts = ("smooth", "shared", "asymmetric")
+        check(tokens(3, k), *operands(k, (9,), parts=parts, rotation=rotation, integer_factors=True))
+    x = tokens(3, 320)
+    x[0, 70], x[2] = torch.inf, x[2] * 1e30
+    y = check(x[1:], *operands(320, (9,), parts=("shared",), rotation=64))
+    group, linears = operands(320, (9,), parts=("shared",), rotation=64)
+    other = weight_only_backend.apply(x, weight_only_backend.pack(group, linears))
+    assert other[0].isnan().all() and torch.equal(other[1:], y)
 
 
 def experts_are_the_oracles() -> None:

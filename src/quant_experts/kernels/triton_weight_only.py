@@ -1,9 +1,9 @@
 """Weight-only linears in Triton: 3- and 4-bit weights times activations in half precision. Runs on any GPU with matrix
 units for float16, and in the interpreter.
 
-`scale_tokens` smooths and writes each token in float16 in units of a power of two; `project` computes the experts'
-hidden values and chooses experts; `linear` does the rest. Weights are the left operand, dequantized in registers, so
-few tokens are few columns. See `weight_only_layout` for what lies where.
+`scale_tokens` smooths and rotates each token and writes it in float16 in units of a power of two; `project` computes
+the experts' hidden values and chooses experts; `linear` does the rest. Weights are the left operand, dequantized in
+registers, so few tokens are few columns. See `weight_only_layout` for what lies where.
 
 A product is cut along the input channels over programs where its tiles are few. Each share writes its float32 sums, and
 the last one to finish adds them in order: results do not depend on timing.
@@ -45,11 +45,22 @@ def load_values(x_ptr, token, columns, inside, K, inverse_ptr, SMOOTH: tl.conste
 
 
 @triton.jit
+def in_two_parts(x):
+    """x below 65504 -> float16 numbers (high, low) with high + low / 2^11 = x in 22 bits."""
+    high = x.to(tl.float16)
+    return high, ((x - high.to(tl.float32)) * LOW_PART).to(tl.float16)
+
+
+@triton.jit
 def scale_tokens(
-    x_ptr, inverse_ptr, values_ptr, unit_ptr, K, Kp, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr
+    x_ptr, inverse_ptr, signs_ptr, values_ptr, unit_ptr, K, Kp, CHUNK: tl.constexpr, ROT: tl.constexpr,
+    SMOOTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """values = x / m / unit (M, Kp) float16 with unit (M,), the power of two at or below the token's largest |x / m|.
-    A token that is not finite gets zeros and unit NaN. Programs: M x parts; part i of n writes chunks i, i + n, ..."""
+    """values = x / m / unit (M, Kp) float16, blocks of ROT channels rotated by signs (ROT, ROT) float16 if ROT > 0.
+
+    unit (M,) is the power of two at or below the token's largest |x / m|. A token that is not finite gets zeros and
+    unit NaN. Programs: M x parts; part i of n writes chunks i, i + n, ...
+    """
     wait_for_previous_kernel(PDL)
     token, part = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, CHUNK)
@@ -61,11 +72,18 @@ def scale_tokens(
     finite = absmax < float("inf")
     unit = power_below(tl.where(finite, absmax, 1.0))
     inverse = one_over(unit)
-    for start in range(part * CHUNK, Kp, tl.num_programs(1) * CHUNK):
+    if ROT > 0:
+        index = tl.arange(0, ROT)
+        signs = tl.load(signs_ptr + index[:, None] * ROT + index[None, :])
+        column = tl.arange(0, CHUNK // ROT)[:, None] * ROT + index[None, :]
+    for start in tl.range(part * CHUNK, Kp, tl.num_programs(1) * CHUNK, num_stages=1):
         columns = start + column
         x = load_values(x_ptr, token, columns, columns < K, K, inverse_ptr, SMOOTH)
-        values = tl.where(finite, x * inverse, 0.0).to(tl.float16)
-        tl.store(values_ptr + token.to(tl.int64) * Kp + columns, values, mask=columns < Kp)
+        z = tl.where(finite, x * inverse, 0.0)
+        if ROT > 0:
+            high, low = in_two_parts(z)
+            z = (tl.dot(high, signs) + tl.dot(low, signs) * (1.0 / LOW_PART)) * (ROT**-0.5)
+        tl.store(values_ptr + token.to(tl.int64) * Kp + columns, z.to(tl.float16), mask=columns < Kp)
     if part == 0:
         tl.store(unit_ptr + token, tl.where(finite, unit, float("nan")))
 
@@ -139,9 +157,7 @@ def score_sums(
         inside = (columns < K)[None, :] & (inverse_unit > 0)[:, None]
         x = load_values(x_ptr, token[:, None], columns[None, :], inside, K, inverse_ptr, SMOOTH)
         weight = tl.load(router_ptr + expert.to(tl.int64)[None, :] * Kp + columns[:, None])
-        size = tl.abs(x) * inverse_unit[:, None]
-        high = size.to(tl.float16)
-        low = ((size - high.to(tl.float32)) * LOW_PART).to(tl.float16)
+        high, low = in_two_parts(tl.abs(x) * inverse_unit[:, None])
         total = tl.dot(high, weight, total)
         rest = tl.dot(low, weight, rest)
     return total + rest * (1.0 / LOW_PART)
@@ -246,21 +262,21 @@ def unpack3(words, high, ASSEMBLY: tl.constexpr):
             """
             { .reg .b32 low, third;
             lop3.b32 $0, $8, 0x00030003, 0x64006400, 0xEA;
-            shl.b32 third, $9, 2; lop3.b32 $0, third, 0x00040004, $0, 0xF8;
+            shl.b32 third, $9, 2; lop3.b32 $0, third, 0x00040004, $0, 0xEA;
             shr.u32 low, $8, 2; lop3.b32 $1, low, 0x00030003, 0x64006400, 0xEA;
-            shl.b32 third, $9, 1; lop3.b32 $1, third, 0x00040004, $1, 0xF8;
+            shl.b32 third, $9, 1; lop3.b32 $1, third, 0x00040004, $1, 0xEA;
             shr.u32 low, $8, 4; lop3.b32 $2, low, 0x00030003, 0x64006400, 0xEA;
-            lop3.b32 $2, $9, 0x00040004, $2, 0xF8;
+            lop3.b32 $2, $9, 0x00040004, $2, 0xEA;
             shr.u32 low, $8, 6; lop3.b32 $3, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 1; lop3.b32 $3, third, 0x00040004, $3, 0xF8;
+            shr.u32 third, $9, 1; lop3.b32 $3, third, 0x00040004, $3, 0xEA;
             shr.u32 low, $8, 8; lop3.b32 $4, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 2; lop3.b32 $4, third, 0x00040004, $4, 0xF8;
+            shr.u32 third, $9, 2; lop3.b32 $4, third, 0x00040004, $4, 0xEA;
             shr.u32 low, $8, 10; lop3.b32 $5, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 3; lop3.b32 $5, third, 0x00040004, $5, 0xF8;
+            shr.u32 third, $9, 3; lop3.b32 $5, third, 0x00040004, $5, 0xEA;
             shr.u32 low, $8, 12; lop3.b32 $6, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 4; lop3.b32 $6, third, 0x00040004, $6, 0xF8;
+            shr.u32 third, $9, 4; lop3.b32 $6, third, 0x00040004, $6, 0xEA;
             shr.u32 low, $8, 14; lop3.b32 $7, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 5; lop3.b32 $7, third, 0x00040004, $7, 0xF8; }
+            shr.u32 third, $9, 5; lop3.b32 $7, third, 0x00040004, $7, 0xEA; }
             """,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
             [words, high],

@@ -73,7 +73,7 @@ class Packed:
 def pack(group: GroupOperands, linears: list[LinearOperands]) -> Packed:
     """Lay a group out; see `weight_only_layout`."""
     _counters(linears[0].codes.device)  # made before a CUDA graph may be captured
-    return Packed(pack_group(group, linears[0].codes.shape[1]), pack_linear(linears))
+    return Packed(pack_group(group, linears[0].codes.shape[1], linears[0].codes.device), pack_linear(linears))
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
@@ -92,10 +92,10 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     token's largest value, experts chosen in float32."""
     from quant_experts.kernels.triton_weight_only import scale_tokens
 
-    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.shape[1])
+    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.shape[1], x.device)
     (m, k), device, dtype = x.shape, x.device, x.dtype
     inverse = layout.inverse
-    if layout.rotation:  # before the kernels, each of which would repeat it
+    if layout.rotation and layout.signs is None:
         x = x.float() if inverse is None else x.float() * inverse
         x, inverse = reference.rotate(x, layout.rotation), None
     x = x.contiguous()
@@ -111,10 +111,11 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     )  # fmt: skip
     if not m:
         return tokens
-    chunk = min(CHUNK, 1 << (padded - 1).bit_length())
+    rotation = 0 if layout.signs is None else layout.rotation
+    chunk = min(CHUNK, max(1 << (padded - 1).bit_length(), 16 * rotation))
     scale_tokens[(m, -(-padded // chunk) if m <= 64 else 1)](
-        x, _or(inverse, unit), values, unit, k, padded, CHUNK=chunk, SMOOTH=inverse is not None,
-        PDL=overlapped(device), num_warps=8, **options(device),
+        x, _or(inverse, unit), _or(layout.signs, unit), values, unit, k, padded, CHUNK=chunk, ROT=rotation,
+        SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=8, **options(device),
     )  # fmt: skip
     if hidden is not None:
         _project(x, inverse, tokens, layout)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
+from quant_experts.kernels.reference import hadamard
 
 PIECE = 32
 """Input channels of one matrix product."""
@@ -33,6 +34,8 @@ BLOCK = 256
 MIN_RANK = 32
 MIN_EXPERTS = 16
 """Least columns of a matrix product."""
+ROTATIONS = (16, 32, 64, 128)
+"""Sizes that the kernel rotates by; others are rotated before."""
 EXPONENT = 1024
 """Float16 numbers from here to 2047 are this plus their low bits."""
 
@@ -41,11 +44,11 @@ EXPONENT = 1024
 class GroupLayout:
     """`GroupOperands` on the GPU."""
 
-    channels: int
-    """K"""
     inverse: Tensor | None
     """(K,) float32: 1 / m"""
     rotation: int
+    signs: Tensor | None
+    """(rotation, rotation) float16, the Hadamard matrix; None where the kernel does not rotate"""
     down: Tensor | None
     """(F R, Kp) float16"""
     router_weight: Tensor | None
@@ -57,7 +60,8 @@ class GroupLayout:
     experts: int
     """E, the routed ones"""
     headroom: float
-    """A power of two: |down z| <= headroom * 2^15 for |z| < 4, so that hidden values fit float16."""
+    """A power of two: |down z| <= headroom * 2^15 for any z of a token below 4, rotated or not, so that hidden values
+    fit float16."""
 
 
 @dataclass(frozen=True)
@@ -163,22 +167,25 @@ def _stack(shared: Factor | None, routed: Factor | None, rank_dim: int) -> Tenso
     return torch.cat([pad(part) for part in parts])
 
 
-def pack_group(group: GroupOperands, columns: int) -> GroupLayout:
+def pack_group(group: GroupOperands, columns: int, device: torch.device) -> GroupLayout:
     """Pad and stack a group's tensors; columns: K. Reads values on the host: call it once, after loading."""
     missing = max(1, -(-columns // BLOCK)) * BLOCK - columns
     down, router = _stack(group.shared_down, group.routed_down, 1), group.router_weight
     factors, headroom = 0 if down is None else len(down), 1.0
     if down is not None:
-        largest = 4 * float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
+        largest = 4 * max(1, group.rotation) ** 0.5 * float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
         headroom = 2.0 ** (math.ceil(math.log2(max(largest, 1e-20))) - 15)
         down = functional.pad(down.half(), (0, missing)).flatten(0, 1).contiguous()
     if router is not None:
         padded = max(MIN_EXPERTS, 1 << (len(router) - 1).bit_length())
         router = functional.pad(router.half(), (0, missing, 0, padded - len(router))).contiguous()
+    signs = None
+    if group.rotation in ROTATIONS and router is None:  # a router reads rotated values in float32
+        signs = (hadamard(group.rotation, device) * group.rotation**0.5).round().half()
     return GroupLayout(
-        channels=columns,
         inverse=None if group.smooth_scale is None else group.smooth_scale.float().reciprocal().contiguous(),
         rotation=group.rotation,
+        signs=signs,
         down=down,
         router_weight=router,
         router_bias=None if group.router_bias is None else group.router_bias.float().contiguous(),
