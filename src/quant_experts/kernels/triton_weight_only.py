@@ -118,10 +118,13 @@ def add_shares(total, sums_ptr, done_ptr, share, SHARES, SPLIT: tl.constexpr):
 
 @triton.jit
 def share_of(steps, share, SHARES):
-    """-> first and end of the steps of a share."""
+    """-> first and end of the steps of a share, which has some: a loop that may be empty keeps the assembler from
+    letting matrix products run on from one step to the next."""
     per = tl.cdiv(steps, SHARES)
-    first = tl.minimum(share * per, steps)
-    return first, tl.minimum(first + per, steps)
+    first = share * per
+    last = tl.minimum(first + per, steps)
+    tl.assume(first < last)
+    return first, last
 
 
 @triton.jit
@@ -292,26 +295,52 @@ def unpack3(words, high, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def dequantize(code, pair, ASSEMBLY: tl.constexpr):
-    """(code - offset) * scale in float16: code (BN, 32), 1024 + code; pair (BN,) int32, scale and offset as float16.
+def in_order(words, high, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """-> (BN, step) float16: each code plus 1024, in the order of the input channels. No thread gives any away: the 32
+    words that a row's threads share are spread like 32 channels of a matrix product."""
+    if BITS == 4:
+        a, b, c, d = unpack4(words, ASSEMBLY)
+        codes = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 3, 2, 1))
+        return tl.reshape(codes, (words.shape[0], 128))
+    else:
+        a, b, c, d, e, f, g, h = unpack3(words, high, ASSEMBLY)
+        codes = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
+        return tl.reshape(tl.permute(codes, (0, 4, 3, 2, 1)), (words.shape[0], 256))
+
+
+@triton.jit
+def spread(numbers, WIDTH: tl.constexpr):
+    """(BN, G) -> (BN, WIDTH): each for its share of the columns."""
+    BN: tl.constexpr = numbers.shape[0]
+    G: tl.constexpr = numbers.shape[1]
+    if G == 1:
+        return tl.broadcast_to(numbers, (BN, WIDTH))
+    else:
+        return tl.reshape(tl.broadcast_to(numbers[:, :, None], (BN, G, WIDTH // G)), (BN, WIDTH))
+
+
+@triton.jit
+def dequantize(codes, pairs, ASSEMBLY: tl.constexpr):
+    """(code - offset) * scale in float16: codes (BN, step), each plus 1024; pairs (BN, G) int32, scale and offset.
 
     The difference is exact: the offset is 1024 + zero.
     """
+    STEP: tl.constexpr = codes.shape[1]
     if ASSEMBLY:
-        scale = (pair & 0xFFFF) | (pair << 16)
-        offset = ((pair >> 16) & 0xFFFF) | (pair & -65536)
+        scale = (pairs & 0xFFFF) | (pairs << 16)
+        offset = ((pairs >> 16) & 0xFFFF) | (pairs & -65536)
         return tl.inline_asm_elementwise(
             "sub.f16x2 $0, $1, $4; mul.f16x2 $0, $0, $2; // $3 $5",
             "=&r,r,r,r,r,r",
-            [code, scale[:, None], offset[:, None]],
+            [codes, spread(scale, STEP), spread(offset, STEP)],
             dtype=tl.float16,
             is_pure=True,
             pack=2,
         )
     else:
-        scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        offset = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        return (code - offset[:, None]) * scale[:, None]
+        scale = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        offset = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return (codes - spread(offset, STEP)) * spread(scale, STEP)
 
 
 @triton.jit
@@ -341,23 +370,21 @@ def weight_sums(
     A step is 128 input channels of 4 bits or 256 of 3 bits, in pieces of 32; PER pieces share a scale.
     """
     PIECES: tl.constexpr = 4 if BITS == 4 else 8
+    GROUPS: tl.constexpr = max(1, PIECES // PER)
     column = tl.arange(0, PIECE)
     at = (first.to(tl.int64) * N + row)[:, None] * PIECE + column[None, :]
-    values_at = values_ptr + token.to(tl.int64)[None, :] * Kp + first * (PIECES * PIECE) + column[:, None]
+    channel = first * (PIECES * PIECE) + tl.arange(0, PIECES * PIECE)
+    values_at = values_ptr + token.to(tl.int64)[None, :] * Kp + channel[:, None]
     total = tl.zeros((BN, BM), tl.float32)
-    pair = tl.zeros((BN,), tl.int32)
     for step in tl.range(first, last, num_stages=STAGES):
         words = tl.load(low_ptr + at)
-        if BITS == 4:
-            codes = unpack4(words, ASSEMBLY)
-        else:
+        high = words
+        if BITS == 3:
             high = tl.load(high_ptr + at).to(tl.int16)
-            codes = unpack3(words, high, ASSEMBLY)
-        for piece in tl.static_range(PIECES):
-            if piece % PER == 0:
-                pair = tl.load(pair_ptr + (step * PIECES + piece) // PER * N + row)
-            weight = dequantize(codes[piece], pair, ASSEMBLY)
-            total = tl.dot(weight, tl.load(values_at + piece * PIECE), total)
+        group = step * PIECES // PER + tl.arange(0, GROUPS)
+        pairs = tl.load(pair_ptr + group[None, :] * N + row[:, None])
+        weight = dequantize(in_order(words, high, BITS, ASSEMBLY), pairs, ASSEMBLY)
+        total = tl.dot(weight, tl.load(values_at), total)
         at += N.to(tl.int64) * PIECE
         values_at += PIECES * PIECE
     return total

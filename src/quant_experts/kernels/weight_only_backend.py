@@ -185,8 +185,10 @@ def tile_for(m: int, n: int, bits: int, programs: int) -> Tile:
 
 
 def _shares(tiles: int, steps: int, wanted: int) -> int:
-    """Programs that share the input channels of a tile: as many as fill the GPU, each with two steps at least."""
-    return max(1, min(wanted // tiles, steps // 2)) if tiles <= MAX_TILES else 1
+    """Programs that share the input channels of a tile: as many as fill the GPU, each with two steps at least where
+    there are any, none without."""
+    shares = max(1, min(wanted // tiles, steps // 2)) if tiles <= MAX_TILES else 1
+    return -(-steps // -(-steps // shares))
 
 
 def _counters(device: torch.device) -> Tensor:
