@@ -344,11 +344,9 @@ def dequantize(codes, pairs, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def ask_ahead(pointer, at, end, stride, ROW: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr):
-    """Ask for LINES lines of 128 bytes, which are LINE numbers: ROW of them from `at`, ROW from at + stride, ..., none
-    behind `end`. They are near when a later load wants them."""
-    index = tl.arange(0, LINES)
-    at += (index // ROW).to(tl.int64) * stride + index % ROW * LINE
+def ask_ahead(pointer, at, end):
+    """Ask for the 128-byte lines that hold these places, those behind `end` excepted: they are near when a later load
+    wants them."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // $0",
         "=r,l",
@@ -357,6 +355,28 @@ def ask_ahead(pointer, at, end, stride, ROW: tl.constexpr, LINE: tl.constexpr, L
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def ask_for_weights(low_ptr, high_ptr, first, row, steps, N, BITS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
+    """Ask for AHEAD lines of a row tile's codes, from step `first`."""
+    line = tl.arange(0, AHEAD)
+    start = (first.to(tl.int64) * N + row) * PIECE
+    end = steps.to(tl.int64) * N * PIECE - 1
+    LINES: tl.constexpr = BN * PIECE // 64
+    ask_ahead(low_ptr, start + (line // LINES).to(tl.int64) * N * PIECE + line % LINES * 64, end)
+    if BITS == 3:
+        HALF: tl.constexpr = BN * PIECE // 128
+        line = tl.arange(0, AHEAD // 2)
+        ask_ahead(high_ptr, start + (line // HALF).to(tl.int64) * N * PIECE + line % HALF * 128, end)
+
+
+@triton.jit
+def ask_for_factors(up_ptr, factor, row, N, F: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
+    """Ask for a row tile of the up factors that tokens use: factor (tokens,)."""
+    line = tl.arange(0, BN * R // 64)
+    at = (factor.to(tl.int64) * N + row)[:, None] * R + line[None, :] * 64
+    ask_ahead(up_ptr, at, N.to(tl.int64) * (F * R) - 1)
 
 
 @triton.jit
@@ -391,27 +411,45 @@ def weight_sums(
 
 
 @triton.jit
+def uses(expert, factor, F: tl.constexpr, E: tl.constexpr):
+    """Which tokens use a factor: all of them the shared expert's, which is first."""
+    return (factor < F - E) | (expert == factor - (F - E))
+
+
+@triton.jit
+def add_factor(
+    y, factor, expert, row, token, up_ptr, hidden_ptr, N, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """y (BN, BM) + up (BN, R) times the hidden values of the tokens that use a factor."""
+    rank = tl.arange(0, R)
+    up = tl.load(up_ptr + (factor * N + row).to(tl.int64)[:, None] * R + rank[None, :])
+    at = hidden_ptr + token.to(tl.int64)[None, :] * (F * R) + factor * R + rank[:, None]
+    return tl.dot(up, tl.load(at, mask=uses(expert, factor, F, E)[None, :], other=0.0), y)
+
+
+@triton.jit
 def finish(
     total, rows, tokens, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, headroom,
-    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
+    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Scales, experts, bias; write (tokens, rows) of y. A factor that no token of the tile uses is not read."""
+    """Scales, experts, bias; write (tokens, rows) of y. Unless DENSE, a factor that no token of the tile uses is not
+    read."""
     row = tl.minimum(rows, N - 1)
     token = tl.minimum(tokens, M - 1)
     unit = tl.load(unit_ptr + token)
     y = total * tl.load(scale_ptr + row)[:, None]
     if F > 0:
         y = y / headroom
-        rank = tl.arange(0, R)
         expert = tl.zeros(token.shape, tl.int32)
         if E > 0:
             expert = tl.load(expert_ptr + token)
-        for factor in range(F):
-            uses = (expert == factor - (F - E)) | (factor < F - E)
-            if tl.max(uses.to(tl.int32), 0) > 0:
-                up = tl.load(up_ptr + (factor * N + row).to(tl.int64)[:, None] * R + rank[None, :])
-                at = hidden_ptr + token.to(tl.int64)[None, :] * (F * R) + factor * R + rank[:, None]
-                y = tl.dot(up, tl.load(at, mask=uses[None, :], other=0.0), y)
+        if DENSE:
+            for factor in tl.range(F, num_stages=3):
+                y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, F, E, R)
+        else:
+            for factor in range(F):
+                if tl.max(uses(expert, factor, F, E).to(tl.int32), 0) > 0:
+                    y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, F, E, R)
         y = y * headroom
     y = y * unit[None, :]
     if BIAS:
@@ -425,8 +463,8 @@ def linear(
     low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
     sums_ptr, done_ptr, M, N, Kp, SHARES, headroom,
     BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, AHEAD: tl.constexpr, DENSE: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (M, N). Programs: tiles x SHARES; tokens run fastest inside bands of BAND token tiles, whose values stay in the
     cache while the weights pass by once."""
@@ -435,18 +473,17 @@ def linear(
     band = tile // (BAND * tiles_n)
     width = tl.minimum(tiles_m - band * BAND, BAND)
     inner = tile - band * BAND * tiles_n
-    rows = inner // width * BN + tl.arange(0, BN)
+    first_row = inner // width * BN
+    rows = first_row + tl.arange(0, BN)
     tokens = (band * BAND + inner % width) * BM + tl.arange(0, BM)
     row, token = tl.minimum(rows, N - 1), tl.minimum(tokens, M - 1)
     steps = Kp // (128 if BITS == 4 else 256)
     first, last = share_of(steps, share, SHARES)
-    if PDL and AHEAD > 0:  # weights need not wait for the tokens
-        at = (first.to(tl.int64) * N + inner // width * BN) * PIECE
-        end = steps.to(tl.int64) * N * PIECE - 1
-        ask_ahead(low_ptr, at, end, N * PIECE, BN * PIECE // 64, 64, AHEAD)
-        if BITS == 3:
-            ask_ahead(high_ptr, at, end, N * PIECE, BN * PIECE // 128, 128, AHEAD // 2)
+    if AHEAD > 0:  # weights need not wait for the tokens
+        ask_for_weights(low_ptr, high_ptr, first, first_row, steps, N, BITS, BN, AHEAD)
     wait_for_previous_kernel(PDL)
+    if AHEAD > 0 and E > 0 and not DENSE:
+        ask_for_factors(up_ptr, tl.load(expert_ptr + token) + (F - E), first_row, N, F, R, BN)
     total = weight_sums(
         low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, Kp, first, last, BITS, PER, BN, BM, STAGES, ASSEMBLY
     )
@@ -455,5 +492,5 @@ def linear(
     if done:
         finish(
             total, rows, tokens, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, headroom,
-            F, E, R, BIAS,
+            F, E, R, BIAS, DENSE,
         )  # fmt: skip

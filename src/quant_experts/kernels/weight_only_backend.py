@@ -28,10 +28,12 @@ CHUNK = 4096
 """Input channels that one program scales at a time."""
 MAX_TILES = 4096
 """Tiles of a launch that is cut along the input channels."""
+FEW_TOKENS = 32
+"""Up to here a tile reads only the factors that its tokens use; more tokens use nearly all."""
 BAND = 8
 """Token tiles whose values stay in the cache while the weights pass by once."""
 AHEAD = 256
-"""Lines of 128 bytes of weights that a program asks for before the tokens are ready, where these are few."""
+"""Lines of 128 bytes of weights that a program asks for before the tokens are ready, where these are at most 64."""
 STEP = {4: 128, 3: 256}
 """Input channels of a step of the linear kernel, by bits."""
 
@@ -137,14 +139,15 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     shares = _shares(tiles, padded // STEP[layout.bits], tile.programs * programs(device))
     sums = torch.empty(tiles * shares * tile.rows * tile.tokens if shares > 1 else 1, device=device)
     up = layout.up if prepared.hidden is not None else None
+    ahead = tile.tokens <= 64 and overlapped(device)
     kernel[(tiles, shares)](
         layout.low, _or(layout.high, layout.low), layout.pairs, prepared.values, _or(up, y), _or(prepared.hidden, y),
         _or(prepared.expert, y), prepared.unit, layout.scale, _or(layout.bias, layout.scale), y, sums,
         _counters(device), m, n, padded, shares, prepared.headroom,
         BITS=layout.bits, PER=layout.pieces, F=0 if up is None else len(up), E=0 if up is None else prepared.experts,
         R=32 if up is None else up.shape[2], BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND,
-        AHEAD=AHEAD if tile.tokens <= 64 else 0, SPLIT=shares > 1, STAGES=tile.stages, ASSEMBLY=not INTERPRETED,
-        PDL=overlapped(device), num_warps=tile.warps, **options(device),
+        AHEAD=AHEAD if ahead else 0, DENSE=m > FEW_TOKENS, SPLIT=shares > 1, STAGES=tile.stages,
+        ASSEMBLY=not INTERPRETED, PDL=overlapped(device), num_warps=tile.warps, **options(device),
     )  # fmt: skip
     return y
 
@@ -175,7 +178,7 @@ def tile_for(m: int, n: int, bits: int, programs: int) -> Tile:
     unpack each weight half as often, where there are enough of them for all multiprocessors."""
     if INTERPRETED:  # few and small programs: each costs the same there
         return Tile(64, 32, 4, 2, 1)
-    if m <= 32:
+    if m <= FEW_TOKENS:
         return Tile(64, 16 if m <= 16 else 32, 4, 4, 3)
     if m <= 64:
         return Tile(128, 64, 8, 4 if bits == 4 else 3, 1)
