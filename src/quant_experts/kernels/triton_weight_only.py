@@ -128,6 +128,20 @@ def share_of(steps, share, SHARES):
 
 
 @triton.jit
+def ask_ahead(pointer, at, end):
+    """Ask for the 128-byte lines that hold these places, those behind `end` excepted: they are near when a later load
+    wants them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0",
+        "=r,l",
+        [pointer + tl.minimum(at, end)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def hidden_sums(
     values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr,
     STAGES: tl.constexpr,
@@ -181,13 +195,12 @@ def project(
     x_ptr, inverse_ptr, values_ptr, unit_ptr, down_ptr, router_ptr, bias_ptr, hidden_ptr, expert_ptr, sums_ptr,
     done_ptr, M, K, Kp, SHARES, headroom,
     FR: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hidden (M, FR) float16, in the tokens' units times headroom, of all factors, and expert (M,).
 
     Programs: token blocks x (chunks of RC hidden values, and one for the router if E > 0) x SHARES.
     """
-    wait_for_previous_kernel(PDL)
     CHUNKS: tl.constexpr = (FR + RC - 1) // RC
     block, chunk, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tile = block * tl.num_programs(1) + chunk
@@ -196,9 +209,13 @@ def project(
     tokens = block * ROWS + tl.arange(0, ROWS)
     token = tl.minimum(tokens, M - 1)
     first, last = share_of(Kp // 128, share, SHARES)
+    columns = chunk * RC + tl.arange(0, RC)
+    factor_row = tl.minimum(columns, FR - 1)
+    if AHEAD > 0:  # factors need not wait for the tokens
+        line = first * 128 + tl.arange(0, AHEAD) * 64
+        ask_ahead(down_ptr, factor_row.to(tl.int64)[:, None] * Kp + line[None, :], Kp.to(tl.int64) * FR - 1)
+    wait_for_previous_kernel(PDL)
     if chunk < CHUNKS:
-        columns = chunk * RC + tl.arange(0, RC)
-        factor_row = tl.minimum(columns, FR - 1)
         total = hidden_sums(values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS, RC, KB, STAGES)
         total, done = add_shares(total, sums_ptr, done_ptr, share, SHARES, SPLIT)
         if done:
@@ -344,20 +361,6 @@ def dequantize(codes, pairs, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def ask_ahead(pointer, at, end):
-    """Ask for the 128-byte lines that hold these places, those behind `end` excepted: they are near when a later load
-    wants them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0",
-        "=r,l",
-        [pointer + tl.minimum(at, end)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def ask_for_weights(low_ptr, high_ptr, first, row, steps, N, BITS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
     """Ask for AHEAD lines of a row tile's codes, from step `first`."""
     line = tl.arange(0, AHEAD)
@@ -376,7 +379,7 @@ def ask_for_factors(up_ptr, factor, row, N, F: tl.constexpr, R: tl.constexpr, BN
     """Ask for a row tile of the up factors that tokens use: factor (tokens,)."""
     line = tl.arange(0, BN * R // 64)
     at = (factor.to(tl.int64) * N + row)[:, None] * R + line[None, :] * 64
-    ask_ahead(up_ptr, at, N.to(tl.int64) * (F * R) - 1)
+    ask_ahead(up_ptr, at, tl.cast(N, tl.int64) * (F * R) - 1)
 
 
 @triton.jit
@@ -405,7 +408,7 @@ def weight_sums(
         pairs = tl.load(pair_ptr + group[None, :] * N + row[:, None])
         weight = dequantize(in_order(words, high, BITS, ASSEMBLY), pairs, ASSEMBLY)
         total = tl.dot(weight, tl.load(values_at), total)
-        at += N.to(tl.int64) * PIECE
+        at += tl.cast(N, tl.int64) * PIECE
         values_at += PIECES * PIECE
     return total
 

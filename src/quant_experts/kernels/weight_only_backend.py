@@ -168,8 +168,8 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
         x, _or(inverse, sums), tokens.values, tokens.unit, layout.down, _or(router, layout.down),
         _or(layout.router_bias, sums), tokens.hidden, _or(tokens.expert, sums), sums, _counters(device), m, x.shape[1],
         padded, shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts,
-        ROWS=rows, SPLIT=shares > 1, STAGES=4, SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps,
-        **options(device),
+        ROWS=rows, AHEAD=8 if m <= 16 and overlapped(device) else 0, SPLIT=shares > 1, STAGES=4,
+        SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps, **options(device),
     )  # fmt: skip
 
 
