@@ -278,6 +278,10 @@ def large_sizes() -> None:
     for bits in (3, 4):
         for m in (1, 16, 17, 40, 100, 300, 1500):
             check(tokens(m, 1536), *operands(1536, (640, 200), bits, rank=32, experts=8))
+    check(tokens(2100, 1536), *operands(1536, (3900,), rank=32, experts=8))
+    check(
+        tokens(2, 1536, torch.bfloat16), *operands(1536, (640,), rotation=64, parts=("shared", "asymmetric"), rank=64)
+    )
 
 
 def a_model_runs_stacked() -> None:
