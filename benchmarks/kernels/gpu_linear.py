@@ -33,13 +33,20 @@ SHAPES = {  # (N, K) of each group
     "Qwen2-VL-72B": ((10240, 8192), (8192, 8192), (59136, 8192), (8192, 29568)),
 }
 TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
-RANK, EXPERTS = 32, 8
+RANK, EXPERTS, ROTATION = 32, 8, 64
 COLD_BYTES = 200_000_000
-KINDS = ("bf16", "cublas_int8", "cublas_fp8", "without_experts", "with_experts")
+BASELINES = ("bf16", "cublas_int8", "cublas_fp8")
+OURS = {
+    "without_experts": "no experts",
+    "with_experts": f"{EXPERTS} routed experts and a shared one, rank {RANK} + {RANK}",
+    "default": f"default recipe: static expert of rank {RANK} that reads codes, rotation",
+}
+KINDS = (*BASELINES, *OURS)
 
 
-def layer(n: int, k: int, bits: int, experts: bool, seed: int) -> triton_backend.Packed:
-    """A random group with one stacked linear."""
+def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Packed:
+    """A random group with one stacked linear; kind is one of OURS."""
+    experts, default = kind == "with_experts", kind == "default"
     generator = torch.Generator(device="cuda").manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -48,17 +55,22 @@ def layer(n: int, k: int, bits: int, experts: bool, seed: int) -> triton_backend
     def factor(*shape: int) -> Factor | None:
         return Factor((normal(*shape) / shape[-1] ** 0.5).half(), None) if experts else None
 
+    def integer_factor(*shape: int) -> Factor:
+        codes = torch.randint(-127, 128, shape, generator=generator, device="cuda", dtype=torch.int8)
+        return Factor(codes, normal(shape[0]).abs() * 1e-3)
+
     group = GroupOperands(
         bits,
         normal(k).abs() + 0.5,
-        0,
-        factor(RANK, k),
+        ROTATION if default else 0,
+        integer_factor(RANK, k) if default else factor(RANK, k),
         factor(EXPERTS, RANK, k),
         normal(EXPERTS, k).half() if experts else None,
         normal(EXPERTS).half() if experts else None,
+        default,
     )
     codes = torch.randint(-8, 8, (n, k), generator=generator, device="cuda", dtype=torch.int8)
-    up, routed_up = factor(n, RANK), factor(EXPERTS, n, RANK)
+    up, routed_up = integer_factor(n, RANK) if default else factor(n, RANK), factor(EXPERTS, n, RANK)
     linear = LinearOperands(codes, normal(n, 1).abs() * 0.01 + 0.001, None, None, up, routed_up, None)
     return triton_backend.pack(group, [linear])
 
@@ -109,10 +121,8 @@ def works(shapes: tuple[tuple[int, int], ...], m: int, bits: int, kind: str) -> 
     stored = {"bf16": 2.0, "cublas_int8": 1.0, "cublas_fp8": 1.0}.get(kind, 0.5) * sum(n * k for n, k in shapes)
     copies = max(1, -(-COLD_BYTES // int(stored)))
     xs = [torch.randn(m, k, device="cuda").bfloat16() for _, k in shapes]
-    if kind in ("without_experts", "with_experts"):
-        packed = [
-            layer(n, k, bits, kind == "with_experts", i) for _ in range(copies) for i, (n, k) in enumerate(shapes)
-        ]
+    if kind in OURS:
+        packed = [layer(n, k, bits, kind, i) for _ in range(copies) for i, (n, k) in enumerate(shapes)]
         return lambda: [triton_backend.apply(xs[i % 4], p) for i, p in enumerate(packed)] and copies
     weights = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(copies) for n, k in shapes]
     if kind == "bf16":
@@ -154,12 +164,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     text = ""
     for model in dict.fromkeys(row["model"] for row in rows):
         text += f"\n**{model}**, W4A{rows[0]['bits']}, microseconds for the four groups of a block\n\n"
-        text += "| tokens | bf16 | `_int_mm` | `_scaled_mm` | ours, no experts | ours | bf16 / ours | bound |\n"
-        text += "| ---: " * 8 + "|\n"
+        text += "| tokens | bf16 | `_int_mm` | `_scaled_mm` | no experts | experts | default | bound "
+        text += "| bf16 / no experts | bf16 / experts | bf16 / default |\n" + "| ---: " * 11 + "|\n"
         for row in (r for r in rows if r["model"] == model):
             cells = [f"{row[kind]:.0f}" if kind in row else "-" for kind in KINDS]
-            ratio = row["bf16"] / row["with_experts"]
-            text += f"| {row['tokens']} | {' | '.join(cells)} | {ratio:.2f} | {row['bound']:.0f} |\n"
+            ratios = [f"{row['bf16'] / row[kind]:.2f}" for kind in OURS]
+            text += f"| {row['tokens']} | {' | '.join(cells)} | {row['bound']:.0f} | {' | '.join(ratios)} |\n"
     return text
 
 
@@ -170,13 +180,14 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, kind, title in zip(axes, KINDS[3:], ("without experts", "8 experts, rank 32 + 32"), strict=True):
+    figure, axes = plt.subplots(1, len(OURS), figsize=(15, 4), sharey=True)
+    for axis, (kind, title) in zip(axes, OURS.items(), strict=True):
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [row for row in rows if row["model"] == model]
             axis.plot([r["tokens"] for r in mine], [r["bf16"] / r[kind] for r in mine], marker="o", label=model)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel="tokens", title=title)
+        axis.set(xscale="log", xlabel="tokens")
+        axis.set_title(title, fontsize=9)
     axes[0].set_ylabel("bf16 time / our time")
     axes[0].legend()
     figure.tight_layout()
@@ -190,6 +201,17 @@ def compile_ahead(tokens: list[int], models: list[str]) -> None:
         process.wait()
 
 
+def about(command: str) -> dict[str, Any]:
+    """What a result needs to be repeated."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "command": command,
+        "chip": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
+        "commit": commit.stdout.strip(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -201,23 +223,16 @@ def main() -> None:
     if arguments.compile_only:
         for model in arguments.models:
             for i, (n, k) in enumerate(SHAPES[model]):
-                for experts in (False, True):
+                for kind in OURS:
                     x = torch.randn(arguments.tokens[0], k, device="cuda").bfloat16()
-                    triton_backend.apply(x, layer(n, k, arguments.bits, experts, i))
+                    triton_backend.apply(x, layer(n, k, arguments.bits, kind, i))
         return
     compile_ahead(arguments.tokens, arguments.models)
     limits = chip_limits()
     rows = measure(arguments.models, arguments.tokens, arguments.bits, limits)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {
-        "command": f"python benchmarks/kernels/gpu_linear.py --bits {arguments.bits}",
-        "chip": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
-        "commit": commit,
-        "limits": limits,
-    }
+    facts = about(f"python benchmarks/kernels/gpu_linear.py --bits {arguments.bits}") | {"limits": limits}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
     (arguments.out / "gpu_linear.md").write_text(table(rows).lstrip())
     picture(rows, arguments.out / "gpu_linear.png")
 

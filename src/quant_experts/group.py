@@ -30,7 +30,7 @@ from quant_experts.experts.routed import cluster_channels, co_importance, fit_ro
 from quant_experts.experts.router import fit_router, fit_router_to_tokens, random_router
 from quant_experts.experts.shared import MOMENTS, fit_shared_expert, without_channels
 from quant_experts.experts.token_experts import fit_token_experts
-from quant_experts.kernels.reference import rotate, round_tokens
+from quant_experts.kernels.reference import rotate, round_tokens, smooth
 from quant_experts.quantizers.balanced import balanced_scale
 from quant_experts.quantizers.gptq import quantize_gptq
 from quant_experts.quantizers.grids import dequantize
@@ -96,7 +96,7 @@ class GroupTask:
         """(F, K) float32, sampled tokens, smoothed and rotated."""
         assert self.statistics.fit_tokens is not None, "see fit_tokens_needed"
         tokens = self.statistics.fit_tokens.to(self.weight.device)
-        return rotate(tokens if self.smooth_scale is None else tokens / self.smooth_scale, self.rotation)
+        return rotate(smooth(tokens, self.smooth_scale), self.rotation)
 
 
 def quantize_group(

@@ -16,7 +16,7 @@ from quant_experts.calibration.sensitivity import branch_sensitivities
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.config import Scheme
 from quant_experts.group import GroupTask, Search
-from quant_experts.kernels.reference import round_tokens
+from quant_experts.kernels.reference import round_tokens, smooth
 from quant_experts.quantizers import awq, mbq
 from quant_experts.quantizers.grids import dequantize
 from quant_experts.quantizers.rtn import quantize_rtn
@@ -69,4 +69,4 @@ def scale_error(task: GroupTask, trials: ReaderTrials, scale: Tensor) -> float:
 
 def _as_read(x: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """x / s, rounded per token unless activations keep their precision. x (..., K), in its dtype."""
-    return round_tokens((x.float() / scale).reshape(-1, x.shape[-1]), scheme).reshape(x.shape).to(x.dtype)
+    return round_tokens(smooth(x, scale).reshape(-1, x.shape[-1]), scheme).reshape(x.shape).to(x.dtype)

@@ -19,9 +19,10 @@ from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-EXPERTS_TOLERANCE = 3e-3
-"""Of the norm of a token's output when experts are on: x and hidden values are rounded to float16 (2^-12), and terms
-may cancel. In these layers experts are most of the output; in real ones they are a correction."""
+EXPERTS_TOLERANCE = 1e-3 if INTERPRETED else 8e-3
+"""Of the norm of a token's output when experts are on: on a GPU down factors are rounded to bfloat16 (2^-9), hidden
+values to float16, and terms may cancel. In these layers experts are most of the output; in real ones they are a
+correction."""
 SUMS_TOLERANCE = 2e-6
 """Without experts: float32 scales over exact sums."""
 
@@ -85,12 +86,24 @@ def prepared_like_the_oracle(x: Tensor, group: GroupOperands) -> tuple[Tokens, P
     assert plain.codes is not None and plain.token_scale is not None
     order = torch.arange(len(x), device=x.device) if ours.order is None else ours.order.long()
     assert sorted(order.tolist()) == list(range(len(x)))
-    assert torch.equal(ours.codes[:, : x.shape[1]], plain.codes[order])
+    apart = (ours.codes[:, : x.shape[1]].int() - plain.codes[order].int()).abs()
+    # Sums of a rotation come in another order on a GPU: a value on a tie may fall to either side.
+    free = 0 if INTERPRETED or not group.rotation else 1
+    assert apart.max() <= free and apart.float().mean() <= 1e-3 * free
     assert not ours.codes[:, x.shape[1] :].any(), "padding must be zero"
-    torch.testing.assert_close(ours.token_scale, plain.token_scale[order], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.token_scale, plain.token_scale[order], rtol=1e-6 * free, atol=0, equal_nan=True)
     if plain.expert is not None:
-        assert ours.expert is not None and torch.equal(ours.expert.long(), plain.expert[order])
+        assert torch.equal(chosen_experts(ours), plain.expert[order])
     return ours, plain
+
+
+def chosen_experts(ours: Tokens) -> Tensor:
+    """What `linear_few` chooses from the sums, or `measure` has chosen."""
+    if ours.expert is not None:
+        return ours.expert.long()
+    assert ours.sums is not None and ours.layout is not None and ours.layout.router_bias is not None
+    scores = ours.sums.sum(dim=0)[:, ours.layout.factors * ours.layout.rank :].unflatten(1, (4, -1)).sum(dim=1)
+    return (scores[:, : ours.layout.experts] + ours.layout.router_bias).argmin(dim=1)
 
 
 def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Tensor:
@@ -173,9 +186,13 @@ def shared_expert_that_reads_codes() -> None:
         x[0, :5] *= 1e20
         ours, plain = prepared_like_the_oracle(x, group)
         layout = triton_backend.pack(group, linears).group
-        assert ours.hidden is not None and ours.scales is not None and plain.shared_hidden is not None
-        assert layout.code_scale is not None and ours.present is not None and (ours.present == 1).all()
-        hidden = (ours.hidden.float() * ours.scales[1][:, None])[:, :rank]
+        assert layout.code_scale is not None and ours.token_scale is not None and plain.shared_hidden is not None
+        if ours.sums is not None:
+            hidden = ours.sums.sum(dim=0) * layout.code_scale * ours.token_scale
+        else:
+            assert ours.hidden is not None and ours.present is not None and (ours.present == 1).all()
+            hidden = ours.hidden.float() * ours.headroom * ours.token_scale
+        hidden = hidden[:, :rank]
         torch.testing.assert_close(hidden, plain.shared_hidden, rtol=2**-10, atol=0)
         y = check(x, group, linears)
         x[m - 1, 2] = torch.inf
@@ -191,7 +208,7 @@ def all_tokens_to_one_expert() -> None:
             group.router_bias[:] = 1000
             group.router_bias[only] = -1000
             ours, _ = prepared_like_the_oracle(tokens(m, 45), group)
-            assert ours.expert is not None and set(ours.expert.tolist()) == {only}
+            assert set(chosen_experts(ours).tolist()) == {only}
             check(tokens(m, 45), group, linears)
 
 
@@ -210,7 +227,7 @@ def ties_go_to_the_first() -> None:
     group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
     for m in (6, 20):
         ours, _ = prepared_like_the_oracle(tokens(m, 45), group)
-        assert ours.expert is not None and ours.expert.tolist() == [1] * m
+        assert chosen_experts(ours).tolist() == [1] * m
 
 
 def zero_and_extreme_tokens() -> None:

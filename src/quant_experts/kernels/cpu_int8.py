@@ -52,11 +52,10 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return reference.quantize_tokens(x, bits)
     absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
     scale = absmax / largest
-    if not bool((scale.isfinite() & (scale > torch.finfo(scale.dtype).tiny)).all()):
+    if not bool((scale.isfinite() & (absmax >= reference.SMALLEST)).all()):
         return reference.quantize_tokens(x, bits)
-    # No clamp: with a normal scale, |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one
-    # half.
-    return (x / scale).round_().to(torch.int8), scale
+    # No clamp: |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one half.
+    return (x * scale.reciprocal()).round_().to(torch.int8), scale
 
 
 def prepare(x: Tensor, group: GroupOperands) -> Prepared:

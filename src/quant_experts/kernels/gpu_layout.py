@@ -13,13 +13,15 @@ over the columns of any factor is right for every token of a tile, whatever thei
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
+from quant_experts.kernels.reference import hadamard, rotate
+from quant_experts.kernels.triton_launch import INTERPRETED
 
 BLOCK = 128
 """Input channels are padded to a multiple of this."""
@@ -29,6 +31,8 @@ MAX_FACTORS = 31
 """The factors that serve a block of tokens are bits of an int32."""
 MASK_TOKENS = 16
 """Tokens per such int32."""
+ROTATIONS = (16, 32, 64, 128)
+"""Sizes of rotated blocks that the kernels rotate."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,18 @@ class GroupLayout:
 
     activation_bits: int
     rotation: int
-    smooth_scale: Tensor | None
-    """(2, K) float32: m and 1 / m"""
-    down: Tensor | None
-    """(F, R, Kp) float16; of a shared expert that reads codes (1, R, Kp) int8"""
-    router_weight: Tensor | None
-    """(EP, Kp) float16, EP = E padded"""
+    """Of the input, by the kernels; 0 for none."""
+    before: GroupOperands | None
+    """Smoothing and rotation to do before the kernels, where they cannot fold them into what reads the input."""
+    inverse_smooth: Tensor | None
+    """(K,) float32: 1 / m"""
+    signs: Tensor | None
+    """(rotation, rotation): the Hadamard matrix as signs, bfloat16 (float32 in the interpreter); None without"""
+    projection: Tensor | None
+    """(Kp / 128, F R + 4 EP, 128) bfloat16 (float32 in the interpreter): down factors and `router_rows`, both for the
+    input as it is: 1 / m and the rotation are folded in. Of an expert that reads codes (Kp / 128, R, 128) int8."""
+    rank: int
+    """R"""
     router_bias: Tensor | None
     """(E,) float32"""
     factors: int
@@ -50,10 +60,9 @@ class GroupLayout:
     experts: int
     """E, the routed ones"""
     headroom: float
-    """A power of two: |down x| <= headroom * max|x| * 2^15 for any x, so that hidden values fit float16; max|x| is the
-    token's scale where the expert reads codes."""
+    """A power of two: hidden values are stored in units of a token's scale times this, in which they fit float16."""
     code_scale: Tensor | None = None
-    """(R,) float32, the scales of int8 down factors over the headroom; None unless codes are read."""
+    """(R,) float32, the scales of int8 down factors; None unless codes are read."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +88,18 @@ class Tokens(Prepared):
     """`Prepared` on the GPU. Rows are sorted by expert where `order` is given: row i is token order[i]."""
 
     hidden: Tensor | None = None
-    """(M, F R) float16, in units of each token's hidden scale, zero for experts that the token does not use"""
-    scales: Tensor | None = None
-    """(2, M) float32: token scale / hidden scale, hidden scale"""
+    """(M, F R) float16, in units of token scale * headroom, zero for experts that the token does not use"""
+    headroom: float = 1.0
+    """See `GroupLayout`."""
+    sums: Tensor | None = None
+    """Instead of `hidden`, `present` and `expert` where tokens are few: (slices, M, rows of `GroupLayout.projection`)
+    float32 or int32, what slices of the input channels add to hidden values and router scores."""
+    layout: GroupLayout | None = None
+    """What `sums` are of."""
     present: Tensor | None = None
     """(ceil(M / 16),) int32: bit f is set where factor f serves one of those tokens"""
     order: Tensor | None = None
     """(M,) int32"""
-    pending: int = 0
-    """How many programs of a kernel that may still run have yet to write `hidden` and `present`: see `apply` of the
-    backend. 0 when all is written."""
     dtype: torch.dtype = torch.float32
     """Of the input, and so of the output."""
 
@@ -125,41 +136,72 @@ def _stack(shared: Factor | None, routed: Factor | None, rank_dim: int) -> Tenso
 
 
 def padded_experts(experts: int) -> int:
-    """Experts as the router's matrix product counts them: a power of two, at least 16."""
-    return 1 << max(15, experts - 1).bit_length()
+    """Experts as the kernels count them: a power of two, at least 4."""
+    return 1 << max(3, experts - 1).bit_length()
 
 
-def _pad_router(weight: Tensor) -> Tensor:
-    """(E, K) -> (EP, Kp) float16."""
-    empty = padded_experts(len(weight)) - len(weight)
-    return functional.pad(weight.half(), (0, -weight.shape[1] % BLOCK, 0, empty)).contiguous()
+def router_rows(weight: Tensor) -> Tensor:
+    """Router weights (E, K) float64 -> (4 EP, K) float32: three parts of 8 bits, EP = E padded rows each, and as many
+    rows of zeros. Products of bfloat16 parts with values of 8 bits are exact. The interpreter, which has no bfloat16,
+    gets them in one part."""
+    rest = functional.pad(weight, (0, 0, 0, padded_experts(len(weight)) - len(weight)))
+    parts = []
+    for _ in range(3):
+        parts.append(rest.to(torch.float32 if INTERPRETED else torch.bfloat16).float())
+        rest = rest - parts[-1].double()
+    return torch.cat([*parts, torch.zeros_like(parts[0])])
+
+
+def _projection(down: Tensor | None, router: Tensor | None, group: GroupOperands) -> Tensor:
+    """down (F, R, K), router weights (E, K), for an input z = H (x / m) -> rows that read x."""
+    parts = []
+    inverse = 1.0 if group.smooth_scale is None else group.smooth_scale.double().reciprocal()
+    if down is not None:
+        parts.append((rotate(down.double(), group.rotation) * inverse).flatten(0, 1).float())
+    if router is not None:
+        parts.append(router_rows(router.double() * inverse))
+    return _in_blocks(torch.cat(parts).to(torch.float32 if INTERPRETED else torch.bfloat16))
+
+
+def _in_blocks(rows: Tensor) -> Tensor:
+    """(rows, K) -> (Kp / 128, rows, 128): consecutive rows of a block are one contiguous piece of memory."""
+    padded = functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    return padded.view(len(rows), -1, BLOCK).transpose(0, 1).contiguous()
 
 
 def pack_group(group: GroupOperands) -> GroupLayout:
     """Pad and stack a group's tensors. Reads values on the host: call it once, after loading."""
+    before = None
+    if group.rotation and (group.router_weight is not None or group.rotation not in ROTATIONS):  # |H z| does not fold
+        before, group = group, replace(group, smooth_scale=None, rotation=0)
     down = _stack(group.shared_down, group.routed_down, 1)
     router, bias = group.router_weight, group.router_bias
-    headroom, code_scale = 1.0, None
+    headroom, code_scale, projection = 1.0, None, None
     if down is not None:
-        missing = -down.shape[2] % BLOCK
         largest_sum = float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
-        if group.shared_reads_codes:
-            assert group.shared_down is not None and group.shared_down.scale is not None
-            largest_sum *= 2 ** (group.activation_bits - 1)
-            codes, scale = group.shared_down.values, group.shared_down.scale.float()
-            rank = down.shape[1] - len(codes)
-            down = functional.pad(codes, (0, 0, 0, rank))[None]
-            code_scale = functional.pad(scale, (0, rank))
+        largest_sum *= 2 ** (group.activation_bits - 1)
         headroom = 2.0 ** (math.ceil(math.log2(max(largest_sum, 1e-20))) - 15)
-        down = functional.pad(down if code_scale is not None else down.half(), (0, missing)).contiguous()
-        code_scale = None if code_scale is None else code_scale / headroom
-    m = None if group.smooth_scale is None else group.smooth_scale.float()
+    if group.shared_reads_codes:
+        assert down is not None and group.shared_down is not None and group.shared_down.scale is not None
+        codes, scale = group.shared_down.values, group.shared_down.scale.float()
+        rank = down.shape[1] - len(codes)
+        projection = _in_blocks(functional.pad(codes, (0, 0, 0, rank)))
+        code_scale = functional.pad(scale, (0, rank))
+    elif down is not None or router is not None:
+        projection = _projection(down, router, group)
+    inverse = None if group.smooth_scale is None else group.smooth_scale.float().reciprocal()
+    signs = None
+    if group.rotation:
+        device = next(t.device for t in (group.smooth_scale, projection, torch.empty(0)) if t is not None)
+        signs = hadamard(group.rotation, device).sign().to(torch.float32 if INTERPRETED else torch.bfloat16)
     return GroupLayout(
         activation_bits=group.activation_bits,
         rotation=group.rotation,
-        smooth_scale=None if m is None else torch.stack([m, torch.ones_like(m) / m]),
-        down=down,
-        router_weight=None if router is None else _pad_router(router),
+        before=before,
+        inverse_smooth=inverse,
+        signs=signs,
+        projection=projection,
+        rank=RANK_MULTIPLE if down is None else down.shape[1],
         router_bias=None if bias is None else bias.float().contiguous(),
         factors=0 if down is None else len(down),
         experts=0 if router is None else len(router),

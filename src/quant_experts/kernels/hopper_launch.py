@@ -41,7 +41,7 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
     """y (M, N) = tokens times layout, scales, bias and experts included."""
-    assert tokens.codes is not None and tokens.scales is not None
+    assert tokens.codes is not None and tokens.token_scale is not None
     (m, k), n, device = tokens.codes.shape, layout.out_features, y.device
     up, hidden = layout.up, tokens.hidden
     factors, rank = (0, 32) if up is None or hidden is None else (up.shape[0], up.shape[2])
@@ -60,8 +60,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
     kernel[(used,)](
         weight_rows, token_rows, up_rows, hidden_rows, done if tokens.present is None else tokens.present, y,
-        layout.scale, tokens.scales, layout.scale if layout.bias is None else layout.bias,
-        done if tokens.order is None else tokens.order, sums, done, zeros("finished", 2, device), m, n,
-        k // BLOCK, tokens.pending, c, num_warps=4,
-        maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
+        layout.scale, tokens.token_scale, layout.scale if layout.bias is None else layout.bias,
+        done if tokens.order is None else tokens.order, sums, done, m, n,
+        k // BLOCK, tokens.headroom, c, num_warps=4, maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
     )  # fmt: skip

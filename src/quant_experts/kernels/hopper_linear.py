@@ -27,12 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quant_experts.kernels.hopper_work import (
     allow_next_kernel,
-    leave_counter_clean,
     segment,
     share,
     tile_place,
     unpack_int8,
-    wait_for_hidden,
     wait_for_previous_kernel,
 )
 
@@ -84,17 +82,18 @@ def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
     """Bit j is set where factor j serves a token of the tile; masks are kept for blocks of 16 tokens."""
     mask = 0
     BLOCKS: gl.constexpr = C.BM // 16
-    for i in gl.static_range(BLOCKS):
-        block = token_tile * BLOCKS + i
-        mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0)
+    if C.FACTORS > 0:
+        for i in gl.static_range(BLOCKS):
+            block = token_tile * BLOCKS + i
+            mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0)
     return mask
 
 
 @gluon.jit
-def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, finished_ptr, rings, sizes, C: gl.constexpr):
+def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr):
     """The copying warp. Weights of the first steps are asked for before the previous kernel has ended."""
     w_ring, x_ring, ready, empty = rings
-    M, N, steps, tiles_n, tiles_m, pending = sizes
+    M, N, steps, tiles_n, tiles_m, _headroom = sizes
     start, end, segments, cut, _per = share(steps, tiles_n * tiles_m)
     total = segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)
     X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
@@ -112,10 +111,10 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, finished_ptr, rings
             at = [token_tile * C.BM, (first + i) * C.STEP + half * 64]
             tma.async_copy_global_to_shared(x_desc, at, ready.index(i), x_ring.index(2 * i + half))
     i = ahead
-    waiting = pending
     for index in range(total):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
         for k in range(gl.where(index == 0, first + ahead, first), last):
             slot = i % C.STAGES
             mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
@@ -127,9 +126,6 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, finished_ptr, rings
                 tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(2 * slot + half))
             i += 1
         if C.FACTORS > 0 and first == 0:
-            wait_for_hidden(finished_ptr, waiting)
-            waiting = 0
-            present = factors_present(mask_ptr, token_tile, M, C)
             for j in range(C.FACTORS):
                 if (present >> j) & 1 != 0:
                     for c in gl.static_range(CHUNKS):
@@ -143,7 +139,6 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, finished_ptr, rings
                         at = [token_tile * C.BM, j * C.RANK + c * C.CHUNK]
                         tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
                         i += 1
-    leave_counter_clean(finished_ptr, pending)
 
 
 @gluon.jit
@@ -244,25 +239,23 @@ def workspace(owner, acc, WG: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def to_float(acc, row_tile, token_tile, scale_ptr, token_ptr, M, N, WG: gl.constexpr, C: gl.constexpr):
-    """Sums (rows, tokens) -> float32 in units of each token's hidden scale."""
+def to_float(acc, row_tile, scale_ptr, N, headroom, WG: gl.constexpr, C: gl.constexpr):
+    """Sums (rows, tokens) -> float32 in units of token scale * headroom, a power of two."""
     ROWS: gl.constexpr = C.BN // 2
     rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
-    tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, acc.type.layout))
     scale = gl.load(scale_ptr + rows, mask=rows < N, other=0.0)
-    token_scale = gl.load(token_ptr + tokens, mask=tokens < M, other=0.0)
-    y = acc.to(gl.float32)
-    return y * (scale * 0.0625)[:, None] * token_scale[None, :]
+    return acc.to(gl.float32) * (scale * (0.0625 / headroom))[:, None]
 
 
 @gluon.jit
-def store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, WG: gl.constexpr, C: gl.constexpr):
-    """Scale back, add the bias, and write rows in the order of the input."""
+def store(
+    y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG: gl.constexpr, C: gl.constexpr
+):
+    """Scale by token, add the bias, and write rows in the order of the input."""
     ROWS: gl.constexpr = C.BN // 2
     rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
     tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, y.type.layout))
-    if C.FACTORS > 0:
-        y = y * gl.load(token_ptr + M + tokens, mask=tokens < M, other=0.0)[None, :]
+    y = y * (gl.load(token_ptr + tokens, mask=tokens < M, other=0.0) * headroom)[None, :]
     if C.BIAS:
         y = y + gl.load(bias_ptr + rows, mask=rows < N, other=0.0)[:, None]
     WIDE: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
@@ -277,19 +270,19 @@ def store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, 
 
 
 @gluon.jit
-def consumer(mask_ptr, finished_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
+def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
     """A multiplying warp group: half of each tile's weight rows."""
     w_ring, x_ring, ready, empty = rings
     y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
-    M, N, steps, tiles_n, tiles_m, pending = sizes
+    M, N, steps, tiles_n, tiles_m, headroom = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
     wait_for_previous_kernel()
     start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
     i = 0
-    waiting = pending
     for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
         acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
         acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
         if first > 0:
@@ -298,20 +291,16 @@ def consumer(mask_ptr, finished_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl
             if last < steps:
                 shares = ((tile + 1) * steps - 1) // per - gl.program_id(0)
                 acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
-            y = to_float(acc, row_tile, token_tile, scale_ptr, token_ptr, M, N, WG, C)
+            y = to_float(acc, row_tile, scale_ptr, N, headroom, WG, C)
             if C.FACTORS > 0:
-                wait_for_hidden(finished_ptr, waiting)
-                waiting = 0
-                present = factors_present(mask_ptr, token_tile, M, C)
                 y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
-            store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, WG, C)
-    leave_counter_clean(finished_ptr, pending)
+            store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)
 
 
 @gluon.jit
 def kernel(
     w_desc, x_desc, up_desc, hidden_desc, mask_ptr, y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr,
-    count_ptr, finished_ptr, M, N, steps, pending, C: gl.constexpr,
+    count_ptr, M, N, steps, headroom, C: gl.constexpr,
 ):  # fmt: skip
     """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts. One program a multiprocessor."""
     w_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 64], w_desc.layout)
@@ -328,13 +317,13 @@ def kernel(
     tiles_n = gl.cdiv(N, C.BN)
     tiles_m = gl.cdiv(M, C.BM)
     rings = (w_ring, x_ring, ready, empty)
-    sizes = (M, N, steps, tiles_n, tiles_m, pending)
+    sizes = (M, N, steps, tiles_n, tiles_m, headroom)
     ends = (y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr)
     gl.warp_specialize(
         [
-            (consumer, (mask_ptr, finished_ptr, rings, ends, sizes, gl.constexpr(0), C)),
-            (consumer, (mask_ptr, finished_ptr, rings, ends, sizes, gl.constexpr(1), C)),
-            (producer, (w_desc, x_desc, up_desc, hidden_desc, mask_ptr, finished_ptr, rings, sizes, C)),
+            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(0), C)),
+            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(1), C)),
+            (producer, (w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C)),
         ],
         [4, 1],
         [C.REGISTERS, 24],

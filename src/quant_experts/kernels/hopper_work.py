@@ -21,27 +21,6 @@ def allow_next_kernel():
 
 
 @gluon.jit
-def wait_for_hidden(finished_ptr, pending):
-    """Until the pending programs of `project_few` have finished; they run, so they will."""
-    if pending > 0:
-        finished = gl.atomic_add(finished_ptr, 0, sem="acquire")
-        while finished < pending:
-            finished = gl.atomic_add(finished_ptr, 0, sem="acquire")
-        # what ordinary stores wrote is read by the copy engine next
-        gl.inline_asm_elementwise("fence.proxy.async; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def leave_counter_clean(finished_ptr, pending):
-    """The last of all waiting partitions sets the counters to zero for the next launch."""
-    if pending > 0:
-        past = gl.atomic_add(finished_ptr + 1, 1, sem="acq_rel")
-        if past == 3 * gl.num_programs(0) - 1:
-            gl.store(finished_ptr, 0)
-            gl.store(finished_ptr + 1, 0)
-
-
-@gluon.jit
 def unpack_int8(packed):
     """Bytes of two codes -> (16 * low code, 16 * high code) as int8: the factor 16 goes into the scale."""
     return gl.inline_asm_elementwise(

@@ -1,6 +1,6 @@
 """The oracle: each operation as plainly as PyTorch can say it, on any device. Other backends are tested against it.
 
-`y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x/m), H a rotation or nothing, e
+`y = s_x s_w (q(z) Wq^T) + up_s (down_s z) + up_e (down_e z) + bias` on z = H (x (1/m)), H a rotation or nothing, e
 chosen by the router. A shared expert that reads codes multiplies s_x q(z) in place of z. Products of codes are exact.
 A token that holds NaN or infinity gets NaN outputs, and no other token is touched.
 """
@@ -15,6 +15,9 @@ from torch import Tensor
 from quant_experts.config import ActivationFormat, Scheme
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
 
+SMALLEST = 2.0**-100
+"""Tokens whose largest magnitude is smaller count as zero: the reciprocal of a scale is always a finite number."""
+
 
 def is_exact() -> bool:
     """True: float64 products of codes are exact wherever PyTorch runs."""
@@ -26,22 +29,21 @@ FP8_LARGEST = 448
 
 
 def quantize_tokens(x: Tensor, bits: int, activation_format: ActivationFormat = "int") -> tuple[Tensor, Tensor]:
-    """Symmetric codes per token: scale = absmax / largest code, codes = round(x / scale), half to even.
+    """Symmetric codes per token: scale = absmax / largest code, codes = round(x (1 / scale)), half to even.
 
     Integers: the largest code is 2^(bits-1) - 1 (thu-nics/MBQ). fp8: 448, and codes are the nearest numbers of e4m3fn,
-    subnormal ones included; none is beyond 448, because x / scale exceeds it by rounding only.
+    subnormal ones included; none is beyond 448, because x (1 / scale) exceeds it by rounding only.
 
     x (M, K) float32 -> codes (M, K) int8 or float8_e4m3fn, scale (M, 1) float32. A zero token has scale 1; a non-finite
-    one scale NaN, codes 0.
+    one scale NaN, codes 0. Every backend multiplies by the rounded reciprocal, as here, so that codes agree to the bit:
+    a division costs a GPU as much as all the rest.
     """
     largest = FP8_LARGEST if activation_format == "fp8" else 2 ** (bits - 1) - 1
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     finite = absmax.isfinite()
     quotient = absmax / torch.full_like(absmax, largest)  # by a plain number CUDA would multiply with 1 / largest
-    scale = torch.where(finite & (absmax > 0), quotient, torch.ones_like(absmax))
-    # absmax / largest underflows to 0 for the smallest subnormal numbers; such a token is a zero token.
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    steps = torch.where(finite, x / scale, torch.zeros_like(x))
+    scale = torch.where(finite & (absmax >= SMALLEST), quotient, torch.ones_like(absmax))
+    steps = torch.where(finite, x * scale.reciprocal(), torch.zeros_like(x))
     if activation_format == "fp8":
         codes = steps.to(torch.float8_e4m3fn)
     else:
@@ -85,8 +87,8 @@ def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def smooth(x: Tensor, smooth_scale: Tensor | None) -> Tensor:
-    """x / m in float32."""
-    return x.float() if smooth_scale is None else x.float() / smooth_scale
+    """x (1 / m) in float32. Every backend multiplies by the rounded reciprocal."""
+    return x.float() if smooth_scale is None else x.float() * smooth_scale.reciprocal()
 
 
 @cache
@@ -111,7 +113,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
 
 
 def transform(x: Tensor, group: GroupOperands) -> Tensor:
-    """What all that follows reads: x / m, rotated. (M, K) any float dtype -> float32."""
+    """What all that follows reads: x (1 / m), rotated. (M, K) any float dtype -> float32."""
     return rotate(smooth(x, group.smooth_scale), group.rotation)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from quant_experts.kernels import reference
 from quant_experts.kernels.gpu_layout import (
     BLOCK,
     MASK_TOKENS,
-    RANK_MULTIPLE,
     GroupLayout,
     LinearLayout,
     Tokens,
@@ -26,7 +26,6 @@ from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepar
 from quant_experts.kernels.triton_launch import (
     INTERPRETED,
     MAX_BLOCKS,
-    MAX_PLACES,
     hopper,
     options,
     overlapped,
@@ -35,18 +34,24 @@ from quant_experts.kernels.triton_launch import (
     zeros,
 )
 
-FEW_TOKENS = 16 if INTERPRETED else 256
-"""Up to here one launch prepares; measured in docs/performance.md."""
-OVERLAP = True
-"""Whether hidden values of few tokens are computed beside the linear's main loop."""
-RANK_CHUNK = 64
-"""Rows of the stacked down factors that one program takes when tokens are few."""
+FEW_TOKENS = 16
+"""Up to here one launch prepares and `linear_few` multiplies."""
+RANK_CHUNK = 16
+"""Rows of the projection that one program takes when tokens are few."""
+FEW_SLICES = 8
+"""Programs that share the input channels then: each is a read of every program that multiplies."""
 CHUNK = 4096
 """Input channels that one program quantizes of a token when tokens are few."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that one program takes when tokens are many."""
-MAX_SLICES = 28
+PROJECT = dict(WAYS=2 if INTERPRETED else 8, STAGES=1)
+"""Warps and stages of a program that projects few tokens."""
+AHEAD = 8
+"""Blocks of weights that a program asks for ahead: with all of them some leave the L2 cache before they are used."""
+MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens: each is a read of the one that adds them up."""
+WAVES = 2
+"""Programs for each multiprocessor when tokens are many."""
 
 
 @cache
@@ -81,7 +86,7 @@ def pack(group: GroupOperands, linears: list[LinearOperands]) -> Packed:
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
-    return linear(prepare(x, packed.group, overlap=OVERLAP and hopper(x.device)), packed.linear)
+    return linear(prepare(x, packed.group), packed.linear)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -89,22 +94,15 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
     return unpack_codes(packed.linear.weight[:, rows], columns)
 
 
-def prepare(x: Tensor, group: GroupOperands | GroupLayout, overlap: bool = False) -> Tokens:
-    """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert.
-
-    overlap: the result goes to exactly one `linear`, launched next, which waits itself for what is still pending.
-    """
+def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
+    """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert."""
     layout = group if isinstance(group, GroupLayout) else pack_group(group)
     dtype = x.dtype
-    if layout.rotation:  # before the kernels: in them it would cost each program that reads a token again
-        m = None if layout.smooth_scale is None else layout.smooth_scale[0]
-        x = reference.rotate(reference.smooth(x, m), layout.rotation)
-        layout = replace(layout, smooth_scale=None)
+    if layout.before is not None:
+        x = reference.transform(x, layout.before)
     x = x.contiguous()
-    if not len(x):
-        tokens = _allocate(x, layout, sort=False)
-    elif len(x) <= FEW_TOKENS:
-        tokens = _prepare_few(x, layout, overlap)
+    if len(x) <= FEW_TOKENS:
+        tokens = _prepare_few(x, layout)
     else:
         tokens = _prepare_many(x, layout)
     return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
@@ -117,7 +115,9 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(len(prepared.codes), layout.out_features, dtype=prepared.dtype, device=prepared.codes.device)
     if not y.numel():
         return y
-    if hopper(y.device):
+    if prepared.layout is not None:
+        _linear_few(prepared, layout, y)
+    elif hopper(y.device):
         from quant_experts.kernels import hopper_launch
 
         hopper_launch.linear(prepared, layout, y)
@@ -126,129 +126,130 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     return y
 
 
-def _allocate(x: Tensor, layout: GroupLayout, sort: bool) -> Tokens:
-    """Tokens with every tensor allocated and none written."""
+def _allocate(x: Tensor, layout: GroupLayout) -> Tokens:
+    """Tokens with what all of them have allocated and not written."""
     (m, k), device = x.shape, x.device
     padded = max(1, -(-k // BLOCK)) * BLOCK
-    factors = layout.factors
-    columns = 0 if layout.down is None else factors * layout.down.shape[1]
     return Tokens(
         values=None,
         codes=torch.empty(m, padded, dtype=torch.int8, device=device),
         token_scale=torch.empty(m, 1, device=device),
         shared_hidden=None,
         routed_hidden=None,
-        expert=torch.empty(m, dtype=torch.int32, device=device) if layout.experts else None,
-        hidden=torch.empty(m, columns, dtype=torch.float16, device=device) if factors else None,
-        scales=torch.empty(2, m, device=device),
-        present=torch.empty(-(-m // MASK_TOKENS), dtype=torch.int32, device=device) if factors else None,
-        order=torch.empty(m, dtype=torch.int32, device=device) if sort else None,
+        expert=None,
+        headroom=layout.headroom,
         dtype=x.dtype,
     )
 
 
-def _shape(layout: GroupLayout) -> dict[str, int]:
-    """Constants that a layout fixes."""
-    rank = RANK_MULTIPLE if layout.down is None else layout.down.shape[1]
-    return dict(F=layout.factors, E=layout.experts, EP=padded_experts(max(1, layout.experts)), R=rank)
+def _largest(layout: GroupLayout) -> int:
+    return int(2 ** (layout.activation_bits - 1) - 1)
 
 
-def _project_codes(tokens: Tokens, layout: GroupLayout) -> None:
-    """Hidden values from codes that are written."""
-    from quant_experts.kernels.triton_project_codes import project_codes
-
-    assert tokens.codes is not None and layout.down is not None
-    (m, padded), rank, device = tokens.codes.shape, layout.down.shape[1], tokens.codes.device
-    rows = 16 if m <= 16 or INTERPRETED else 64
-    blocks = -(-m // rows)
-    slices = min(padded // BLOCK, MAX_SLICES, max(1, 2 * programs(device) // blocks))
-    project_codes[(blocks, slices)](
-        tokens.codes, layout.down, layout.code_scale, tokens.hidden, tokens.present,
-        zeros("code sums", blocks * rows * rank, device), zeros("code sums done", blocks, device), m, padded, slices,
-        R=rank, ROWS=rows, PDL=overlapped(device), num_warps=4, **options(device),
-    )  # fmt: skip
+def _inputs(x: Tensor, layout: GroupLayout) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Arguments that all `prepare` kernels begin with, and the constants that go with them."""
+    rotation = layout.rotation if layout.signs is not None else 0
+    flags = dict(SMOOTH=layout.inverse_smooth is not None, ROT=rotation, PDL=overlapped(x.device))
+    return (x, _or(layout.inverse_smooth, x), _or(layout.signs, x)), flags
 
 
-def _prepare_few(x: Tensor, layout: GroupLayout, overlap: bool) -> Tokens:
-    from quant_experts.kernels.triton_prepare import project_few, quantize_few
+def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
+    from quant_experts.kernels.triton_prepare import prepare_few, project_codes_few
 
-    tokens = _allocate(x, layout, sort=False)
+    tokens = _allocate(x, layout)
     assert tokens.codes is not None
-    (m, k), padded, shape = x.shape, tokens.codes.shape[1], _shape(layout)
-    flags = dict(SMOOTH=layout.smooth_scale is not None, PLAIN=INTERPRETED, PDL=overlapped(x.device))
-    smooth = _or(layout.smooth_scale, x)
-    pending, reads_codes = 0, layout.code_scale is not None
-    if layout.factors and not reads_codes:
-        rows = 16 if m <= 16 else 32
-        blocks, chunks = -(-m // rows), -(-shape["F"] * shape["R"] // RANK_CHUNK)
-        pending = blocks * chunks
-        assert pending <= MAX_PLACES
-        slices = min(padded // BLOCK, MAX_SLICES, max(1, 2 * programs(x.device) // pending))
-        part = torch.empty(
-            pending * slices * rows * (RANK_CHUNK + shape["EP"] + 1), dtype=torch.float32, device=x.device
-        )
-        project_few[(pending, slices)](
-            x, smooth, layout.down, _or(layout.router_weight, x), _or(layout.router_bias, part), tokens.hidden,
-            tokens.present, _or(tokens.expert, part), part, zeros("few tokens", MAX_PLACES, x.device),
-            zeros("finished" if overlap else "unread", 2, x.device), m, k, padded, layout.headroom,
-            slices, **shape, RC=RANK_CHUNK, ROWS=rows, BATCH=8 if rows == 16 else 4, **flags, num_warps=8, maxnreg=128,
-            **options(x.device),
-        )  # fmt: skip
+    (m, k), padded, device = x.shape, tokens.codes.shape[1], x.device
+    if not m:
+        return tokens
+    inputs, flags = _inputs(x, layout)
     chunk = min(CHUNK, 1 << (padded - 1).bit_length())
-    quantize_few[(m, -(-padded // chunk))](
-        x, smooth, tokens.codes, tokens.scales, tokens.token_scale, m, k, padded, layout.headroom,
-        LARGEST=2 ** (layout.activation_bits - 1) - 1, F=shape["F"], CODES=reads_codes, CHUNK=chunk,
-        WAIT=not (overlap and pending), **flags, num_warps=8, **options(x.device),
+    parts, slices, total, sums = -(-padded // chunk), min(FEW_SLICES, -(-padded // BLOCK // PROJECT["WAYS"])), 0, None
+    reads_codes = layout.code_scale is not None
+    if layout.projection is not None:
+        total = layout.projection.shape[1]
+        sums = torch.empty(slices, m, total, dtype=torch.int32 if reads_codes else torch.float32, device=device)
+    tiles = dict(RC=RANK_CHUNK, BM=8 if m <= 8 else 16, **PROJECT)
+    project = 0 if reads_codes else total
+    prepare_few[(m * parts + project // RANK_CHUNK * slices,)](
+        *inputs, _or(layout.projection, x), _or(sums, x), tokens.codes, tokens.token_scale, slices, parts, m, k, padded,
+        LARGEST=_largest(layout), FACTOR_ROWS=layout.factors * layout.rank, TOTAL=project, CHUNK=chunk,
+        WHOLE=padded <= chunk, **tiles, **flags,
+        num_warps=PROJECT["WAYS"], enable_fp_fusion=False, **options(device),
     )  # fmt: skip
     if reads_codes:
-        _project_codes(tokens, layout)
-    return replace(tokens, pending=pending) if overlap else tokens
+        project_codes_few[(total // RANK_CHUNK * slices,)](
+            tokens.codes, layout.projection, sums, slices, m, padded, TOTAL=total, **tiles, PDL=flags["PDL"],
+            num_warps=PROJECT["WAYS"], **options(device),
+        )  # fmt: skip
+    return replace(tokens, sums=sums, layout=layout)
 
 
 def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare_many import measure, place, project, quantize_sorted
+    from quant_experts.kernels.triton_prepare_many import convert, measure, place
 
-    sort = layout.experts > 0
-    tokens = _allocate(x, layout, sort)
+    tokens = _allocate(x, layout)
     assert tokens.codes is not None
-    (m, k), padded, device, shape = x.shape, tokens.codes.shape[1], x.device, _shape(layout)
-    flags = dict(PLAIN=INTERPRETED, PDL=overlapped(device), SMOOTH=layout.smooth_scale is not None)
+    (m, k), padded, device, rank = x.shape, tokens.codes.shape[1], x.device, layout.rank
+    factors, experts, width = layout.factors, layout.experts, padded_experts(layout.experts)
+    inputs, flags = _inputs(x, layout)
+    total = 0 if layout.projection is None else layout.projection.shape[1]
     rows = BLOCK_TOKENS
     blocks = -(-m // rows)
-    slices = min(padded // BLOCK, max(1, 4 * programs(device) // blocks), 16)
-    expert = torch.empty(m, dtype=torch.int32, device=device)
-    absmax = torch.empty(m, dtype=torch.float32, device=device)
-    counts = torch.empty(blocks, shape["EP"], dtype=torch.int32, device=device)
-    part = torch.empty(
-        blocks * slices * rows * max(shape["EP"] + 1, 2 * shape["R"]), dtype=torch.float32, device=device
-    )
+    slices = min(padded // BLOCK, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
+    expert, order = (torch.empty(m if experts else 1, dtype=torch.int32, device=device) for _ in range(2))
+    absmax = torch.empty(slices, m, dtype=torch.float32, device=device)
+    counts = torch.empty(blocks, width, dtype=torch.int32, device=device)
+    part = torch.empty(blocks * slices * rows * max(4 * width, 2 * rank), dtype=torch.float32, device=device)
     done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
-    smooth = _or(layout.smooth_scale, absmax)
     measure[(blocks, slices)](
-        x, smooth, _or(layout.router_weight, x), _or(layout.router_bias, absmax), expert, absmax, counts, part, done,
-        m, k, padded, E=shape["E"], EP=shape["EP"], ROWS=rows, SLICES=slices, **flags, num_warps=8, **options(device),
+        *inputs, _or(layout.projection, x), _or(layout.router_bias, absmax), expert, absmax, counts, part, done,
+        m, k, padded, slices, FACTOR_ROWS=factors * rank, TOTAL=total, E=experts, EP=width, ROWS=rows, **flags,
+        num_warps=4, **options(device),
     )  # fmt: skip
-    if sort:
+    if experts:
         place[(blocks,)](
-            expert, counts, tokens.order, blocks, m, EP=shape["EP"], ROWS=rows, BLOCKS=64, PDL=flags["PDL"],
-            num_warps=8, **options(device),
+            expert, counts, order, blocks, m, EP=width, ROWS=rows, BLOCKS=64, PDL=flags["PDL"],
+            num_warps=4, **options(device),
         )  # fmt: skip
-    tile, width = 8, min(512, 1 << (padded - 1).bit_length())
-    quantize_sorted[(-(-m // tile), -(-padded // width))](
-        x, smooth, expert, _or(tokens.order, expert), absmax, tokens.codes, tokens.scales, tokens.token_scale,
-        _or(tokens.expert, expert), m, k, padded, layout.headroom, LARGEST=2 ** (layout.activation_bits - 1) - 1,
-        F=shape["F"], E=shape["E"], CODES=layout.code_scale is not None, TILE=tile, WIDTH=width, **flags, num_warps=8,
-        **options(device),
+    tokens = replace(
+        tokens,
+        expert=torch.empty_like(expert) if experts else None,
+        order=order if experts else None,
+        hidden=torch.empty(m, factors * rank, dtype=torch.float16, device=device) if factors else None,
+        present=torch.empty(-(-m // MASK_TOKENS), dtype=torch.int32, device=device) if factors else None,
+    )
+    convert[(blocks, slices)](
+        *inputs, _or(layout.projection, x), _or(layout.code_scale, absmax), expert, order, absmax,
+        tokens.codes, tokens.token_scale, _or(tokens.expert, expert), _or(tokens.hidden, part),
+        _or(tokens.present, expert), part, done, m, k, padded, slices, slices, 1.0 / layout.headroom,
+        LARGEST=_largest(layout), TOTAL=total, F=factors, E=experts, R=rank, CODES=layout.code_scale is not None,
+        ROWS=rows, **flags, num_warps=4, enable_fp_fusion=False, **options(device),
     )  # fmt: skip
-    if layout.code_scale is not None:
-        _project_codes(tokens, layout)
-    elif layout.factors:
-        project[(blocks, slices)](
-            x, smooth, layout.down, expert, _or(tokens.order, expert), absmax, tokens.hidden, tokens.present, part,
-            done, m, k, padded, layout.headroom, slices, F=shape["F"], E=shape["E"], R=shape["R"], ROWS=rows,
-            SMOOTH=flags["SMOOTH"], PDL=flags["PDL"], num_warps=8, **options(device),
-        )  # fmt: skip
     return tokens
+
+
+def few_config(m: int, n: int, device: torch.device) -> dict[str, int]:
+    """Tile of `linear_few`: few rows where there are few programs, as measured in docs/performance.md."""
+    return dict(BN=16 if n <= 64 * programs(device) else 64, BM=8 if m <= 8 else 16, WAYS=4, STAGES=4, num_warps=4)
+
+
+def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
+    from quant_experts.kernels.triton_linear_few import linear_few
+
+    assert tokens.codes is not None and tokens.layout is not None
+    (m, padded), n, device, group = tokens.codes.shape, linear.out_features, y.device, tokens.layout
+    sums, up = tokens.sums, linear.up
+    factors = 0 if up is None or sums is None else group.factors
+    config = few_config(m, n, device)
+    linear_few[(-(-n // config["BN"]),)](
+        linear.weight, tokens.codes, _or(up, linear.weight), _or(sums, linear.scale),
+        _or(group.router_bias, linear.scale), _or(group.code_scale, linear.scale), y, linear.scale, tokens.token_scale,
+        _or(linear.bias, linear.scale), m, n, padded, min(AHEAD, padded // BLOCK), group.headroom,
+        1.0 / group.headroom, SLICES=1 if sums is None else len(sums), F=factors, E=group.experts,
+        EP=padded_experts(group.experts), R=group.rank,
+        CODES=group.code_scale is not None, BIAS=linear.bias is not None, ASSEMBLY=not INTERPRETED,
+        PDL=overlapped(device), **config, **options(device),
+    )  # fmt: skip
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -273,8 +274,9 @@ def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     factors = layout.up is not None and tokens.hidden is not None
     kernel[(-(-n // bn), -(-m // bm), shares)](
         layout.weight, tokens.codes, _or(layout.up, layout.weight), _or(tokens.hidden, layout.weight),
-        _or(tokens.present, done), y, layout.scale, tokens.scales, _or(layout.bias, layout.scale),
-        _or(tokens.order, done), sums, done, m, n, padded,
+        _or(tokens.present, done), y, layout.scale, tokens.token_scale, _or(layout.bias, layout.scale),
+        _or(tokens.order, done), sums, done, m, n, padded, tokens.headroom,
+        1.0 / tokens.headroom,
         BN=bn, BM=bm, F=len(layout.up) if factors and layout.up is not None else 0,
         R=layout.up.shape[2] if factors and layout.up is not None else 32, BIAS=layout.bias is not None,
         SORTED=tokens.order is not None, SHARES=shares, STAGES=4, ASSEMBLY=not INTERPRETED, PDL=overlapped(device),

@@ -44,8 +44,6 @@ def reserve(device: torch.device) -> None:
         zeros(name, size, device)
 
 
-MAX_PLACES = 4096
-"""Token blocks times rank chunks of the launch for few tokens."""
 MAX_BLOCKS = 1 << 16
 """Token blocks of the launches for many tokens."""
 MAX_PROGRAMS = 160
@@ -53,10 +51,7 @@ MAX_PROGRAMS = 160
 LARGEST_TILE = 256 * 128
 """Sums in a tile of the Hopper kernel."""
 RESERVED = {
-    "few tokens": MAX_PLACES,
     "many tokens": MAX_BLOCKS,
-    "finished": 2,
-    "unread": 2,
     "hopper sums": MAX_PROGRAMS * LARGEST_TILE,
     "hopper shares": MAX_PROGRAMS * 2,
 }

@@ -58,14 +58,14 @@ def sums(
 
 @triton.jit
 def finish(
-    total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, scales_ptr, bias_ptr, order_ptr, M, N,
-    token_tile, BM: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, SORTED: tl.constexpr,
+    total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, order_ptr, M,
+    N, headroom, unit, token_tile, BM: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
     """Scales, experts, bias; write (tokens, rows) of y in the order of the input."""
     row = tl.minimum(rows, N - 1)
     token = tl.minimum(tokens, M - 1)
-    scale = tl.load(scale_ptr + row) * 0.0625
-    y = total.to(tl.float32) * scale[:, None] * tl.load(scales_ptr + token)[None, :]
+    y = total.to(tl.float32) * (tl.load(scale_ptr + row) * (0.0625 * unit))[:, None]
     if F > 0:
         block = token_tile * (BM // 16) + tl.arange(0, BM // 16)
         present = tl.reduce(tl.load(present_ptr + block, mask=block * 16 < M, other=0), 0, bitwise_or)
@@ -75,7 +75,7 @@ def finish(
                 up = tl.load(up_ptr + (factor * N + row).to(tl.int64)[:, None] * R + rank[None, :])
                 hidden = tl.load(hidden_ptr + token.to(tl.int64)[None, :] * (F * R) + factor * R + rank[:, None])
                 y = tl.dot(up, hidden, y)
-        y = y * tl.load(scales_ptr + M + token)[None, :]
+    y = y * (tl.load(token_scale_ptr + token) * headroom)[None, :]
     if BIAS:
         y = y + tl.load(bias_ptr + row)[:, None]
     place = token
@@ -87,12 +87,13 @@ def finish(
 
 @triton.jit
 def linear(
-    weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, scales_ptr, bias_ptr, order_ptr, sums_ptr,
-    done_ptr, M, N, Kp,
+    weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, order_ptr,
+    sums_ptr, done_ptr, M, N, Kp, headroom, unit,
     BN: tl.constexpr, BM: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, SORTED: tl.constexpr,
     SHARES: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: row tiles x token tiles x SHARES."""
+    """y (M, N) from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: row tiles x token tiles x SHARES.
+    unit: 1 / headroom, exact because a power of two."""
     wait_for_previous_kernel(PDL)
     row_tile, token_tile, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = row_tile * BN + tl.arange(0, BN)
@@ -107,8 +108,8 @@ def linear(
     )  # fmt: skip
     if SHARES == 1:
         finish(
-            total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, scales_ptr, bias_ptr, order_ptr,
-            M, N, token_tile, BM, F, R, BIAS, SORTED,
+            total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr,
+            order_ptr, M, N, headroom, unit, token_tile, BM, F, R, BIAS, SORTED,
         )  # fmt: skip
     else:
         tile = token_tile * tl.num_programs(0) + row_tile
@@ -123,6 +124,6 @@ def linear(
             tl.store(at, tl.zeros((BN, BM), tl.int32))
             tl.store(done_ptr + tile, 0)
             finish(
-                total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, scales_ptr, bias_ptr,
-                order_ptr, M, N, token_tile, BM, F, R, BIAS, SORTED,
+                total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr,
+                order_ptr, M, N, headroom, unit, token_tile, BM, F, R, BIAS, SORTED,
             )  # fmt: skip

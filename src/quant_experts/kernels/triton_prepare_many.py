@@ -1,8 +1,16 @@
-"""`prepare` for many tokens in launches: measure (scale and expert of each token), place (a stable counting sort
-by expert); then, in that order, quantize, and project (shared factor, and only the experts that a tile of tokens uses).
+"""`prepare` for many tokens in launches: measure (largest value and expert of each token), place (a stable counting
+sort by expert) if there are experts to choose from, convert (codes, and hidden values of the shared expert and of
+those that a block of tokens uses).
 
-Programs of `measure` and `project` own a block of tokens and a slice of the input channels; the last slice to finish
-adds them up in order. Exactness: see `triton_prepare`.
+Programs of `measure` and `convert` own a block of tokens and a slice of the input channels; the last slice to finish
+adds them up in order, so that results do not depend on timing.
+
+Exactness. Codes and scales are the oracle's bit for bit, the same float32 products; a rotation's sums come in another
+order, so that its codes may differ by one where a value lies on a tie. Routers and experts that read values read the
+input as it is: smoothing and rotation are folded into their weights (`gpu_layout`). Router scores are float32 sums of
+exact products with weights of 24 bits, in another order than the oracle's: scores that differ by less than about 1e-6
+of their terms may choose otherwise; equal scores go to the first. Down factors are rounded to bfloat16, as weights of
+such models are, and hidden values to float16. Those of an expert that reads codes are exact integers.
 """
 
 from __future__ import annotations
@@ -11,68 +19,60 @@ import triton
 import triton.language as tl
 
 from quant_experts.kernels.triton_tokens import (
-    bitwise_or,
+    ROUTER_PARTS,
+    add_product,
     choose,
-    down_dot,
-    hidden_scale,
-    hidden_unit,
-    load_smoothed,
+    factors_used,
+    load_raw,
     nan_max,
-    power_below,
-    quantize,
     reciprocal,
-    router_scores,
+    rounded,
     token_scale,
+    transformed,
     wait_for_previous_kernel,
 )
 
 
 @triton.jit
 def measure(
-    x_ptr, smooth_ptr, router_ptr, bias_ptr, expert_ptr, absmax_ptr, count_ptr, part_ptr, done_ptr, M, K, Kp,
-    E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, SLICES, SMOOTH: tl.constexpr,
-    PLAIN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, inverse_ptr, signs_ptr, projection_ptr, bias_ptr, expert_ptr, absmax_ptr, count_ptr, part_ptr, done_ptr, M,
+    K, Kp, SLICES, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    ROWS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Per token: max |x / m| and the expert. Per block of ROWS tokens: how many go to each expert (blocks, EP)."""
+    """Per token and slice: max |z| (SLICES, M). Per token: the expert. Per block of ROWS tokens: how many go to each
+    expert (blocks, EP)."""
     wait_for_previous_kernel(PDL)
+    WIDTH: tl.constexpr = ROUTER_PARTS * EP
     block, piece = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, ROWS)
-    token = block * ROWS + row
-    column = tl.arange(0, EP)
-    scores = tl.zeros((ROWS, EP), tl.float32)
-    absmax = tl.zeros((ROWS,), tl.float32)
+    token = block * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    scores = tl.zeros((ROWS, WIDTH), tl.float32)
+    most = tl.zeros((ROWS, 128), tl.float32)
     steps = Kp // 128
-    per = tl.cdiv(steps, SLICES)
-    first, last = piece * per, tl.minimum(piece * per + per, steps)
-    for step in tl.range(first, last, num_stages=4):
+    for step in tl.range(piece * steps // SLICES, (piece + 1) * steps // SLICES, num_stages=4):
         columns = step * 128 + tl.arange(0, 128)
-        x = load_smoothed(x_ptr, token, token < M, columns, K, smooth_ptr, SMOOTH, PLAIN)
-        most = tl.reduce(tl.abs(x), 1, nan_max)
-        absmax = nan_max(absmax, most)
+        x = load_raw(x_ptr, token, token < M, columns, K)
+        most = nan_max(most, tl.abs(transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)))
         if E > 0:
-            unit = power_below(most)
-            scores += router_scores(x * reciprocal(unit)[:, None], router_ptr, columns, Kp, EP) * unit[:, None]
-    SIZE: tl.constexpr = ROWS * (EP + 1)
-    base = part_ptr + block.to(tl.int64) * SLICES * SIZE
-    tl.store(base + piece * SIZE + row[:, None] * EP + column[None, :], scores)
-    tl.store(base + piece * SIZE + ROWS * EP + row, absmax)
-    tl.debug_barrier()
-    if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
+            at = projection_ptr + (step * TOTAL + FACTOR_ROWS + column)[None, :].to(tl.int64) * 128
+            scores = add_product(scores, tl.abs(x), tl.load(at + tl.arange(0, 128)[:, None]))
+    tl.store(absmax_ptr + piece * M + token, tl.reduce(most, 1, nan_max), mask=token < M)
+    if E > 0:
+        at = part_ptr + block.to(tl.int64) * SLICES * (ROWS * WIDTH)
+        at += tl.arange(0, ROWS)[:, None] * WIDTH + column[None, :]
+        tl.store(at + piece * (ROWS * WIDTH), scores)
         tl.debug_barrier()
-        tl.store(done_ptr + block, 0)
-        total = tl.zeros((ROWS, EP), tl.float32)
-        absmax = tl.zeros((ROWS,), tl.float32)
-        for i in range(SLICES):
-            at = base + i * SIZE
-            total += tl.load(at + row[:, None] * EP + column[None, :], cache_modifier=".cg")
-            absmax = nan_max(absmax, tl.load(at + ROWS * EP + row, cache_modifier=".cg"))
-        tl.store(absmax_ptr + token, absmax, mask=token < M)
-        if E > 0:
-            total += tl.load(bias_ptr + column, mask=column < E, other=0.0)[None, :]
-            expert = choose(total, E)
+        if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
+            tl.debug_barrier()
+            tl.store(done_ptr + block, 0)
+            scores = tl.zeros((ROWS, WIDTH), tl.float32)
+            for i in tl.range(SLICES, num_stages=4):
+                scores += tl.load(at + i * (ROWS * WIDTH), cache_modifier=".cg")
+            expert = choose(scores, bias_ptr, E, EP)
             tl.store(expert_ptr + token, expert, mask=token < M)
-            chosen = (expert[:, None] == column[None, :]) & (token < M)[:, None]
-            tl.store(count_ptr + block * EP + column, tl.sum(chosen.to(tl.int32), axis=0))
+            place = tl.arange(0, EP)
+            chosen = (expert[:, None] == place[None, :]) & (token < M)[:, None]
+            tl.store(count_ptr + block * EP + place, tl.sum(chosen.to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -102,127 +102,127 @@ def place(
 
 
 @triton.jit
-def sorted_tokens(row, expert_ptr, order_ptr, absmax_ptr, M, E: tl.constexpr):
-    """Tokens, experts and largest magnitudes at places of the sorted order."""
-    token = row
-    expert = row * 0
-    if E > 0:
-        token = tl.load(order_ptr + row, mask=row < M, other=0)
-        expert = tl.load(expert_ptr + token, mask=row < M, other=0)
-    return token, expert, tl.load(absmax_ptr + token, mask=row < M, other=1.0)
+def factor_at(projection_ptr, factor, step, TOTAL: tl.constexpr, R: tl.constexpr):
+    """(128, R) addresses of a block of a down factor."""
+    rank = (step * TOTAL + factor * R + tl.arange(0, R)).to(tl.int64)
+    return projection_ptr + rank[None, :] * 128 + tl.arange(0, 128)[:, None]
 
 
 @triton.jit
-def quantize_sorted(
-    x_ptr, smooth_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr, scales_ptr, token_scale_ptr, sorted_expert_ptr,
-    M, K, Kp, headroom, LARGEST: tl.constexpr, F: tl.constexpr, E: tl.constexpr, CODES: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+def convert_slice(
+    x_ptr, token, used, inverse, expert, inverse_ptr, signs_ptr, projection_ptr, codes_ptr, place, begin, end, M, K, Kp,
+    TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr,
+    SMOOTH: tl.constexpr, ROT: tl.constexpr,
 ):  # fmt: skip
-    """Codes of TILE places by WIDTH channels; the first tile of a row writes its scales."""
-    wait_for_previous_kernel(PDL)
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    token, expert, absmax = sorted_tokens(row, expert_ptr, order_ptr, absmax_ptr, M, E)
-    scale = token_scale(absmax, LARGEST)
-    x = load_smoothed(x_ptr, token, row < M, columns, K, smooth_ptr, SMOOTH, PLAIN)
-    at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
-    tl.store(at, quantize(x, scale, PLAIN), mask=(row < M)[:, None] & (columns < Kp)[None, :])
-    if tl.program_id(1) == 0:
-        unit = hidden_unit(absmax, scale, headroom, F, CODES)
-        tl.store(token_scale_ptr + row, scale, mask=row < M)
-        tl.store(scales_ptr + row, tl.div_rn(scale, unit), mask=row < M)
-        tl.store(scales_ptr + M + row, unit, mask=row < M)
-        if E > 0:
-            tl.store(sorted_expert_ptr + row, expert, mask=row < M)
-
-
-@triton.jit
-def load_near_one(x_ptr, token, row_mask, columns, K, smooth_ptr, inverse, SMOOTH: tl.constexpr):
-    """x / m in units of the token's largest value, float16. Hidden values need no exact quotients."""
-    inside = columns < K
-    at = x_ptr + token.to(tl.int64)[:, None] * K + columns[None, :]
-    x = tl.load(at, mask=row_mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if SMOOTH:
-        x = x * tl.load(smooth_ptr + K + columns, mask=inside, other=1.0)[None, :]
-    return (x * inverse[:, None]).to(tl.float16)
-
-
-@triton.jit
-def project(
-    x_ptr, smooth_ptr, down_ptr, expert_ptr, order_ptr, absmax_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr,
-    M, K, Kp, headroom, SLICES, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-    SMOOTH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A slice of the input channels of ROWS places times the shared factor and the experts that are there."""
-    wait_for_previous_kernel(PDL)
-    block, piece = tl.program_id(0), tl.program_id(1)
-    row = block * ROWS + tl.arange(0, ROWS)
-    token, expert, absmax = sorted_tokens(row, expert_ptr, order_ptr, absmax_ptr, M, E)
-    first = tl.min(tl.where(row < M, expert, E), axis=0)
-    last = tl.max(tl.where(row < M, expert, 0), axis=0)
-    inverse = reciprocal(power_below(absmax))
-    rank = tl.arange(0, R)
-    shared = tl.zeros((ROWS, R), tl.float32)
-    own = tl.zeros((ROWS, R), tl.float32)
-    steps = Kp // 128
-    per = tl.cdiv(steps, SLICES)
-    begin, end = piece * per, tl.minimum(piece * per + per, steps)
+    """Steps [begin, end) of a block's channels: codes are written; (ROWS, R) hidden sums of the shared expert and of
+    each token's own are returned, int32 of an expert that reads codes."""
+    first = tl.minimum(tl.min(tl.where(used, expert, E), axis=0), max(E - 1, 0))
+    last = tl.max(tl.where(used, expert, 0), axis=0)
+    # In most blocks all tokens have one expert: then the second is the first once more.
+    second = tl.minimum(tl.min(tl.where(used & (expert > first), expert, E), axis=0), tl.maximum(last, first))
+    SUMS: tl.constexpr = tl.int32 if CODES else tl.float32
+    shared = tl.zeros((ROWS, R), SUMS)
+    own = tl.zeros((ROWS, R), SUMS)
+    others = tl.zeros((ROWS, R), SUMS)
     for step in tl.range(begin, end, num_stages=3):
         columns = step * 128 + tl.arange(0, 128)
-        x = load_near_one(x_ptr, token, row < M, columns, K, smooth_ptr, inverse, SMOOTH)
+        x = load_raw(x_ptr, token, used, columns, K)
+        steps = transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT) * inverse[:, None]
+        codes = rounded(steps)
+        tl.store(codes_ptr + place.to(tl.int64)[:, None] * Kp + columns[None, :], codes, mask=(place < M)[:, None])
+        left = codes if CODES else x
         if F > E:
-            shared = down_dot(x, down_ptr, rank, columns, Kp, shared)
+            shared = add_product(shared, left, tl.load(factor_at(projection_ptr, 0, step, TOTAL, R)))
         if E > 0:
-            mine = tl.where((expert == first)[:, None], x, 0.0)
-            own = down_dot(mine, down_ptr, (F - E + first) * R + rank, columns, Kp, own)
-    if E > 0:  # a block where one expert's tokens end and others' begin: once more for each
-        for e in range(first + 1, last + 1):
-            for step in tl.range(begin, end, num_stages=3):
+            own = add_product(own, left, tl.load(factor_at(projection_ptr, F - E + first, step, TOTAL, R)))
+            others = add_product(others, left, tl.load(factor_at(projection_ptr, F - E + second, step, TOTAL, R)))
+    if E > 0:
+        own = tl.where((expert == first)[:, None], own, others)
+        for e in range(second + 1, last + 1):  # three experts and more in one block: few tokens, or rare ones
+            others = tl.zeros((ROWS, R), SUMS)
+            for step in range(begin, end):
                 columns = step * 128 + tl.arange(0, 128)
-                x = load_near_one(x_ptr, token, row < M, columns, K, smooth_ptr, inverse, SMOOTH)
-                mine = tl.where((expert == e)[:, None], x, 0.0)
-                own = down_dot(mine, down_ptr, (F - E + e) * R + rank, columns, Kp, own)
-    at = part_ptr + (block * SLICES + piece).to(tl.int64) * (2 * ROWS * R)
-    inner = tl.arange(0, ROWS)[:, None] * R + rank[None, :]
-    tl.store(at + inner, shared)
-    tl.store(at + ROWS * R + inner, own)
-    tl.debug_barrier()
-    if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
-        tl.debug_barrier()
-        tl.store(done_ptr + block, 0)
-        finish_block(
-            part_ptr + block.to(tl.int64) * SLICES * (2 * ROWS * R), hidden_ptr, present_ptr, expert, absmax,
-            block, M, headroom, F, E, R, ROWS, SLICES,
-        )  # fmt: skip
+                x = load_raw(x_ptr, token, used, columns, K)
+                others = add_product(others, x, tl.load(factor_at(projection_ptr, F - E + e, step, TOTAL, R)))
+            own = tl.where((expert == e)[:, None], others, own)
+    return shared, own
 
 
 @triton.jit
-def finish_block(
-    base, hidden_ptr, present_ptr, expert, absmax, block, M, headroom,
-    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, SLICES,
+def store_hidden(
+    shared, own, expert, unit, code_scale_ptr, hidden_ptr, present_ptr, place, block, M,
+    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add a block's slices; write its hidden values, zeros for experts that a token does not use."""
-    row = block * ROWS + tl.arange(0, ROWS)
+    """Hidden sums times unit (ROWS,), zeros for experts that a token does not use; and the factors in use."""
     rank = tl.arange(0, R)
-    inner = tl.arange(0, ROWS)[:, None] * R + rank[None, :]
-    shared = tl.zeros((ROWS, R), tl.float32)
-    own = tl.zeros((ROWS, R), tl.float32)
-    for i in range(0 if F == 0 else SLICES):
-        shared += tl.load(base + i * (2 * ROWS * R) + inner, cache_modifier=".cg")
-        own += tl.load(base + i * (2 * ROWS * R) + ROWS * R + inner, cache_modifier=".cg")
-    unit = tl.broadcast_to((power_below(absmax) * reciprocal(hidden_scale(absmax, headroom)))[:, None], own.shape)
-    own *= unit
-    at = hidden_ptr + row.to(tl.int64)[:, None] * (F * R) + rank[None, :]
-    bits = tl.full((ROWS,), 1, tl.int32)
+    at = hidden_ptr + place.to(tl.int64)[:, None] * (F * R) + rank[None, :]
+    mask = (place < M)[:, None]
     if F > E:
-        tl.store(at, (shared * unit).to(tl.float16), mask=(row < M)[:, None])
-    if E > 0:
-        bits = 1 << (expert + (F - E))
-        for e in range(E):
-            kept = tl.where((expert == e)[:, None], own, 0.0)
-            tl.store(at + (F - E + e) * R, kept.to(tl.float16), mask=(row < M)[:, None])
-    present = tl.reduce(tl.reshape(tl.where(row < M, bits, 0), (ROWS // 16, 16)), 1, bitwise_or)
-    if F > E:
-        present = present | 1
+        value = shared.to(tl.float32) * unit[:, None]
+        if CODES:
+            value = value * tl.load(code_scale_ptr + rank)[None, :]
+        tl.store(at, value.to(tl.float16), mask=mask)
+    for e in range(E):
+        kept = tl.where((expert == e)[:, None], own.to(tl.float32) * unit[:, None], 0.0)
+        tl.store(at + (F - E + e) * R, kept.to(tl.float16), mask=mask)
     masks = block * (ROWS // 16) + tl.arange(0, ROWS // 16)
-    tl.store(present_ptr + masks, present, mask=masks * 16 < M)
+    tl.store(present_ptr + masks, factors_used(expert, place < M, F, E), mask=masks * 16 < M)
+
+
+@triton.jit
+def convert(
+    x_ptr, inverse_ptr, signs_ptr, projection_ptr, code_scale_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr,
+    token_scale_ptr, sorted_expert_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr, M, K, Kp, MEASURED, SLICES,
+    inverse_headroom, LARGEST: tl.constexpr, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
+    CODES: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Codes, scales and hidden values of ROWS places of the sorted order. MEASURED: slices of `measure`."""
+    wait_for_previous_kernel(PDL)
+    block, piece = tl.program_id(0), tl.program_id(1)
+    place = block * ROWS + tl.arange(0, ROWS)
+    token = place
+    expert = place * 0
+    if E > 0:
+        token = tl.load(order_ptr + place, mask=place < M, other=0)
+        expert = tl.load(expert_ptr + token, mask=place < M, other=0)
+    slices = tl.arange(0, 32)[None, :]
+    most = tl.load(absmax_ptr + slices * M + token[:, None], mask=(slices < MEASURED) & (place < M)[:, None], other=0.0)
+    scale = token_scale(tl.reduce(most, 1, nan_max), LARGEST)
+    finite = scale == scale  # others are read as zeros, which gives zero codes
+    inverse = reciprocal(tl.where(finite, scale, 1.0))
+    if piece == 0:
+        tl.store(token_scale_ptr + place, scale, mask=place < M)
+        if E > 0:
+            tl.store(sorted_expert_ptr + place, expert, mask=place < M)
+    steps = Kp // 128
+    shared, own = convert_slice(
+        x_ptr, token, (place < M) & finite, inverse, expert, inverse_ptr, signs_ptr, projection_ptr, codes_ptr, place,
+        piece * steps // SLICES, (piece + 1) * steps // SLICES, M, K, Kp, TOTAL, F, E, R, CODES, ROWS,
+        SMOOTH, ROT,
+    )  # fmt: skip
+    if F > 0:
+        PARTS: tl.constexpr = 2 if E > 0 and F > E else 1
+        base = part_ptr + block.to(tl.int64) * SLICES * (PARTS * ROWS * R)
+        inner = tl.arange(0, ROWS)[:, None] * R + tl.arange(0, R)[None, :]
+        at = base + piece * (PARTS * ROWS * R) + inner
+        if F > E:
+            tl.store(at, shared.to(tl.float32, bitcast=True))
+        if E > 0:
+            tl.store(at + (PARTS - 1) * ROWS * R, own)
+        tl.debug_barrier()
+        if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
+            tl.debug_barrier()
+            tl.store(done_ptr + block, 0)
+            shared = tl.zeros_like(shared)
+            own = tl.zeros_like(own)
+            for i in tl.range(SLICES, num_stages=3):
+                at = base + i * (PARTS * ROWS * R) + inner
+                if F > E:
+                    shared += tl.load(at, cache_modifier=".cg").to(shared.dtype, bitcast=True)
+                if E > 0:
+                    own += tl.load(at + (PARTS - 1) * ROWS * R, cache_modifier=".cg")
+            unit = inverse * 0.0 + inverse_headroom if CODES else inverse * inverse_headroom
+            store_hidden(
+                shared, own, expert, unit, code_scale_ptr, hidden_ptr, present_ptr, place, block, M,
+                F, E, R, CODES, ROWS,
+            )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the `prepare` kernels share: smoothing, rounding, routing, in pieces that compile into each of them."""
+"""What the GPU kernels share: smoothing, rotation, rounding, routing, in pieces that compile into each of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 
 ROUNDING = tl.constexpr(12582912.0)
-"""1.5 * 2^23: adding and subtracting it rounds a float32 below 2^22 to an integer, halves to even."""
-PART = tl.constexpr(2048.0)
-"""2^11: what float16 leaves of a number is at most 2^-12 of it; scaled by this it is a float16 number again."""
+"""1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, halves to even, and leaves that in the low bits."""
+SMALLEST = tl.constexpr(2.0**-100)
+"""As `reference.SMALLEST`."""
+ROUTER_PARTS = tl.constexpr(4)
+"""Blocks of rows of router weights: the parts of `gpu_layout.router_rows`, one of zeros to make a power of two."""
 
 
 @triton.jit
@@ -27,31 +29,59 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 
 @triton.jit
-def divide(a, b, inverse, PLAIN: tl.constexpr):
-    """a / b correctly rounded, given 1 / b correctly rounded (Markstein): the first correction makes the quotient
-    faithful, the second exact, while quotient and remainder are normal numbers.
-
-    The hardware has no division; the general routine branches for every element and was most of `prepare`.
-    """
-    if PLAIN:  # the interpreter, which has no fused multiply-add
-        return tl.div_rn(a, b)
-    else:
-        quotient = a * inverse
-        quotient = tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
-        return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
+def prefetch(pointers, PDL: tl.constexpr):
+    """Ask for the 128-byte lines that hold these addresses, so that they are near when a later load wants them."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
-def load_smoothed(x_ptr, rows, row_mask, columns, K, smooth_ptr, SMOOTH: tl.constexpr, PLAIN: tl.constexpr):
-    """x / m in float32 at rows x columns, zero outside. `smooth_ptr`: m, then 1 / m."""
-    inside = columns < K
+def load_raw(x_ptr, rows, row_mask, columns, K):
+    """x (rows, columns) as it is, zero outside."""
     at = x_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    x = tl.load(at, mask=row_mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    return tl.load(at, mask=row_mask[:, None] & (columns < K)[None, :], other=0.0)
+
+
+@triton.jit
+def transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH: tl.constexpr, ROT: tl.constexpr):
+    """x (rows, columns) -> x (1 / m), blocks of ROT columns rotated: float32."""
+    z = x.to(tl.float32)
     if SMOOTH:
-        m = tl.load(smooth_ptr + columns, mask=inside, other=1.0)
-        inverse = tl.load(smooth_ptr + K + columns, mask=inside, other=1.0)
-        x = divide(x, tl.broadcast_to(m[None, :], x.shape), tl.broadcast_to(inverse[None, :], x.shape), PLAIN)
-    return x
+        z = z * tl.load(inverse_ptr + columns, mask=columns < K, other=1.0)[None, :]
+    if ROT > 0:
+        BLOCKS: tl.constexpr = x.shape[0] * x.shape[1] // ROT
+        index = tl.arange(0, ROT)
+        matrix = tl.load(signs_ptr + index[:, None] * ROT + index[None, :])
+        z = rotated(tl.reshape(z, (BLOCKS, ROT)), matrix) * (ROT**-0.5)
+        z = tl.reshape(z, (x.shape[0], x.shape[1]))
+    return z
+
+
+@triton.jit
+def first_bits(x):
+    """x float32 cut to the 8 bits that bfloat16 holds. Single conversions are slow on GPUs, masks are not."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def parts(x):
+    """Three bfloat16 numbers that add up to x."""
+    x = x.to(tl.float32)
+    high = first_bits(x)
+    middle = first_bits(x - high)
+    return high.to(tl.bfloat16), middle.to(tl.bfloat16), (x - high - middle).to(tl.bfloat16)
+
+
+@triton.jit
+def rotated(z, matrix):
+    """z (blocks, ROT) float32 times a matrix of signs, in three parts of 8 bits: every product is exact."""
+    if matrix.dtype == tl.float32:  # the interpreter
+        return tl.dot(z, matrix, input_precision="ieee")
+    else:
+        high, middle, low = parts(z)
+        return tl.dot(high, matrix, tl.dot(middle, matrix, tl.dot(low, matrix)))
 
 
 @triton.jit
@@ -69,61 +99,50 @@ def bitwise_or(a, b):
 def token_scale(absmax, LARGEST: tl.constexpr):
     """absmax / LARGEST; 1 for a zero token; NaN for one that is not finite."""
     scale = tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
-    scale = tl.where(scale > 0, scale, 1.0)
+    scale = tl.where(absmax >= SMALLEST, scale, 1.0)
     return tl.where(absmax < float("inf"), scale, float("nan"))
 
 
 @triton.jit
-def power_below(x):
-    """The power of two at or below each positive x, at least 2^-100."""
-    bits = tl.maximum(x, 2.0**-100).to(tl.int32, bitcast=True) & 0x7F800000
-    return bits.to(tl.float32, bitcast=True)
+def reciprocal(scale):
+    """1 / scale, correctly rounded."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit
-def reciprocal(power):
-    """1 / power, exact, for a power of two."""
-    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+def rounded(steps):
+    """float32 in [-127, 127] -> int8, halves to even."""
+    return (steps + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
-def hidden_scale(absmax, headroom):
-    """A power of two above absmax * headroom: what a token's hidden values are stored in units of."""
-    return 2.0 * power_below(tl.where(absmax < 2.0**100, absmax, 2.0**100)) * headroom
-
-
-@triton.jit
-def hidden_unit(absmax, scale, headroom, F: tl.constexpr, CODES: tl.constexpr):
-    """What a token's hidden values are stored in units of: of an expert that reads codes, multiples of the token's
-    scale."""
-    if F == 0:
-        return tl.full(absmax.shape, 1.0, tl.float32)
-    elif CODES:
-        return scale * headroom
+def add_product(total, left, right):
+    """total + left times right (2 or 3 axes), one of them weights, one tokens. Tokens that are not codes in as many
+    parts of 8 bits as their type needs: products are exact but for the weights' own rounding to bfloat16, sums are
+    float32."""
+    if left.dtype == tl.int8:
+        return tl.dot(left, right, total, out_dtype=tl.int32)
+    elif left.dtype == tl.float32 and right.dtype != tl.bfloat16:  # the interpreter
+        return tl.dot(left, right.to(tl.float32), total, input_precision="ieee")
+    elif right.dtype == tl.float32 and left.dtype != tl.bfloat16:
+        return tl.dot(left.to(tl.float32), right, total, input_precision="ieee")
+    elif left.dtype == right.dtype:
+        return tl.dot(left, right, total)
+    elif left.dtype == tl.bfloat16:  # weights on the left
+        high, middle, low = parts(right)
+        return tl.dot(left, high, tl.dot(left, middle, tl.dot(left, low, total)))
     else:
-        return hidden_scale(absmax, headroom)
+        high, middle, low = parts(left)
+        return tl.dot(high, right, tl.dot(middle, right, tl.dot(low, right, total)))
 
 
 @triton.jit
-def quantize(x, scale, PLAIN: tl.constexpr):
-    """Codes of x (M, columns) for scale (M,): rounded half to even, 0 where the scale is NaN.
-
-    No clamp: |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one half. A scale below 2^-100
-    is raised by 2^100 with its token, so that its reciprocal is finite.
-    """
-    finite = scale == scale
-    lift = tl.where(scale < 2.0**-100, 2.0**100, 1.0)
-    step = tl.where(finite, scale * lift, 1.0)
-    inverse = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
-    x = tl.where(finite[:, None], x * lift[:, None], 0.0)
-    steps = divide(x, tl.broadcast_to(step[:, None], x.shape), tl.broadcast_to(inverse[:, None], x.shape), PLAIN)
-    return (steps + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)  # the integer is in the low bits
-
-
-@triton.jit
-def choose(scores, E: tl.constexpr):
-    """The first smallest score of each row (M, padded E); a NaN score counts as smallest."""
-    column = tl.arange(0, scores.shape[1])[None, :]
+def choose(scores, bias_ptr, E: tl.constexpr, EP: tl.constexpr):
+    """scores (rows, ROUTER_PARTS EP) -> (rows,) the first least sum of parts plus bias; NaN counts as least."""
+    scores = tl.sum(tl.reshape(scores, (scores.shape[0], ROUTER_PARTS, EP)), axis=1)
+    column = tl.arange(0, EP)
+    scores += tl.load(bias_ptr + column, mask=column < E, other=0.0)[None, :]
+    column = column[None, :]
     scores = tl.where(scores != scores, float("-inf"), scores)
     scores = tl.where(column < E, scores, float("inf"))
     least = tl.min(scores, axis=1)
@@ -131,19 +150,8 @@ def choose(scores, E: tl.constexpr):
 
 
 @triton.jit
-def router_scores(x, router_ptr, columns, Kp, EP: tl.constexpr):
-    """|x| (M, columns) times router weights -> (M, EP) float32. x, below 65504, in two parts of 11 bits."""
-    expert = tl.arange(0, EP)
-    weight = tl.load(router_ptr + expert[None, :].to(tl.int64) * Kp + columns[:, None])
-    size = tl.abs(x)
-    high = size.to(tl.float16)
-    low = ((size - high.to(tl.float32)) * PART).to(tl.float16)
-    rest = tl.dot(low, weight, tl.zeros((x.shape[0], EP), tl.float32))
-    return tl.dot(high, weight, rest * (1.0 / PART))
-
-
-@triton.jit
-def down_dot(x, down_ptr, rows, columns, Kp, hidden):
-    """hidden + x (M, columns) float16 times rows of the down factors."""
-    at = down_ptr + rows.to(tl.int64)[None, :] * Kp + columns[:, None]
-    return tl.dot(x, tl.load(at), hidden)
+def factors_used(expert, used, F: tl.constexpr, E: tl.constexpr):
+    """Experts of tokens (rows,) -> (rows / 16,) bits of the factors that each run of 16 used tokens needs."""
+    bits = tl.where(used, 1 << (expert + (F - E)), 0) if E > 0 else expert * 0
+    present = tl.reduce(tl.reshape(bits, (expert.shape[0] // 16, 16)), 1, bitwise_or)
+    return present | 1 if F > E else present

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quant_experts.artifacts import GroupStatistics
 from quant_experts.config import Scheme
-from quant_experts.kernels.reference import rotate, round_tokens
+from quant_experts.kernels.reference import rotate, round_tokens, smooth
 from quant_experts.quantizers.gptq import DAMPING
 from quant_experts.quantizers.grids import group_grid
 
@@ -53,7 +53,7 @@ def expected_error(scale: Tensor, statistics: GroupStatistics, weight: Tensor, s
         loss += float(step.double().square().sum() / 12 * unexplained[start : start + size].sum())
     if not scheme.weight_only:
         assert statistics.fit_tokens is not None
-        tokens = rotate(statistics.fit_tokens.to(scale.device) / scale.float(), rotation)
+        tokens = rotate(smooth(statistics.fit_tokens.to(scale.device), scale.float()), rotation)
         rounding = (round_tokens(tokens, scheme) - tokens).double().square().mean(dim=0)
         loss += float(rounding @ smoothed.double().square().sum(dim=0))
     return loss
