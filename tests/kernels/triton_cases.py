@@ -93,17 +93,8 @@ def prepared_like_the_oracle(x: Tensor, group: GroupOperands) -> tuple[Tokens, P
     assert not ours.codes[:, x.shape[1] :].any(), "padding must be zero"
     torch.testing.assert_close(ours.token_scale, plain.token_scale[order], rtol=1e-6 * free, atol=0, equal_nan=True)
     if plain.expert is not None:
-        assert torch.equal(chosen_experts(ours), plain.expert[order])
+        assert ours.expert is not None and torch.equal(ours.expert.long(), plain.expert[order])
     return ours, plain
-
-
-def chosen_experts(ours: Tokens) -> Tensor:
-    """What `linear_few` chooses from the sums, or `measure` has chosen."""
-    if ours.expert is not None:
-        return ours.expert.long()
-    assert ours.sums is not None and ours.layout is not None and ours.layout.router_bias is not None
-    scores = ours.sums.sum(dim=0)[:, ours.layout.factors * ours.layout.rank :].unflatten(1, (4, -1)).sum(dim=1)
-    return (scores[:, : ours.layout.experts] + ours.layout.router_bias).argmin(dim=1)
 
 
 def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Tensor:
@@ -187,12 +178,8 @@ def shared_expert_that_reads_codes() -> None:
         ours, plain = prepared_like_the_oracle(x, group)
         layout = triton_backend.pack(group, linears).group
         assert layout.code_scale is not None and ours.token_scale is not None and plain.shared_hidden is not None
-        if ours.sums is not None:
-            hidden = ours.sums.sum(dim=0) * layout.code_scale * ours.token_scale
-        else:
-            assert ours.hidden is not None and ours.present is not None and (ours.present == 1).all()
-            hidden = ours.hidden.float() * ours.headroom * ours.token_scale
-        hidden = hidden[:, :rank]
+        assert ours.hidden is not None and ours.present is not None and (ours.present == 1).all()
+        hidden = (ours.hidden.float() * ours.headroom * ours.token_scale)[:, :rank]
         torch.testing.assert_close(hidden, plain.shared_hidden, rtol=2**-10, atol=0)
         y = check(x, group, linears)
         x[m - 1, 2] = torch.inf
@@ -208,7 +195,7 @@ def all_tokens_to_one_expert() -> None:
             group.router_bias[:] = 1000
             group.router_bias[only] = -1000
             ours, _ = prepared_like_the_oracle(tokens(m, 45), group)
-            assert set(chosen_experts(ours).tolist()) == {only}
+            assert ours.expert is not None and set(ours.expert.tolist()) == {only}
             check(tokens(m, 45), group, linears)
 
 
@@ -227,7 +214,7 @@ def ties_go_to_the_first() -> None:
     group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
     for m in (6, 20):
         ours, _ = prepared_like_the_oracle(tokens(m, 45), group)
-        assert chosen_experts(ours).tolist() == [1] * m
+        assert ours.expert is not None and ours.expert.tolist() == [1] * m
 
 
 def zero_and_extreme_tokens() -> None:

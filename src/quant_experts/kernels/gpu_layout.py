@@ -91,11 +91,8 @@ class Tokens(Prepared):
     """(M, F R) float16, in units of token scale * headroom, zero for experts that the token does not use"""
     headroom: float = 1.0
     """See `GroupLayout`."""
-    sums: Tensor | None = None
-    """Instead of `hidden`, `present` and `expert` where tokens are few: (slices, M, rows of `GroupLayout.projection`)
-    float32 or int32, what slices of the input channels add to hidden values and router scores."""
-    layout: GroupLayout | None = None
-    """What `sums` are of."""
+    experts: int = 0
+    """Routed experts to choose from."""
     present: Tensor | None = None
     """(ceil(M / 16),) int32: bit f is set where factor f serves one of those tokens"""
     order: Tensor | None = None

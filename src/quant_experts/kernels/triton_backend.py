@@ -14,6 +14,7 @@ from quant_experts.kernels import reference
 from quant_experts.kernels.gpu_layout import (
     BLOCK,
     MASK_TOKENS,
+    RANK_MULTIPLE,
     GroupLayout,
     LinearLayout,
     Tokens,
@@ -35,19 +36,24 @@ from quant_experts.kernels.triton_launch import (
 )
 
 FEW_TOKENS = 16
-"""Up to here one launch prepares and `linear_few` multiplies."""
+"""Up to here `triton_prepare` prepares, above `triton_prepare_many`."""
+LINEAR_FEW = 8
+"""Up to here `triton_linear_few` multiplies."""
+RESIDENT = 4
+"""Its programs on a multiprocessor."""
+AHEAD = 16
+"""Blocks of weights that it asks for ahead: with all of them some would leave the L2 cache before they are used."""
+FEW_TILE = dict(BN=32, WAYS=4, STAGES=4)
 RANK_CHUNK = 16
 """Rows of the projection that one program takes when tokens are few."""
 FEW_SLICES = 8
-"""Programs that share the input channels then: each is a read of every program that multiplies."""
+"""Programs that share the input channels then."""
 CHUNK = 4096
 """Input channels that one program quantizes of a token when tokens are few."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that one program takes when tokens are many."""
 PROJECT = dict(WAYS=2 if INTERPRETED else 8, STAGES=1)
 """Warps and stages of a program that projects few tokens."""
-AHEAD = 8
-"""Blocks of weights that a program asks for ahead: with all of them some leave the L2 cache before they are used."""
 MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens: each is a read of the one that adds them up."""
 WAVES = 2
@@ -115,7 +121,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(len(prepared.codes), layout.out_features, dtype=prepared.dtype, device=prepared.codes.device)
     if not y.numel():
         return y
-    if prepared.layout is not None:
+    if len(y) <= LINEAR_FEW:
         _linear_few(prepared, layout, y)
     elif hopper(y.device):
         from quant_experts.kernels import hopper_launch
@@ -154,7 +160,7 @@ def _inputs(x: Tensor, layout: GroupLayout) -> tuple[tuple[Tensor, ...], dict[st
 
 
 def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare import prepare_few, project_codes_few
+    from quant_experts.kernels.triton_prepare import prepare_few, project_codes_few, settle
 
     tokens = _allocate(x, layout)
     assert tokens.codes is not None
@@ -181,7 +187,29 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
             tokens.codes, layout.projection, sums, slices, m, padded, TOTAL=total, **tiles, PDL=flags["PDL"],
             num_warps=PROJECT["WAYS"], **options(device),
         )  # fmt: skip
-    return replace(tokens, sums=sums, layout=layout)
+    if sums is None:
+        return tokens
+    tokens = _with_hidden(tokens, layout)
+    settle[(layout.factors,)](
+        sums, _or(layout.router_bias, sums), _or(layout.code_scale, sums), tokens.token_scale, tokens.hidden,
+        tokens.present, _or(tokens.expert, sums), m, slices, 1.0 / layout.headroom, F=layout.factors, E=layout.experts,
+        EP=padded_experts(layout.experts), R=layout.rank, TOTAL=total, SLICES=FEW_SLICES, CODES=reads_codes,
+        PDL=flags["PDL"], num_warps=4, **options(device),
+    )  # fmt: skip
+    return tokens
+
+
+def _with_hidden(tokens: Tokens, layout: GroupLayout) -> Tokens:
+    """Tokens with what experts need allocated and not written."""
+    assert tokens.codes is not None
+    m, device = len(tokens.codes), tokens.codes.device
+    return replace(
+        tokens,
+        experts=layout.experts,
+        expert=torch.empty(m, dtype=torch.int32, device=device) if layout.experts else None,
+        hidden=torch.empty(m, layout.factors * layout.rank, dtype=torch.float16, device=device),
+        present=torch.empty(-(-m // MASK_TOKENS), dtype=torch.int32, device=device),
+    )
 
 
 def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
@@ -211,13 +239,8 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
             expert, counts, order, blocks, m, EP=width, ROWS=rows, BLOCKS=64, PDL=flags["PDL"],
             num_warps=4, **options(device),
         )  # fmt: skip
-    tokens = replace(
-        tokens,
-        expert=torch.empty_like(expert) if experts else None,
-        order=order if experts else None,
-        hidden=torch.empty(m, factors * rank, dtype=torch.float16, device=device) if factors else None,
-        present=torch.empty(-(-m // MASK_TOKENS), dtype=torch.int32, device=device) if factors else None,
-    )
+    if factors:
+        tokens = _with_hidden(replace(tokens, order=order if experts else None), layout)
     convert[(blocks, slices)](
         *inputs, _or(layout.projection, x), _or(layout.code_scale, absmax), expert, order, absmax,
         tokens.codes, tokens.token_scale, _or(tokens.expert, expert), _or(tokens.hidden, part),
@@ -228,27 +251,20 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     return tokens
 
 
-def few_config(m: int, n: int, device: torch.device) -> dict[str, int]:
-    """Tile of `linear_few`: few rows where there are few programs, as measured in docs/performance.md."""
-    return dict(BN=16 if n <= 64 * programs(device) else 64, BM=8 if m <= 8 else 16, WAYS=4, STAGES=4, num_warps=4)
-
-
 def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.triton_linear_few import linear_few
 
-    assert tokens.codes is not None and tokens.layout is not None
-    (m, padded), n, device, group = tokens.codes.shape, linear.out_features, y.device, tokens.layout
-    sums, up = tokens.sums, linear.up
-    factors = 0 if up is None or sums is None else group.factors
-    config = few_config(m, n, device)
-    linear_few[(-(-n // config["BN"]),)](
-        linear.weight, tokens.codes, _or(up, linear.weight), _or(sums, linear.scale),
-        _or(group.router_bias, linear.scale), _or(group.code_scale, linear.scale), y, linear.scale, tokens.token_scale,
-        _or(linear.bias, linear.scale), m, n, padded, min(AHEAD, padded // BLOCK), group.headroom,
-        1.0 / group.headroom, SLICES=1 if sums is None else len(sums), F=factors, E=group.experts,
-        EP=padded_experts(group.experts), R=group.rank,
-        CODES=group.code_scale is not None, BIAS=linear.bias is not None, ASSEMBLY=not INTERPRETED,
-        PDL=overlapped(device), **config, **options(device),
+    assert tokens.codes is not None
+    (m, padded), n, device = tokens.codes.shape, linear.out_features, y.device
+    up = linear.up if tokens.hidden is not None else None
+    factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
+    experts = 0 if up is None or tokens.expert is None else tokens.experts
+    linear_few[(min(-(-n // FEW_TILE["BN"]), RESIDENT * programs(device)),)](
+        linear.weight, tokens.codes, _or(up, linear.weight), _or(tokens.hidden, linear.scale),
+        _or(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, _or(linear.bias, linear.scale),
+        m, n, padded, min(AHEAD, padded // BLOCK), tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts,
+        EP=padded_experts(experts), R=rank, BIAS=linear.bias is not None, ASSEMBLY=not INTERPRETED,
+        PDL=overlapped(device), **FEW_TILE, num_warps=FEW_TILE["WAYS"], **options(device),
     )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""The integer linear for few tokens (decode): memory-bound, so all that counts is bytes in flight and short waits.
+"""The integer linear for up to eight tokens (decode): memory-bound, so all that counts is bytes in flight.
 
-A program owns BN rows of the weight over all input channels. Its WAYS warps take every WAYS-th block of 128 channels
-each (the first axis of the products), so one tile's sums meet in shared memory, not in device memory. Before the
-previous kernel has ended each program asks for its first weights: they are on their way to the L2 cache meanwhile.
-The sums are int32, exact in any order. Experts are chosen here, from the sums that `triton_prepare` left.
+A program takes tiles of BN weight rows over all input channels. Its WAYS warps take every WAYS-th block of 128 channels
+each (the first axis of the products), so one tile's sums meet in shared memory, not in device memory. While it
+multiplies one tile it asks for the next one, and for its first before the previous kernel has ended: weights come into
+the L2 cache without a pause. The sums are int32, exact in any order.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ import triton
 import triton.language as tl
 
 from quant_experts.kernels.triton_linear import unpack
-from quant_experts.kernels.triton_tokens import (
-    ROUTER_PARTS,
-    allow_next_kernel,
-    bitwise_or,
-    choose,
-    prefetch,
-    wait_for_previous_kernel,
-)
+from quant_experts.kernels.triton_tokens import prefetch, wait_for_previous_kernel
 
 
 @triton.jit
-def ask_for_rows(weight_ptr, first_row, N, blocks, BN: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr):
-    """Prefetch rows of the first blocks. A block's rows are one run of bytes."""
+def ask_for_tile(weight_ptr, tile, N, blocks, BN: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr):
+    """Prefetch the first blocks of a tile's rows. A block's rows are one run of bytes."""
     LINES: tl.constexpr = BN * 64 // 128
-    line = tl.minimum(first_row * 64 + tl.arange(0, LINES) * 128, (N - 1) * 64)
+    line = tl.minimum(tile * BN * 64 + tl.arange(0, LINES) * 128, (N - 1) * 64)
     for start in range(0, blocks, 2 * WAYS):
         block = tl.minimum(start + tl.arange(0, 2 * WAYS), blocks - 1)
         prefetch(weight_ptr + block.to(tl.int64)[:, None] * N * 64 + line[None, :], PDL)
@@ -57,75 +50,61 @@ def code_sums(
 
 
 @triton.jit
-def hidden_values(sums_ptr, token, M, first, unit, TOTAL: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr):
-    """(BM, R) float32: what all slices add up to from each token's rank `first` (BM,) on, times unit (BM,)."""
-    at = sums_ptr + (token * TOTAL + first)[:, None] + tl.arange(0, R)[None, :]
-    used = (token < M)[:, None]
-    total = tl.load(at, mask=used, other=0)
-    for piece in tl.static_range(1, SLICES):  # unrolled: all loads are under way at once
-        total += tl.load(at + piece * M * TOTAL, mask=used, other=0)
-    return total.to(tl.float32) * unit[:, None]
+def up_rows(up_ptr, factor, row, N, R: tl.constexpr):
+    """(BN, R) of an up factor; row is int64."""
+    return tl.load(up_ptr + (row + N * factor)[:, None] * R + tl.arange(0, R)[None, :])
 
 
 @triton.jit
-def chosen(sums_ptr, bias_ptr, token, M, F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr,
-           SLICES: tl.constexpr):  # fmt: skip
-    """(BM,) the expert of each token."""
-    WIDTH: tl.constexpr = ROUTER_PARTS * EP
-    TOTAL: tl.constexpr = F * R + WIDTH
-    at = sums_ptr + token[:, None] * TOTAL + F * R + tl.arange(0, WIDTH)[None, :]
-    scores = tl.load(at, mask=(token < M)[:, None], other=0.0)
-    for piece in tl.static_range(1, SLICES):
-        scores += tl.load(at + piece * M * TOTAL, mask=(token < M)[:, None], other=0.0)
-    return choose(scores, bias_ptr, E, EP)
+def hidden_columns(hidden_ptr, factor, token, M, F: tl.constexpr, R: tl.constexpr):
+    """(R, BM) hidden values of a factor, zero for tokens that do not use it."""
+    at = hidden_ptr + token[None, :] * (F * R) + factor * R + tl.arange(0, R)[:, None]
+    return tl.load(at, mask=(token < M)[None, :], other=0.0)
 
 
 @triton.jit
 def linear_few(
-    weight_ptr, codes_ptr, up_ptr, sums_ptr, router_bias_ptr, code_scale_ptr, y_ptr, scale_ptr, token_scale_ptr,
-    bias_ptr, M, N, Kp, ahead, headroom, inverse_headroom, BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
-    F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, CODES: tl.constexpr, SLICES: tl.constexpr,
-    BIAS: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, M, N, Kp,
+    ahead, headroom, inverse_headroom, BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, F: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N), M <= BM, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: row tiles. WAYS warps.
-    ahead: how many blocks of its weights a program asks for before it waits."""
-    allow_next_kernel(PDL)
-    TOTAL: tl.constexpr = F * R + (ROUTER_PARTS * EP if E > 0 else 0)
-    first_row = tl.program_id(0) * BN
-    rows = first_row + tl.arange(0, BN)
-    row = tl.minimum(rows, N - 1).to(tl.int64)
+    """y (M, N), M <= BM, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs of WAYS warps share the row tiles.
+    ahead: how many blocks of a tile to ask for ahead."""
     token = tl.arange(0, BM)
-    rank = tl.arange(0, R)
-    ask_for_rows(weight_ptr, first_row, N, ahead, BN, WAYS, PDL)
-    row_scale = tl.load(scale_ptr + row) * 0.0625
-    if F > E:
-        shared_up = tl.load(up_ptr + row[:, None] * R + rank[None, :])
+    ask_for_tile(weight_ptr, tl.program_id(0), N, ahead, BN, WAYS, PDL)
     wait_for_previous_kernel(PDL)
-    scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
-    unit = tl.zeros((BM,), tl.float32) + inverse_headroom
-    if not CODES:
-        unit = unit / tl.where(scale == scale, scale, 1.0)
-    # What experts need is asked for before the main loop and used after it.
-    if E > 0:
-        expert = chosen(sums_ptr, router_bias_ptr, token, M, F, E, EP, R, SLICES)
-        present = tl.reduce(tl.where(token < M, 1 << expert, 0), 0, bitwise_or)
-        factor = tl.arange(0, EP)[:, None, None]
-        at = up_ptr + ((F - E + factor).to(tl.int64) * N + row[None, :, None]) * R + rank[None, None, :]
-        routed_up = tl.load(at, mask=((present >> factor) & 1) != 0, other=0.0)
-        own = hidden_values(sums_ptr, token, M, (F - E + expert) * R, unit, TOTAL, R, SLICES)
+    scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0) * headroom
     if F > E:
-        shared = hidden_values(sums_ptr, token, M, token * 0, unit, TOTAL, R, SLICES)
-        if CODES:
-            shared = shared * tl.load(code_scale_ptr + rank)[None, :]
-    total = code_sums(weight_ptr, codes_ptr, row, token, M, N, Kp, BN, BM, WAYS, STAGES, ASSEMBLY)
-    y = total.to(tl.float32) * row_scale[:, None] * inverse_headroom
-    if F > E:
-        y = tl.dot(shared_up, tl.trans(shared.to(tl.float16)), y)
+        shared = hidden_columns(hidden_ptr, 0, token, M, F, R)
     if E > 0:
-        hidden = tl.where(expert[None, None, :] == factor, tl.trans(own)[None, :, :], 0.0)
-        y += tl.sum(tl.dot(routed_up, hidden.to(tl.float16)), axis=0)
-    y = y * (scale * headroom)[None, :]
-    if BIAS:
-        y = y + tl.load(bias_ptr + row)[:, None]
-    mask = (rows < N)[:, None] & (token < M)[None, :]
-    tl.store(y_ptr + token[None, :] * N + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+        present = tl.load(present_ptr) >> (F - E)
+        expert = tl.arange(0, EP)
+        first = tl.min(tl.where(((present >> expert) & 1) != 0, expert, EP - 1), axis=0)
+        own = hidden_columns(hidden_ptr, F - E + first, token, M, F, R)
+    tiles = tl.cdiv(N, BN)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rows = tile * BN + tl.arange(0, BN)
+        row = tl.minimum(rows, N - 1).to(tl.int64)
+        row_scale = tl.load(scale_ptr + row) * (0.0625 * inverse_headroom)
+        # What experts need is asked for before the main loop and used after it.
+        if F > E:
+            shared_up = up_rows(up_ptr, 0, row, N, R)
+        if E > 0:
+            own_up = up_rows(up_ptr, F - E + first, row, N, R)
+        ask_for_tile(weight_ptr, tl.minimum(tile + tl.num_programs(0), tiles - 1), N, ahead, BN, WAYS, PDL)
+        total = code_sums(weight_ptr, codes_ptr, row, token, M, N, Kp, BN, BM, WAYS, STAGES, ASSEMBLY)
+        y = total.to(tl.float32) * row_scale[:, None]
+        if F > E:
+            y = tl.dot(shared_up, shared, y)
+        if E > 0:
+            y = tl.dot(own_up, own, y)
+            for e in range(first + 1, E):
+                if (present >> e) & 1 != 0:
+                    up = up_rows(up_ptr, F - E + e, row, N, R)
+                    y = tl.dot(up, hidden_columns(hidden_ptr, F - E + e, token, M, F, R), y)
+        y = y * scale[None, :]
+        if BIAS:
+            y = y + tl.load(bias_ptr + row)[:, None]
+        mask = (rows < N)[:, None] & (token < M)[None, :]
+        tl.store(y_ptr + token[None, :] * N + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,9 +1,10 @@
-"""`prepare` for few tokens (decode): programs that quantize and programs that project, side by side in one launch.
+"""`prepare` for few tokens (decode): programs that quantize and programs that project, side by side in one launch, then
+a small one that chooses experts.
 
 A projecting program owns a few rows of the stacked down factors and router weights and a slice of the input channels,
-and writes its sums; `linear_few` adds the slices, always in the same order. Nothing waits for anything inside the
-launch. Hidden values of all experts are computed: fewer bytes move than a launch between routing and projecting would
-cost. An expert that reads codes is projected by a second launch, of integers.
+and writes its sums; `settle` adds the slices, always in the same order, and keeps the hidden values of each token's own
+experts. Hidden values of all experts are computed: fewer bytes move than a launch between routing and projecting would
+cost. An expert that reads codes is projected by a launch of its own, of integers.
 
 Factors are asked for before the previous kernel has ended. In decode a kernel runs once through cold instruction
 caches, so the code is short loops. Exactness: see `triton_prepare_many`.
@@ -15,8 +16,10 @@ import triton
 import triton.language as tl
 
 from quant_experts.kernels.triton_tokens import (
+    ROUTER_PARTS,
     add_product,
-    allow_next_kernel,
+    choose,
+    factors_used,
     load_raw,
     nan_max,
     prefetch,
@@ -97,11 +100,9 @@ def prepare_few(
     x_ptr, inverse_ptr, signs_ptr, projection_ptr, sums_ptr, codes_ptr, token_scale_ptr, slices, parts, M, K, Kp,
     LARGEST: tl.constexpr, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
     WAYS: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, SMOOTH: tl.constexpr,
-    ROT: tl.constexpr,
-    PDL: tl.constexpr,
+    ROT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """M <= BM tokens. Programs: M * parts that quantize, then TOTAL / RC * slices that project (none if it is 0)."""
-    allow_next_kernel(PDL)
     program = tl.program_id(0)
     if program < M * parts:
         wait_for_previous_kernel(PDL)
@@ -124,9 +125,52 @@ def project_codes_few(
     WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As the projecting programs of `prepare_few`, of codes. Programs: TOTAL / RC * slices."""
-    allow_next_kernel(PDL)
     program = tl.program_id(0)
     project_program(
         codes_ptr, projection_ptr, sums_ptr, program // slices, program % slices, slices, M, Kp, Kp,
         TOTAL, TOTAL, RC, BM, WAYS, STAGES, PDL,
     )  # fmt: skip
+
+
+@triton.jit
+def settle(
+    sums_ptr, bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, present_ptr, expert_ptr, M, slices,
+    inverse_headroom, F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr,
+    SLICES: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Experts of at most 16 tokens, and hidden values in units of scale * headroom, zeros for experts that a token does
+    not use. SLICES: slices, padded. Programs: F, one for each factor."""
+    wait_for_previous_kernel(PDL)
+    factor = tl.program_id(0)
+    token = tl.arange(0, 16)
+    rank = tl.arange(0, R)
+    used = (token < M)[:, None]
+    at = sums_ptr + token[:, None] * TOTAL
+    total = tl.load(at + factor * R + rank[None, :], mask=used, other=0)
+    for piece in tl.static_range(1, SLICES):  # unrolled: all loads are under way at once
+        there = used & (piece < slices)
+        total += tl.load(at + piece * M * TOTAL + factor * R + rank[None, :], mask=there, other=0)
+    scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
+    expert = token * 0
+    uses = used
+    if E > 0:
+        column = F * R + tl.arange(0, EP)[None, :]
+        scores = tl.zeros((16, EP), tl.float32)
+        for piece in tl.static_range(SLICES):
+            there = used & (piece < slices)
+            for part in tl.static_range(ROUTER_PARTS - 1):
+                scores += tl.load(at + piece * M * TOTAL + column + part * EP, mask=there, other=0.0)
+        expert = choose(scores, bias_ptr, E, EP)
+        uses = used & ((factor < F - E) | (expert == factor - (F - E))[:, None])
+    hidden = total.to(tl.float32) * inverse_headroom
+    if CODES:
+        hidden = hidden * tl.load(code_scale_ptr + rank)[None, :]
+    else:
+        hidden = hidden * reciprocal(tl.where(scale == scale, scale, 1.0))[:, None]
+    hidden = tl.where(uses, hidden, 0.0)
+    at = hidden_ptr + token[:, None] * (F * R) + factor * R + rank[None, :]
+    tl.store(at, hidden.to(tl.float16), mask=used)
+    if factor == 0:
+        tl.store(present_ptr + tl.arange(0, 1), factors_used(expert, token < M, F, E))
+        if E > 0:
+            tl.store(expert_ptr + token, expert, mask=token < M)

@@ -68,7 +68,7 @@ def measure(
             scores = tl.zeros((ROWS, WIDTH), tl.float32)
             for i in tl.range(SLICES, num_stages=4):
                 scores += tl.load(at + i * (ROWS * WIDTH), cache_modifier=".cg")
-            expert = choose(scores, bias_ptr, E, EP)
+            expert = choose(tl.sum(tl.reshape(scores, (ROWS, ROUTER_PARTS, EP)), axis=1), bias_ptr, E, EP)
             tl.store(expert_ptr + token, expert, mask=token < M)
             place = tl.arange(0, EP)
             chosen = (expert[:, None] == place[None, :]) & (token < M)[:, None]
@@ -185,9 +185,9 @@ def convert(
     if E > 0:
         token = tl.load(order_ptr + place, mask=place < M, other=0)
         expert = tl.load(expert_ptr + token, mask=place < M, other=0)
-    slices = tl.arange(0, 32)[None, :]
-    most = tl.load(absmax_ptr + slices * M + token[:, None], mask=(slices < MEASURED) & (place < M)[:, None], other=0.0)
-    scale = token_scale(tl.reduce(most, 1, nan_max), LARGEST)
+    slices = tl.arange(0, 32)[:, None]
+    most = tl.load(absmax_ptr + slices * M + token[None, :], mask=(slices < MEASURED) & (place < M)[None, :], other=0.0)
+    scale = token_scale(tl.reduce(most, 0, nan_max), LARGEST)
     finite = scale == scale  # others are read as zeros, which gives zero codes
     inverse = reciprocal(tl.where(finite, scale, 1.0))
     if piece == 0:

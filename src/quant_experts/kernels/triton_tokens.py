@@ -14,15 +14,11 @@ ROUTER_PARTS = tl.constexpr(4)
 
 
 @triton.jit
-def allow_next_kernel(PDL: tl.constexpr):
-    """Programmatic launch: the next kernel may start once all programs have come here."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Programmatic launch: what earlier kernels wrote may be read from here on, and the next kernel may start."""
+    """Programmatic launch: what earlier kernels wrote may be read from here on, and the next kernel may start.
+
+    Not before: programs of the next kernel that wait beside the ones of this would be spread unevenly.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -138,8 +134,7 @@ def add_product(total, left, right):
 
 @triton.jit
 def choose(scores, bias_ptr, E: tl.constexpr, EP: tl.constexpr):
-    """scores (rows, ROUTER_PARTS EP) -> (rows,) the first least sum of parts plus bias; NaN counts as least."""
-    scores = tl.sum(tl.reshape(scores, (scores.shape[0], ROUTER_PARTS, EP)), axis=1)
+    """scores (rows, EP) -> (rows,) the first least sum of score and bias; NaN counts as least."""
     column = tl.arange(0, EP)
     scores += tl.load(bias_ptr + column, mask=column < E, other=0.0)[None, :]
     column = column[None, :]
