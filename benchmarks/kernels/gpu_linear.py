@@ -229,10 +229,12 @@ def main() -> None:
         return
     compile_ahead(arguments.tokens, arguments.models)
     limits = chip_limits()
-    rows = measure(arguments.models, arguments.tokens, arguments.bits, limits)
     facts = about(f"python benchmarks/kernels/gpu_linear.py --bits {arguments.bits}") | {"limits": limits}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for model in arguments.models:
+        rows += measure([model], arguments.tokens, arguments.bits, limits)
+        (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
     (arguments.out / "gpu_linear.md").write_text(table(rows).lstrip())
     picture(rows, arguments.out / "gpu_linear.png")
 

@@ -29,9 +29,10 @@ def test_both_devices_give_the_same(tmp_path: Path, scheme: str) -> None:
     assert on_gpu.bits_per_weight == on_cpu.bits_per_weight
     assert on_gpu.peak_bytes > 0
     for one, other in zip(on_cpu.records, on_gpu.records, strict=True):
-        # Rounding may move a channel between clusters, so errors agree closely, not exactly.
+        # Float32 sums in another order move a channel between clusters here and there, and later layers read what the
+        # quantized ones before them give: two CPU runs, with and without oneDNN, are up to 4% and 1% apart.
         assert other.error["all"] == pytest.approx(one.error["all"], rel=0.25), one.linears
-        assert other.rtn_error["all"] == pytest.approx(one.rtn_error["all"], rel=0.02), one.linears
+        assert other.rtn_error["all"] == pytest.approx(one.rtn_error["all"], rel=0.1), one.linears
     items, processor = demo_items("tuning", 42), load_processor(tmp_path / "cuda")
     answers = [
         generate_answers(load(tmp_path / "cuda", device_map=device, dtype=torch.float32), processor, items)

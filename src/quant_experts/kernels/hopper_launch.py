@@ -24,7 +24,7 @@ def config(m: int, n: int, k: int, factors: int, rank: int, bias: bool, sort: bo
     flags: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, BIAS=bias, SORTED=sort)
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72, RESIDENT=1)
-        return Config(BN=128, BM=16, STAGES=9, PAIRS=True, **small, **flags)
+        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **flags)
     wide = n >= 256 * 128 or k >= 64 * BLOCK
     if m <= 512 or not wide:
         bm = 32 if m <= 32 else 64 if m <= 64 or (m <= 128 and not wide) else 128

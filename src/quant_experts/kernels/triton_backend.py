@@ -39,11 +39,8 @@ FEW_TOKENS = 16
 """Up to here `triton_prepare` prepares, above `triton_prepare_many`."""
 LINEAR_FEW = 8
 """Up to here `triton_linear_few` multiplies."""
-RESIDENT = 4
-"""Its programs on a multiprocessor."""
-AHEAD = 16
-"""Blocks of weights that it asks for ahead: with all of them some would leave the L2 cache before they are used."""
 FEW_TILE = dict(BN=32, WAYS=4, STAGES=4)
+"""Its tile."""
 RANK_CHUNK = 16
 """Rows of the projection that one program takes when tokens are few."""
 FEW_SLICES = 8
@@ -55,7 +52,7 @@ BLOCK_TOKENS = 16 if INTERPRETED else 64
 PROJECT = dict(WAYS=2 if INTERPRETED else 8, STAGES=1)
 """Warps and stages of a program that projects few tokens."""
 MAX_SLICES = 32
-"""Programs that share the input channels of a block of tokens: each is a read of the one that adds them up."""
+"""Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
 WAVES = 2
 """Programs for each multiprocessor when tokens are many."""
 
@@ -107,7 +104,10 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     if layout.before is not None:
         x = reference.transform(x, layout.before)
     x = x.contiguous()
-    if len(x) <= FEW_TOKENS:
+    if not len(x):
+        return replace(_allocate(x, layout), dtype=dtype)
+    # A long token that is rotated costs less when its channels are shared out: each program needs its scale first.
+    if len(x) <= FEW_TOKENS and (layout.rotation == 0 or x.shape[1] <= CHUNK):
         tokens = _prepare_few(x, layout)
     else:
         tokens = _prepare_many(x, layout)
@@ -165,8 +165,6 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
     tokens = _allocate(x, layout)
     assert tokens.codes is not None
     (m, k), padded, device = x.shape, tokens.codes.shape[1], x.device
-    if not m:
-        return tokens
     inputs, flags = _inputs(x, layout)
     chunk = min(CHUNK, 1 << (padded - 1).bit_length())
     parts, slices, total, sums = -(-padded // chunk), min(FEW_SLICES, -(-padded // BLOCK // PROJECT["WAYS"])), 0, None
@@ -223,7 +221,8 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     total = 0 if layout.projection is None else layout.projection.shape[1]
     rows = BLOCK_TOKENS
     blocks = -(-m // rows)
-    slices = min(padded // BLOCK, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
+    steps = padded // BLOCK
+    slices = min(steps, max(1, WAVES * programs(device) // blocks), max(7, steps // 8), MAX_SLICES)
     expert, order = (torch.empty(m if experts else 1, dtype=torch.int32, device=device) for _ in range(2))
     absmax = torch.empty(slices, m, dtype=torch.float32, device=device)
     counts = torch.empty(blocks, width, dtype=torch.int32, device=device)
@@ -259,10 +258,10 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     up = linear.up if tokens.hidden is not None else None
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
     experts = 0 if up is None or tokens.expert is None else tokens.experts
-    linear_few[(min(-(-n // FEW_TILE["BN"]), RESIDENT * programs(device)),)](
+    linear_few[(-(-n // FEW_TILE["BN"]),)](
         linear.weight, tokens.codes, _or(up, linear.weight), _or(tokens.hidden, linear.scale),
         _or(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, _or(linear.bias, linear.scale),
-        m, n, padded, min(AHEAD, padded // BLOCK), tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts,
+        m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts,
         EP=padded_experts(experts), R=rank, BIAS=linear.bias is not None, ASSEMBLY=not INTERPRETED,
         PDL=overlapped(device), **FEW_TILE, num_warps=FEW_TILE["WAYS"], **options(device),
     )  # fmt: skip

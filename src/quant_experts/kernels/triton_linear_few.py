@@ -1,9 +1,8 @@
 """The integer linear for up to eight tokens (decode): memory-bound, so all that counts is bytes in flight.
 
-A program takes tiles of BN weight rows over all input channels. Its WAYS warps take every WAYS-th block of 128 channels
-each (the first axis of the products), so one tile's sums meet in shared memory, not in device memory. While it
-multiplies one tile it asks for the next one, and for its first before the previous kernel has ended: weights come into
-the L2 cache without a pause. The sums are int32, exact in any order.
+A program owns BN weight rows over all input channels. Its WAYS warps take every WAYS-th block of 128 channels each (the
+first axis of the products), so one tile's sums meet in shared memory, not in device memory: nothing is cut into shares
+and nothing waits. The sums are int32, exact in any order.
 """
 
 from __future__ import annotations
@@ -12,17 +11,7 @@ import triton
 import triton.language as tl
 
 from quant_experts.kernels.triton_linear import unpack
-from quant_experts.kernels.triton_tokens import prefetch, wait_for_previous_kernel
-
-
-@triton.jit
-def ask_for_tile(weight_ptr, tile, N, blocks, BN: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr):
-    """Prefetch the first blocks of a tile's rows. A block's rows are one run of bytes."""
-    LINES: tl.constexpr = BN * 64 // 128
-    line = tl.minimum(tile * BN * 64 + tl.arange(0, LINES) * 128, (N - 1) * 64)
-    for start in range(0, blocks, 2 * WAYS):
-        block = tl.minimum(start + tl.arange(0, 2 * WAYS), blocks - 1)
-        prefetch(weight_ptr + block.to(tl.int64)[:, None] * N * 64 + line[None, :], PDL)
+from quant_experts.kernels.triton_tokens import wait_for_previous_kernel
 
 
 @triton.jit
@@ -65,14 +54,18 @@ def hidden_columns(hidden_ptr, factor, token, M, F: tl.constexpr, R: tl.constexp
 @triton.jit
 def linear_few(
     weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, M, N, Kp,
-    ahead, headroom, inverse_headroom, BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, F: tl.constexpr,
+    headroom, inverse_headroom, BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, F: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N), M <= BM, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs of WAYS warps share the row tiles.
-    ahead: how many blocks of a tile to ask for ahead."""
+    """y (M, N), M <= BM, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs of WAYS warps: tiles of BN rows."""
     token = tl.arange(0, BM)
-    ask_for_tile(weight_ptr, tl.program_id(0), N, ahead, BN, WAYS, PDL)
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rows, N - 1).to(tl.int64)
+    row_scale = tl.load(scale_ptr + row) * (0.0625 * inverse_headroom)
+    # What experts need is asked for before the main loop and used after it.
+    if F > E:
+        shared_up = up_rows(up_ptr, 0, row, N, R)
     wait_for_previous_kernel(PDL)
     scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0) * headroom
     if F > E:
@@ -80,31 +73,21 @@ def linear_few(
     if E > 0:
         present = tl.load(present_ptr) >> (F - E)
         expert = tl.arange(0, EP)
-        first = tl.min(tl.where(((present >> expert) & 1) != 0, expert, EP - 1), axis=0)
+        first = tl.min(tl.where(((present >> expert) & 1) != 0, expert, E - 1), axis=0)
         own = hidden_columns(hidden_ptr, F - E + first, token, M, F, R)
-    tiles = tl.cdiv(N, BN)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        rows = tile * BN + tl.arange(0, BN)
-        row = tl.minimum(rows, N - 1).to(tl.int64)
-        row_scale = tl.load(scale_ptr + row) * (0.0625 * inverse_headroom)
-        # What experts need is asked for before the main loop and used after it.
-        if F > E:
-            shared_up = up_rows(up_ptr, 0, row, N, R)
-        if E > 0:
-            own_up = up_rows(up_ptr, F - E + first, row, N, R)
-        ask_for_tile(weight_ptr, tl.minimum(tile + tl.num_programs(0), tiles - 1), N, ahead, BN, WAYS, PDL)
-        total = code_sums(weight_ptr, codes_ptr, row, token, M, N, Kp, BN, BM, WAYS, STAGES, ASSEMBLY)
-        y = total.to(tl.float32) * row_scale[:, None]
-        if F > E:
-            y = tl.dot(shared_up, shared, y)
-        if E > 0:
-            y = tl.dot(own_up, own, y)
-            for e in range(first + 1, E):
-                if (present >> e) & 1 != 0:
-                    up = up_rows(up_ptr, F - E + e, row, N, R)
-                    y = tl.dot(up, hidden_columns(hidden_ptr, F - E + e, token, M, F, R), y)
-        y = y * scale[None, :]
-        if BIAS:
-            y = y + tl.load(bias_ptr + row)[:, None]
-        mask = (rows < N)[:, None] & (token < M)[None, :]
-        tl.store(y_ptr + token[None, :] * N + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+        own_up = up_rows(up_ptr, F - E + first, row, N, R)
+    total = code_sums(weight_ptr, codes_ptr, row, token, M, N, Kp, BN, BM, WAYS, STAGES, ASSEMBLY)
+    y = total.to(tl.float32) * row_scale[:, None]
+    if F > E:
+        y = tl.dot(shared_up, shared, y)
+    if E > 0:
+        y = tl.dot(own_up, own, y)
+        for e in range(first + 1, E):
+            if (present >> e) & 1 != 0:
+                up = up_rows(up_ptr, F - E + e, row, N, R)
+                y = tl.dot(up, hidden_columns(hidden_ptr, F - E + e, token, M, F, R), y)
+    y = y * scale[None, :]
+    if BIAS:
+        y = y + tl.load(bias_ptr + row)[:, None]
+    mask = (rows < N)[:, None] & (token < M)[None, :]
+    tl.store(y_ptr + token[None, :] * N + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -6,8 +6,8 @@ and writes its sums; `settle` adds the slices, always in the same order, and kee
 experts. Hidden values of all experts are computed: fewer bytes move than a launch between routing and projecting would
 cost. An expert that reads codes is projected by a launch of its own, of integers.
 
-Factors are asked for before the previous kernel has ended. In decode a kernel runs once through cold instruction
-caches, so the code is short loops. Exactness: see `triton_prepare_many`.
+In decode a kernel runs once through cold instruction caches, so the code is short loops. Exactness: see
+`triton_prepare_many`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from quant_experts.kernels.triton_tokens import (
     factors_used,
     load_raw,
     nan_max,
-    prefetch,
     reciprocal,
     rounded,
     token_scale,
@@ -45,11 +44,6 @@ def project_program(
     begin = piece * steps // slices
     end = (piece + 1) * steps // slices
     rows_at = projection_ptr + rank * 128
-    LINES: tl.constexpr = RC * 128 * projection_ptr.dtype.element_ty.primitive_bitwidth // 1024
-    line = tl.arange(0, LINES) * (RC * 128 // LINES)  # of a block's rows, which are one piece of memory
-    for start in range(begin, end, WAYS):
-        block = tl.minimum(start + way, end - 1).to(tl.int64)
-        prefetch(projection_ptr + (block * TOTAL + chunk * RC)[:, None] * 128 + line[None, :], PDL)
     wait_for_previous_kernel(PDL)
     SUMS: tl.constexpr = tl.int32 if projection_ptr.dtype.element_ty == tl.int8 else tl.float32
     total = tl.zeros((WAYS, RC, BM), SUMS)

@@ -25,15 +25,6 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointers, PDL: tl.constexpr):
-    """Ask for the 128-byte lines that hold these addresses, so that they are near when a later load wants them."""
-    if PDL:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def load_raw(x_ptr, rows, row_mask, columns, K):
     """x (rows, columns) as it is, zero outside."""
     at = x_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
