@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -143,14 +144,17 @@ def main() -> None:
     tokens = [sequences * new for sequences, new, _ in settings.values()]
     failed = compile_ahead(models, tokens, kinds) if device.type == "cuda" else []
     kinds = [kind for kind in kinds if kind not in failed]
-    rows = [row for model in models for kind in kinds for row in measure(model, kind, settings, device, dtype)]
+    facts = about("python benchmarks/kernels/gpu_block.py", device) | {"copies": COPIES, "replays": REPLAYS}
+    rows: list[dict[str, Any]] = []
+    for model, kind in product(models, kinds):
+        rows += measure(model, kind, settings, device, dtype)
+        write(arguments.out, "gpu_block", facts, rows, table(rows), [])  # a later kind may fail
     problems = [f"{kind}: its kernels do not compile or run, see the error above." for kind in failed]
     problems += [
         f"{row['kind']} gives NaN or infinity for {row['setting']} of {row['model']}: its kernels are wrong."
         for row in rows
         if not row["finite"]
     ]
-    facts = about("python benchmarks/kernels/gpu_block.py", device) | {"copies": COPIES, "replays": REPLAYS}
     write(arguments.out, "gpu_block", facts, rows, table(rows), problems)
 
 

@@ -245,7 +245,11 @@ def main() -> None:
     start = synchronize(device)
     model = random_model(tiny, device, dtype)
     print(f"model built in {synchronize(device) - start:.1f} s", flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    facts = about("python benchmarks/kernels/gpu_generate.py", device) | {
+        "model": {size: SIZES[size]},
+        "runs": {"graph": GRAPH_RUNS, "eager": EAGER_RUNS},
+    }
     layers = model.model.language_model.layers
     for name in kinds:
         start = synchronize(device)
@@ -255,10 +259,7 @@ def main() -> None:
         for batch in BATCHES:
             rows.append(measure(model, name, batch, side, new_tokens))
             print(json.dumps(rows[-1]), flush=True)
-    facts = about("python benchmarks/kernels/gpu_generate.py", device) | {
-        "model": {size: SIZES[size]},
-        "runs": {"graph": GRAPH_RUNS, "eager": EAGER_RUNS},
-    }
+            write(arguments.out, "gpu_generate", facts, rows, table(size, rows), [])  # a later kind may fail
     problems = [f"{kind}: its kernels do not compile or run, see the error above." for kind in failed]
     problems += [
         f"{row['kind']}, batch {row['batch']}: a captured step chooses other tokens than an eager one."

@@ -19,10 +19,10 @@ from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-EXPERTS_TOLERANCE = 1e-3 if INTERPRETED else 8e-3
-"""Of the norm of a token's output when experts are on: on a GPU down factors are rounded to bfloat16 (2^-9), hidden
-values to float16, and terms may cancel. In these layers experts are most of the output; in real ones they are a
-correction."""
+EXPERTS_TOLERANCE = 1e-3 if INTERPRETED else 3e-3
+"""Of the norm of a token's output when experts are on: hidden values are rounded to float16, down factors to bfloat16
+for inputs of 16 bits (and then `check` adds their rounding), and terms may cancel. In these layers experts are most of
+the output; in real ones they are a correction."""
 SUMS_TOLERANCE = 2e-6
 """Without experts: float32 scales over exact sums."""
 
@@ -100,7 +100,7 @@ def prepared_like_the_oracle(x: Tensor, group: GroupOperands) -> tuple[Tokens, P
 def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Tensor:
     """Outputs of stacked linears against the oracle's, in float64 norms, token by token."""
     ours, plain = prepared_like_the_oracle(x, group)
-    packed = triton_backend.pack(group, linears)
+    packed = triton_backend.pack(group, linears, x.dtype)
     y = triton_backend.linear(ours, packed.linear)
     assert y.dtype == x.dtype
     expected = torch.cat([reference.linear(plain, linear) for linear in linears], dim=1)
@@ -159,6 +159,10 @@ def activation_widths() -> None:
 def input_types() -> None:
     for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
         check(tokens(9, 45, dtype), *operands(45, (11,), parts=("smooth", "bias")))
+        if not INTERPRETED:  # few tokens and many, in other kernels
+            for m in (3, 9, 70):
+                check(tokens(m, 300, dtype), *operands(300, (70,)))
+                check(tokens(m, 320, dtype), *operands(320, (70,), parts=("smooth", "shared"), rotation=64))
 
 
 def rotation_and_integer_factors() -> None:

@@ -31,8 +31,8 @@ Activations = Literal["integer", "values", "any"]
 class Layout:
     """For a backend that keeps tensors in a form of its own, all linears of a group stacked. P is that form."""
 
-    pack: Callable[[GroupOperands, list[LinearOperands]], Any]
-    """-> P, once after loading"""
+    pack: Callable[[GroupOperands, list[LinearOperands], torch.dtype], Any]
+    """(group, linears, dtype of the inputs to come) -> P, once after loading"""
     apply: Callable[[Tensor, Any], Tensor]
     """(x (M, K), P) -> outputs of all linears side by side, (M, sum of N)"""
     codes: Callable[[Any, slice, int], Tensor]

@@ -49,7 +49,7 @@ class GroupLayout:
     signs: Tensor | None
     """(rotation, rotation): the Hadamard matrix as signs, bfloat16 (float32 in the interpreter); None without"""
     projection: Tensor | None
-    """(Kp / 128, F R + 4 EP, 128) bfloat16 (float32 in the interpreter): down factors and `router_rows`, both for the
+    """(Kp / 128, F R + 4 EP, 128) bfloat16, or float32 for such inputs: down factors and `router_rows`, both for the
     input as it is: 1 / m and the rotation are folded in. Of an expert that reads codes (Kp / 128, R, 128) int8."""
     rank: int
     """R"""
@@ -137,27 +137,26 @@ def padded_experts(experts: int) -> int:
     return 1 << max(3, experts - 1).bit_length()
 
 
-def router_rows(weight: Tensor) -> Tensor:
-    """Router weights (E, K) float64 -> (4 EP, K) float32: three parts of 8 bits, EP = E padded rows each, and as many
-    rows of zeros. Products of bfloat16 parts with values of 8 bits are exact. The interpreter, which has no bfloat16,
-    gets them in one part."""
+def router_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Router weights (E, K) float64 -> (4 EP, K) float32: three parts that dtype holds, EP = E padded rows each, and as
+    many rows of zeros. Products of bfloat16 parts with values of 8 bits are exact."""
     rest = functional.pad(weight, (0, 0, 0, padded_experts(len(weight)) - len(weight)))
     parts = []
     for _ in range(3):
-        parts.append(rest.to(torch.float32 if INTERPRETED else torch.bfloat16).float())
+        parts.append(rest.to(dtype).float())
         rest = rest - parts[-1].double()
     return torch.cat([*parts, torch.zeros_like(parts[0])])
 
 
-def _projection(down: Tensor | None, router: Tensor | None, group: GroupOperands) -> Tensor:
-    """down (F, R, K), router weights (E, K), for an input z = H (x / m) -> rows that read x."""
+def _projection(down: Tensor | None, router: Tensor | None, group: GroupOperands, dtype: torch.dtype) -> Tensor:
+    """down (F, R, K), router weights (E, K), for an input z = H (x / m) -> rows of dtype that read x."""
     parts = []
     inverse = 1.0 if group.smooth_scale is None else group.smooth_scale.double().reciprocal()
     if down is not None:
         parts.append((rotate(down.double(), group.rotation) * inverse).flatten(0, 1).float())
     if router is not None:
-        parts.append(router_rows(router.double() * inverse))
-    return _in_blocks(torch.cat(parts).to(torch.float32 if INTERPRETED else torch.bfloat16))
+        parts.append(router_rows(router.double() * inverse, dtype))
+    return _in_blocks(torch.cat(parts).to(dtype))
 
 
 def _in_blocks(rows: Tensor) -> Tensor:
@@ -166,8 +165,13 @@ def _in_blocks(rows: Tensor) -> Tensor:
     return padded.view(len(rows), -1, BLOCK).transpose(0, 1).contiguous()
 
 
-def pack_group(group: GroupOperands) -> GroupLayout:
-    """Pad and stack a group's tensors. Reads values on the host: call it once, after loading."""
+def pack_group(group: GroupOperands, dtype: torch.dtype) -> GroupLayout:
+    """Pad and stack a group's tensors, for inputs of a dtype. Reads values on the host: call it once, after loading.
+
+    Weights that read values are bfloat16, as those of models in such a dtype are; float32 for float32 inputs, where
+    speed matters less than agreement with a CPU, and in the interpreter, which has no bfloat16.
+    """
+    precise = INTERPRETED or dtype == torch.float32
     before = None
     if group.rotation and (group.router_weight is not None or group.rotation not in ROTATIONS):  # |H z| does not fold
         before, group = group, replace(group, smooth_scale=None, rotation=0)
@@ -185,7 +189,7 @@ def pack_group(group: GroupOperands) -> GroupLayout:
         projection = _in_blocks(functional.pad(codes, (0, 0, 0, rank)))
         code_scale = functional.pad(scale, (0, rank))
     elif down is not None or router is not None:
-        projection = _projection(down, router, group)
+        projection = _projection(down, router, group, torch.float32 if precise else torch.bfloat16)
     inverse = None if group.smooth_scale is None else group.smooth_scale.float().reciprocal()
     signs = None
     if group.rotation:

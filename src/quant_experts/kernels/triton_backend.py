@@ -80,11 +80,11 @@ class Packed:
     linear: LinearLayout
 
 
-def pack(group: GroupOperands, linears: list[LinearOperands]) -> Packed:
-    """Lay a group out; see `gpu_layout`."""
+def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype = torch.float32) -> Packed:
+    """Lay a group out for inputs of a dtype; see `gpu_layout`."""
     if hopper(linears[0].codes.device):
         reserve(linears[0].codes.device)
-    return Packed(pack_group(group), pack_linear(linears))
+    return Packed(pack_group(group, dtype), pack_linear(linears))
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
@@ -99,15 +99,14 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert."""
-    layout = group if isinstance(group, GroupLayout) else pack_group(group)
+    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.dtype)
     dtype = x.dtype
     if layout.before is not None:
         x = reference.transform(x, layout.before)
     x = x.contiguous()
     if not len(x):
         return replace(_allocate(x, layout), dtype=dtype)
-    # A long token that is rotated costs less when its channels are shared out: each program needs its scale first.
-    if len(x) <= FEW_TOKENS and (layout.rotation == 0 or x.shape[1] <= CHUNK):
+    if len(x) <= FEW_TOKENS:
         tokens = _prepare_few(x, layout)
     else:
         tokens = _prepare_many(x, layout)
@@ -222,16 +221,18 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     rows = BLOCK_TOKENS
     blocks = -(-m // rows)
     steps = padded // BLOCK
-    slices = min(steps, max(1, WAVES * programs(device) // blocks), max(7, steps // 8), MAX_SLICES)
+    slices = min(steps, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
     expert, order = (torch.empty(m if experts else 1, dtype=torch.int32, device=device) for _ in range(2))
     absmax = torch.empty(slices, m, dtype=torch.float32, device=device)
     counts = torch.empty(blocks, width, dtype=torch.int32, device=device)
     part = torch.empty(blocks * slices * rows * max(4 * width, 2 * rank), dtype=torch.float32, device=device)
     done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
+    wide = layout.projection is not None and layout.projection.dtype == torch.float32
+    stages = dict(STAGES=2 if wide else 3, num_warps=4)
     measure[(blocks, slices)](
         *inputs, _or(layout.projection, x), _or(layout.router_bias, absmax), expert, absmax, counts, part, done,
         m, k, padded, slices, FACTOR_ROWS=factors * rank, TOTAL=total, E=experts, EP=width, ROWS=rows, **flags,
-        num_warps=4, **options(device),
+        **stages, **options(device),
     )  # fmt: skip
     if experts:
         place[(blocks,)](
@@ -245,7 +246,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
         tokens.codes, tokens.token_scale, _or(tokens.expert, expert), _or(tokens.hidden, part),
         _or(tokens.present, expert), part, done, m, k, padded, slices, slices, 1.0 / layout.headroom,
         LARGEST=_largest(layout), TOTAL=total, F=factors, E=experts, R=rank, CODES=layout.code_scale is not None,
-        ROWS=rows, **flags, num_warps=4, enable_fp_fusion=False, **options(device),
+        ROWS=rows, **flags, **stages, enable_fp_fusion=False, **options(device),
     )  # fmt: skip
     return tokens
 

@@ -10,7 +10,8 @@ order, so that its codes may differ by one where a value lies on a tie. Routers 
 input as it is: smoothing and rotation are folded into their weights (`gpu_layout`). Router scores are float32 sums of
 exact products with weights of 24 bits, in another order than the oracle's: scores that differ by less than about 1e-6
 of their terms may choose otherwise; equal scores go to the first. Down factors are rounded to bfloat16, as weights of
-such models are, and hidden values to float16. Those of an expert that reads codes are exact integers.
+such models are (for float32 inputs they are float32), and hidden values to float16. Those of an expert that reads codes
+are exact integers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from quant_experts.kernels.triton_tokens import (
 def measure(
     x_ptr, inverse_ptr, signs_ptr, projection_ptr, bias_ptr, expert_ptr, absmax_ptr, count_ptr, part_ptr, done_ptr, M,
     K, Kp, SLICES, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    ROWS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Per token and slice: max |z| (SLICES, M). Per token: the expert. Per block of ROWS tokens: how many go to each
     expert (blocks, EP)."""
@@ -49,7 +50,7 @@ def measure(
     scores = tl.zeros((ROWS, WIDTH), tl.float32)
     most = tl.zeros((ROWS, 128), tl.float32)
     steps = Kp // 128
-    for step in tl.range(piece * steps // SLICES, (piece + 1) * steps // SLICES, num_stages=4):
+    for step in tl.range(piece * steps // SLICES, (piece + 1) * steps // SLICES, num_stages=STAGES + 1):
         columns = step * 128 + tl.arange(0, 128)
         x = load_raw(x_ptr, token, token < M, columns, K)
         most = nan_max(most, tl.abs(transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)))
@@ -112,7 +113,7 @@ def factor_at(projection_ptr, factor, step, TOTAL: tl.constexpr, R: tl.constexpr
 def convert_slice(
     x_ptr, token, used, inverse, expert, inverse_ptr, signs_ptr, projection_ptr, codes_ptr, place, begin, end, M, K, Kp,
     TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr,
-    SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
 ):  # fmt: skip
     """Steps [begin, end) of a block's channels: codes are written; (ROWS, R) hidden sums of the shared expert and of
     each token's own are returned, int32 of an expert that reads codes."""
@@ -124,7 +125,7 @@ def convert_slice(
     shared = tl.zeros((ROWS, R), SUMS)
     own = tl.zeros((ROWS, R), SUMS)
     others = tl.zeros((ROWS, R), SUMS)
-    for step in tl.range(begin, end, num_stages=3):
+    for step in tl.range(begin, end, num_stages=STAGES):
         columns = step * 128 + tl.arange(0, 128)
         x = load_raw(x_ptr, token, used, columns, K)
         steps = transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT) * inverse[:, None]
@@ -174,7 +175,8 @@ def convert(
     x_ptr, inverse_ptr, signs_ptr, projection_ptr, code_scale_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr,
     token_scale_ptr, sorted_expert_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr, M, K, Kp, MEASURED, SLICES,
     inverse_headroom, LARGEST: tl.constexpr, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    CODES: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
+    CODES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Codes, scales and hidden values of ROWS places of the sorted order. MEASURED: slices of `measure`."""
     wait_for_previous_kernel(PDL)
@@ -198,7 +200,7 @@ def convert(
     shared, own = convert_slice(
         x_ptr, token, (place < M) & finite, inverse, expert, inverse_ptr, signs_ptr, projection_ptr, codes_ptr, place,
         piece * steps // SLICES, (piece + 1) * steps // SLICES, M, K, Kp, TOTAL, F, E, R, CODES, ROWS,
-        SMOOTH, ROT,
+        STAGES, SMOOTH, ROT,
     )  # fmt: skip
     if F > 0:
         PARTS: tl.constexpr = 2 if E > 0 and F > E else 1

@@ -104,15 +104,15 @@ def rounded(steps):
 
 @triton.jit
 def add_product(total, left, right):
-    """total + left times right (2 or 3 axes), one of them weights, one tokens. Tokens that are not codes in as many
-    parts of 8 bits as their type needs: products are exact but for the weights' own rounding to bfloat16, sums are
-    float32."""
+    """total + left times right (2 or 3 axes), one of them weights, one tokens: integers; or float32 weights, in three
+    products of 11 bits; or bfloat16 weights, with tokens in as many parts of 8 bits as their type needs, so that
+    products are exact. Sums are float32."""
     if left.dtype == tl.int8:
         return tl.dot(left, right, total, out_dtype=tl.int32)
-    elif left.dtype == tl.float32 and right.dtype != tl.bfloat16:  # the interpreter
-        return tl.dot(left, right.to(tl.float32), total, input_precision="ieee")
+    elif left.dtype == tl.float32 and right.dtype != tl.bfloat16:
+        return tl.dot(left, right.to(tl.float32), total, input_precision="tf32x3")
     elif right.dtype == tl.float32 and left.dtype != tl.bfloat16:
-        return tl.dot(left.to(tl.float32), right, total, input_precision="ieee")
+        return tl.dot(left.to(tl.float32), right, total, input_precision="tf32x3")
     elif left.dtype == right.dtype:
         return tl.dot(left, right, total)
     elif left.dtype == tl.bfloat16:  # weights on the left

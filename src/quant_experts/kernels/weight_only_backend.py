@@ -72,7 +72,7 @@ class Packed:
     linear: LinearLayout
 
 
-def pack(group: GroupOperands, linears: list[LinearOperands]) -> Packed:
+def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtype = torch.float32) -> Packed:
     """Lay a group out; see `weight_only_layout`."""
     _counters(linears[0].codes.device)  # made before a CUDA graph may be captured
     return Packed(pack_group(group, linears[0].codes.shape[1], linears[0].codes.device), pack_linear(linears))

@@ -124,7 +124,8 @@ class InputGroup(nn.Module):
             parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
         else:
             if self._stack is None:
-                self._stack = backend.layout.pack(self.operands(), [linear.operands() for linear in self._linears])
+                linears = [linear.operands() for linear in self._linears]
+                self._stack = backend.layout.pack(self.operands(), linears, x.dtype)
                 for linear in self._linears:  # the layout holds them in fewer bytes
                     linear.weight_codes = None
             parts = [backend.layout.apply(flat, self._stack)]
