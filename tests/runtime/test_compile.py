@@ -66,7 +66,7 @@ def stacking(monkeypatch: pytest.MonkeyPatch) -> None:
     def codes(packed: Any, rows: slice, columns: int) -> Tensor:
         return torch.cat([linear.codes for linear in packed[1]])[rows, :columns]
 
-    layout = Layout(lambda group, linears: (group, linears), apply, codes)
+    layout = Layout(lambda group, linears, dtype: (group, linears), apply, codes)
     backend = Backend("stacking", "any", "any", reference.prepare, reference.linear, reference.is_exact, layout=layout)
     monkeypatch.setattr(modules, "select", lambda *choice: backend)
 
