@@ -25,6 +25,8 @@ def overlapped(device: torch.device) -> bool:
 
 
 _zeros: dict[tuple[str, torch.device], Tensor] = {}
+_outgrown: list[Tensor] = []
+"""Workspaces that were replaced by larger ones: a CUDA graph that was captured before still writes to them."""
 
 
 def zeros(name: str, size: int, device: torch.device) -> Tensor:
@@ -33,9 +35,12 @@ def zeros(name: str, size: int, device: torch.device) -> Tensor:
     One a device, so quantized layers must not run on two streams of one GPU at the same time. `reserve` makes those
     that kernels always need before a CUDA graph may be captured: inside, clearing would be part of that graph alone.
     """
-    if (name, device) not in _zeros or _zeros[name, device].numel() < size:
-        _zeros[name, device] = torch.zeros(size, dtype=torch.int32, device=device)
-    return _zeros[name, device]
+    kept = _zeros.get((name, device))
+    if kept is None or kept.numel() < size:
+        if kept is not None:
+            _outgrown.append(kept)
+        kept = _zeros[name, device] = torch.zeros(size, dtype=torch.int32, device=device)
+    return kept
 
 
 def reserve(device: torch.device) -> None:
