@@ -7,6 +7,8 @@ from quant_experts.kernels import gpu_layout, reference
 from quant_experts.kernels.gpu_layout import pack_group, router_rows
 from quant_experts.kernels.operands import Factor, GroupOperands
 
+CPU = torch.device("cpu")
+
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -42,7 +44,7 @@ def test_smoothing_and_rotation_are_folded_into_what_reads_the_input(
     k: int, rotation: int, experts: int, dtype: torch.dtype
 ) -> None:
     operands = group(k, experts, rotation)
-    layout = pack_group(operands, dtype)
+    layout = pack_group(operands, dtype, CPU)
     assert layout.before is None and layout.projection is not None and layout.projection.dtype == dtype
     x = normal(6, k, seed=6)
     z = reference.transform(x, operands).double()
@@ -60,7 +62,7 @@ def test_smoothing_and_rotation_are_folded_into_what_reads_the_input(
 
 def test_a_router_of_rotated_values_has_them_rotated_before() -> None:
     operands = group(128, 4, rotation=64)
-    layout = pack_group(operands, torch.bfloat16)
+    layout = pack_group(operands, torch.bfloat16, CPU)
     assert layout.before is operands and layout.rotation == 0 and layout.inverse_smooth is None and layout.signs is None
 
 
@@ -68,7 +70,7 @@ def test_a_router_of_rotated_values_has_them_rotated_before() -> None:
 def test_hidden_values_of_any_token_fit_float16(bits: int) -> None:
     """Of the worst token there is: every value at the largest code, with the sign of the factor's."""
     operands = group(3000, 3, bits=bits)
-    layout = pack_group(operands, torch.float32)
+    layout = pack_group(operands, torch.float32, CPU)
     assert operands.shared_down is not None and operands.routed_down is not None
     for factor in (operands.shared_down, *operands.routed_down):
         worst = factor.float().abs().sum(dim=1).max() * (2 ** (bits - 1) - 1)  # in units of the token's scale

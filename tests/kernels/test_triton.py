@@ -29,6 +29,28 @@ def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
     assert c.BM.value >= 16 and c.BN.value % 128 == 0
 
 
+@pytest.mark.parametrize(("rank", "experts", "dtype", "most"), [(32, 8, torch.bfloat16, 3), (128, 8, torch.float32, 0)])
+def test_steps_fit_the_chip(
+    monkeypatch: pytest.MonkeyPatch, rank: int, experts: int, dtype: torch.dtype, most: int
+) -> None:
+    """As many steps as a Hopper multiprocessor's shared memory holds; where it holds none, that is said."""
+    from quant_experts.errors import QuantExpertsError
+    from quant_experts.kernels import triton_backend
+    from quant_experts.kernels.gpu_layout import pack_group
+    from quant_experts.kernels.operands import Factor, GroupOperands
+
+    monkeypatch.setattr(triton_backend, "shared_memory", lambda device: 232_448)
+    factor = Factor(torch.ones(experts, rank, 128).half(), None)
+    group = GroupOperands(8, None, 0, factor[0], factor, torch.ones(experts, 128), torch.ones(experts))
+    layout = pack_group(group, dtype, torch.device("cpu"))
+    x = torch.ones(1, 128, dtype=dtype)
+    if most:
+        assert triton_backend._stages(x, layout, 3 * rank, 3) == most
+    else:
+        with pytest.raises(QuantExpertsError, match=f"rank {rank} .*reference"):
+            triton_backend._stages(x, layout, 3 * rank, 3)
+
+
 def test_the_table_names_the_backend_for_gpus() -> None:
     from quant_experts.kernels.dispatch import BACKENDS
 

@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference, triton_backend
 from quant_experts.kernels.gpu_layout import Tokens, pack_codes, unpack_codes
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
@@ -131,6 +132,26 @@ def parts() -> None:
         check(tokens(m, 140), *operands(140, (33,), parts=chosen))
 
 
+def uncommon_layouts() -> None:
+    """One output channel in every kernel; a rotation alone; ranks above 64; factors of zeros, tiny tokens."""
+    for m in (3, 9, 20):
+        check(tokens(m, 130), *operands(130, (1,), parts=("bias",)))
+    check(tokens(20, 192), *operands(192, (33,), parts=(), rotation=64))
+    for m in (3, 20):
+        check(tokens(m, 140), *operands(140, (33,), rank=70, experts=2))
+        group, linears = operands(45, (11,))
+        assert group.shared_down is not None and group.routed_down is not None
+        for factor in (group.shared_down, group.routed_down):
+            factor.values.zero_()
+        check(tokens(m, 45) * 1e-20, group, linears)
+    try:
+        triton_backend.pack(*operands(45, (11,), experts=31))
+    except QuantExpertsError as error:
+        assert "31" in str(error) and "reference" in str(error)
+    else:
+        raise AssertionError("more factors than an int32 has bits")
+
+
 def stacked_linears() -> None:
     group, linears = operands(200, (33, 7, 20))
     y = check(tokens(5, 200), group, linears)
@@ -148,7 +169,7 @@ def sums_are_exact() -> None:
     for m in (3, 20):
         x = torch.where(tokens(m, 260) > 0, 127.0, -127.0)
         expected = reference.integer_product(x.to(torch.int8), codes)
-        assert torch.equal(triton_backend.linear(triton_backend.prepare(x, group), linear), expected.float())
+        assert torch.equal(triton_backend.apply(x, triton_backend.pack(group, [linear])), expected.float())
 
 
 def activation_widths() -> None:
@@ -296,10 +317,9 @@ def a_model_runs_stacked() -> None:
 
 
 CASES: list[Callable[[], None]] = [
-    sizes, parts, stacked_linears, sums_are_exact, activation_widths, input_types, rotation_and_integer_factors,
-    shared_expert_that_reads_codes, all_tokens_to_one_expert, experts_without_tokens, ties_go_to_the_first,
-    zero_and_extreme_tokens, non_finite_tokens,
-    no_tokens, packing, a_model_runs_stacked,
+    sizes, parts, uncommon_layouts, stacked_linears, sums_are_exact, activation_widths, input_types,
+    rotation_and_integer_factors, shared_expert_that_reads_codes, all_tokens_to_one_expert, experts_without_tokens,
+    ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens, no_tokens, packing, a_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ def group_sizes() -> None:
         for bits in (3, 4):
             assert weight_only_backend.fits((bits, size, False))
             check(tokens(3, 530), *operands(530, (9,), bits, ("asymmetric",) if size != 64 else (), size))
+    check(tokens(3, 768), *operands(768, (9,), 4, ("asymmetric",), 512))  # the last group is a rest
     for size in (16, 48, 96, 160, 384):
         assert not weight_only_backend.fits((4, size, True))
 

@@ -67,8 +67,8 @@ class Backend:
 
 
 def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
-    """Without gradients (there are none through rounding) and outside autocast (which would round the operands
-    again)."""
+    """Without gradients (there are none through rounding), outside autocast (which would round the operands again), and
+    with the GPU of the first tensor as the current one, on which kernels are launched."""
 
     @wraps(operation)
     def isolated(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -76,6 +76,9 @@ def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
+            on = next((a.device for a in args if isinstance(a, Tensor)), None)
+            if on is not None and on.type == "cuda":
+                stack.enter_context(torch.cuda.device(on))
             return operation(*args, **kwargs)
 
     return isolated

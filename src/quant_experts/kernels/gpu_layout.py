@@ -12,27 +12,24 @@ over the columns of any factor is right for every token of a tile, whatever thei
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
+from quant_experts.errors import QuantExpertsError
+from quant_experts.kernels.gpu_factors import RANK_MULTIPLE, ROTATIONS, headroom_of, stack_factors
+from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 from quant_experts.kernels.reference import hadamard, rotate
 from quant_experts.kernels.triton_launch import INTERPRETED
 
 BLOCK = 128
 """Input channels are padded to a multiple of this."""
-RANK_MULTIPLE = 32
-"""The least rank of a stacked factor: one step of the linear kernel."""
 MAX_FACTORS = 31
 """The factors that serve a block of tokens are bits of an int32."""
 MASK_TOKENS = 16
 """Tokens per such int32."""
-ROTATIONS = (16, 32, 64, 128)
-"""Sizes of rotated blocks that the kernels rotate."""
 
 
 @dataclass(frozen=True)
@@ -116,22 +113,6 @@ def unpack_codes(weight: Tensor, columns: int) -> Tensor:
     return halves.transpose(0, 1).reshape(weight.shape[1], -1)[:, :columns].contiguous()
 
 
-def _stack(shared: Factor | None, routed: Factor | None, rank_dim: int) -> Tensor | None:
-    """Shared (...) and routed (E, ...) factors -> (F, ...) float32, rank padded with zeros."""
-    parts = [factor.float() for factor in (shared, routed) if factor is not None]
-    if not parts:
-        return None
-    parts = [part[None] if part.dim() == 2 else part for part in parts]
-    rank = max(part.shape[rank_dim] for part in parts)
-    rank = 1 << max(RANK_MULTIPLE - 1, rank - 1).bit_length()
-
-    def pad(part: Tensor) -> Tensor:
-        missing = rank - part.shape[rank_dim]
-        return functional.pad(part, (0, missing) if rank_dim == 2 else (0, 0, 0, missing))
-
-    return torch.cat([pad(part) for part in parts])
-
-
 def padded_experts(experts: int) -> int:
     """Experts as the kernels count them: a power of two, at least 4."""
     return 1 << max(3, experts - 1).bit_length()
@@ -165,23 +146,30 @@ def _in_blocks(rows: Tensor) -> Tensor:
     return padded.view(len(rows), -1, BLOCK).transpose(0, 1).contiguous()
 
 
-def pack_group(group: GroupOperands, dtype: torch.dtype) -> GroupLayout:
+def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -> GroupLayout:
     """Pad and stack a group's tensors, for inputs of a dtype. Reads values on the host: call it once, after loading.
 
     Weights that read values are bfloat16, as those of models in such a dtype are; float32 for float32 inputs, where
     speed matters less than agreement with a CPU, and in the interpreter, which has no bfloat16.
+
+    Raises `QuantExpertsError` for more experts than the kernels take.
     """
     precise = INTERPRETED or dtype == torch.float32
     before = None
     if group.rotation and (group.router_weight is not None or group.rotation not in ROTATIONS):  # |H z| does not fold
         before, group = group, replace(group, smooth_scale=None, rotation=0)
-    down = _stack(group.shared_down, group.routed_down, 1)
+    down = stack_factors(group.shared_down, group.routed_down, 1)
     router, bias = group.router_weight, group.router_bias
     headroom, code_scale, projection = 1.0, None, None
     if down is not None:
         largest_sum = float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
         largest_sum *= 2 ** (group.activation_bits - 1)
-        headroom = 2.0 ** (math.ceil(math.log2(max(largest_sum, 1e-20))) - 15)
+        headroom = headroom_of(largest_sum)
+        if len(down) > MAX_FACTORS:
+            raise QuantExpertsError(
+                f"The GPU kernels take up to {MAX_FACTORS} experts of a group, shared one included, and here are "
+                f"{len(down)}: load the model with backend='reference'."
+            )
     if group.shared_reads_codes:
         assert down is not None and group.shared_down is not None and group.shared_down.scale is not None
         codes, scale = group.shared_down.values, group.shared_down.scale.float()
@@ -193,7 +181,6 @@ def pack_group(group: GroupOperands, dtype: torch.dtype) -> GroupLayout:
     inverse = None if group.smooth_scale is None else group.smooth_scale.float().reciprocal()
     signs = None
     if group.rotation:
-        device = next(t.device for t in (group.smooth_scale, projection, torch.empty(0)) if t is not None)
         signs = hadamard(group.rotation, device).sign().to(torch.float32 if INTERPRETED else torch.bfloat16)
     return GroupLayout(
         activation_bits=group.activation_bits,
@@ -222,7 +209,7 @@ def pack_linear(linears: list[LinearOperands]) -> LinearLayout:
         return torch.cat([torch.zeros(n, device=device) if v is None else v.detach().float() for v, n in pairs])
 
     sizes = [len(linear.codes) for linear in linears]
-    ups = [_stack(linear.shared_up, linear.routed_up, 2) for linear in linears]
+    ups = [stack_factors(linear.shared_up, linear.routed_up, 2) for linear in linears]
     up = (
         None if any(u is None for u in ups) else torch.cat([u for u in ups if u is not None], dim=1).half().contiguous()
     )

@@ -23,7 +23,7 @@ def config(m: int, n: int, k: int, factors: int, rank: int, bias: bool, sort: bo
     """Tile sizes for a shape, as measured on an H200 (docs/performance.md)."""
     flags: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, BIAS=bias, SORTED=sort)
     if m <= 16:
-        small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72, RESIDENT=1)
+        small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **flags)
     wide = n >= 256 * 128 or k >= 64 * BLOCK
     if m <= 512 or not wide:
@@ -53,7 +53,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         up_rows = hidden_rows = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
     else:
         up_rows, hidden_rows = descriptor(up.view(-1, rank), bn, 32), descriptor(hidden, bm, 32)
-    count = programs(device) * c.RESIDENT.value
+    count = programs(device)
     sums = zeros("hopper sums", count * LARGEST_TILE, device)
     done = zeros("hopper shares", count * 2, device)
     tiles = -(-n // bn) * -(-m // bm)

@@ -6,8 +6,8 @@ never touch shared memory, and few tokens cost few columns. Work is counted in s
 or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step collects
 the other shares, whose int32 sums are exact in any order. Expert factors pass through the same ring as further steps.
 
-Layouts are those of `gpu_layout`. Rejected, with figures in docs/performance.md: plain Triton at large M, int8 weights
-through `torch._int_mm`.
+Layouts are those of `gpu_layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
+figures are in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -63,8 +63,6 @@ class Config:
     """Of each multiplying thread."""
     LAUNCH_REGISTERS: Constant = 168
     """Of each thread at the start, before they are shared out anew: 64 Ki over the threads that share a processor."""
-    RESIDENT: Constant = 1
-    """Programs on a multiprocessor: with two, or room for one of `prepare`, one loads while another finishes."""
     SHARES: Constant = True
     """Whether more programs than tiles start, so that tiles are cut into shares."""
     STEP: Constant = 128
@@ -142,7 +140,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
 
 
 @gluon.jit
-def unpacked(i, w_ring, x_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
+def unpacked(i, w_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
     """Wait for ring step i; this warp group's rows of its weights as two operands of a product."""
     ROWS: gl.constexpr = C.BN // 2
     slot = i % C.STAGES
@@ -166,9 +164,9 @@ def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: g
     LEFT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 4)
     if C.PAIRS:
         for _ in range(count // 2):
-            low, high = unpacked(i, w_ring, x_ring, ready, LEFT, WG, C)
+            low, high = unpacked(i, w_ring, ready, LEFT, WG, C)
             token = multiply_step(acc, i, low, high, x_ring, C)
-            next_low, next_high = unpacked(i + 1, w_ring, x_ring, ready, LEFT, WG, C)
+            next_low, next_high = unpacked(i + 1, w_ring, ready, LEFT, WG, C)
             token = multiply_step(token, i + 1, next_low, next_high, x_ring, C)
             acc = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(empty.index(i % C.STAGES))
@@ -176,7 +174,7 @@ def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: g
             i += 2
         count = count % 2
     for _ in range(count):
-        low, high = unpacked(i, w_ring, x_ring, ready, LEFT, WG, C)
+        low, high = unpacked(i, w_ring, ready, LEFT, WG, C)
         token = multiply_step(acc, i, low, high, x_ring, C)
         acc = warpgroup_mma_wait(0, deps=[token])
         mbarrier.arrive(empty.index(i % C.STAGES))

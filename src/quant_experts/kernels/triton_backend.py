@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
+from quant_experts.kernels.gpu_factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu_layout import (
     BLOCK,
     MASK_TOKENS,
-    RANK_MULTIPLE,
     GroupLayout,
     LinearLayout,
     Tokens,
@@ -31,7 +32,9 @@ from quant_experts.kernels.triton_launch import (
     options,
     overlapped,
     programs,
+    ptr,
     reserve,
+    shared_memory,
     zeros,
 )
 
@@ -82,9 +85,9 @@ class Packed:
 
 def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype = torch.float32) -> Packed:
     """Lay a group out for inputs of a dtype; see `gpu_layout`."""
-    if hopper(linears[0].codes.device):
-        reserve(linears[0].codes.device)
-    return Packed(pack_group(group, dtype), pack_linear(linears))
+    device = linears[0].codes.device
+    reserve(device)
+    return Packed(pack_group(group, dtype, device), pack_linear(linears))
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
@@ -99,7 +102,7 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert."""
-    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.dtype)
+    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.dtype, x.device)
     dtype = x.dtype
     if layout.before is not None:
         x = reference.transform(x, layout.before)
@@ -153,9 +156,8 @@ def _largest(layout: GroupLayout) -> int:
 
 def _inputs(x: Tensor, layout: GroupLayout) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Arguments that all `prepare` kernels begin with, and the constants that go with them."""
-    rotation = layout.rotation if layout.signs is not None else 0
-    flags = dict(SMOOTH=layout.inverse_smooth is not None, ROT=rotation, PDL=overlapped(x.device))
-    return (x, _or(layout.inverse_smooth, x), _or(layout.signs, x)), flags
+    flags = dict(SMOOTH=layout.inverse_smooth is not None, ROT=layout.rotation, PDL=overlapped(x.device))
+    return (x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x)), flags
 
 
 def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
@@ -174,7 +176,7 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
     tiles = dict(RC=RANK_CHUNK, BM=8 if m <= 8 else 16, **PROJECT)
     project = 0 if reads_codes else total
     prepare_few[(m * parts + project // RANK_CHUNK * slices,)](
-        *inputs, _or(layout.projection, x), _or(sums, x), tokens.codes, tokens.token_scale, slices, parts, m, k, padded,
+        *inputs, ptr(layout.projection, x), ptr(sums, x), tokens.codes, tokens.token_scale, slices, parts, m, k, padded,
         LARGEST=_largest(layout), FACTOR_ROWS=layout.factors * layout.rank, TOTAL=project, CHUNK=chunk,
         WHOLE=padded <= chunk, **tiles, **flags,
         num_warps=PROJECT["WAYS"], enable_fp_fusion=False, **options(device),
@@ -188,12 +190,28 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
         return tokens
     tokens = _with_hidden(tokens, layout)
     settle[(layout.factors,)](
-        sums, _or(layout.router_bias, sums), _or(layout.code_scale, sums), tokens.token_scale, tokens.hidden,
-        tokens.present, _or(tokens.expert, sums), m, slices, 1.0 / layout.headroom, F=layout.factors, E=layout.experts,
+        sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.token_scale, tokens.hidden,
+        tokens.present, ptr(tokens.expert, sums), m, slices, 1.0 / layout.headroom, F=layout.factors, E=layout.experts,
         EP=padded_experts(layout.experts), R=layout.rank, TOTAL=total, SLICES=FEW_SLICES, CODES=reads_codes,
         PDL=flags["PDL"], num_warps=4, **options(device),
     )  # fmt: skip
     return tokens
+
+
+def _stages(x: Tensor, layout: GroupLayout, rows: int, most: int) -> int:
+    """How many steps of 128 channels, of a block of tokens and of so many rows of the projection, fit shared memory.
+
+    Raises `QuantExpertsError` where none does.
+    """
+    size = 0 if layout.projection is None else layout.projection.element_size()
+    step = BLOCK * (BLOCK_TOKENS * x.element_size() + rows * size)
+    fitting = shared_memory(x.device) * 9 // 10 // step
+    if not fitting:
+        raise QuantExpertsError(
+            f"{layout.experts or 'No'} routed experts of rank {layout.rank} with {x.dtype} inputs are too large for "
+            "this GPU's shared memory: load the model with backend='reference'."
+        )
+    return min(most, fitting)
 
 
 def _with_hidden(tokens: Tokens, layout: GroupLayout) -> Tokens:
@@ -227,12 +245,11 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     counts = torch.empty(blocks, width, dtype=torch.int32, device=device)
     part = torch.empty(blocks * slices * rows * max(4 * width, 2 * rank), dtype=torch.float32, device=device)
     done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
-    wide = layout.projection is not None and layout.projection.dtype == torch.float32
-    stages = dict(STAGES=2 if wide else 3, num_warps=4)
+    read = (factors > experts) + 2 * (experts > 0)  # factors in a step of `convert`
     measure[(blocks, slices)](
-        *inputs, _or(layout.projection, x), _or(layout.router_bias, absmax), expert, absmax, counts, part, done,
+        *inputs, ptr(layout.projection, x), ptr(layout.router_bias, absmax), expert, absmax, counts, part, done,
         m, k, padded, slices, FACTOR_ROWS=factors * rank, TOTAL=total, E=experts, EP=width, ROWS=rows, **flags,
-        **stages, **options(device),
+        STAGES=_stages(x, layout, 4 * width if experts else 0, 4), num_warps=4, **options(device),
     )  # fmt: skip
     if experts:
         place[(blocks,)](
@@ -242,11 +259,12 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     if factors:
         tokens = _with_hidden(replace(tokens, order=order if experts else None), layout)
     convert[(blocks, slices)](
-        *inputs, _or(layout.projection, x), _or(layout.code_scale, absmax), expert, order, absmax,
-        tokens.codes, tokens.token_scale, _or(tokens.expert, expert), _or(tokens.hidden, part),
-        _or(tokens.present, expert), part, done, m, k, padded, slices, slices, 1.0 / layout.headroom,
+        *inputs, ptr(layout.projection, x), ptr(layout.code_scale, absmax), expert, order, absmax,
+        tokens.codes, tokens.token_scale, ptr(tokens.expert, expert), ptr(tokens.hidden, part),
+        ptr(tokens.present, expert), part, done, m, k, padded, slices, 1.0 / layout.headroom,
         LARGEST=_largest(layout), TOTAL=total, F=factors, E=experts, R=rank, CODES=layout.code_scale is not None,
-        ROWS=rows, **flags, **stages, enable_fp_fusion=False, **options(device),
+        ROWS=rows, **flags, STAGES=_stages(x, layout, read * rank, 3), num_warps=4, enable_fp_fusion=False,
+        **options(device),
     )  # fmt: skip
     return tokens
 
@@ -260,17 +278,12 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
     experts = 0 if up is None or tokens.expert is None else tokens.experts
     linear_few[(-(-n // FEW_TILE["BN"]),)](
-        linear.weight, tokens.codes, _or(up, linear.weight), _or(tokens.hidden, linear.scale),
-        _or(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, _or(linear.bias, linear.scale),
+        linear.weight, tokens.codes, ptr(up, linear.weight), ptr(tokens.hidden, linear.scale),
+        ptr(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, ptr(linear.bias, linear.scale),
         m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts,
         EP=padded_experts(experts), R=rank, BIAS=linear.bias is not None, ASSEMBLY=not INTERPRETED,
         PDL=overlapped(device), **FEW_TILE, num_warps=FEW_TILE["WAYS"], **options(device),
     )  # fmt: skip
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A tensor for a pointer argument that the kernel does not read."""
-    return other if tensor is None else tensor
 
 
 def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
@@ -289,9 +302,9 @@ def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     done = zeros("linear done", tiles if shares > 1 else 1, device)
     factors = layout.up is not None and tokens.hidden is not None
     kernel[(-(-n // bn), -(-m // bm), shares)](
-        layout.weight, tokens.codes, _or(layout.up, layout.weight), _or(tokens.hidden, layout.weight),
-        _or(tokens.present, done), y, layout.scale, tokens.token_scale, _or(layout.bias, layout.scale),
-        _or(tokens.order, done), sums, done, m, n, padded, tokens.headroom,
+        layout.weight, tokens.codes, ptr(layout.up, layout.weight), ptr(tokens.hidden, layout.weight),
+        ptr(tokens.present, done), y, layout.scale, tokens.token_scale, ptr(layout.bias, layout.scale),
+        ptr(tokens.order, done), sums, done, m, n, padded, tokens.headroom,
         1.0 / tokens.headroom,
         BN=bn, BM=bm, F=len(layout.up) if factors and layout.up is not None else 0,
         R=layout.up.shape[2] if factors and layout.up is not None else 32, BIAS=layout.bias is not None,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_experts.errors import QuantExpertsError
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on the CPU, element by element: what continuous integration tests."""
 
@@ -37,6 +39,8 @@ def zeros(name: str, size: int, device: torch.device) -> Tensor:
     """
     kept = _zeros.get((name, device))
     if kept is None or kept.numel() < size:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise QuantExpertsError("A CUDA graph is captured with an input of a new size: run the model on it before.")
         if kept is not None:
             _outgrown.append(kept)
         kept = _zeros[name, device] = torch.zeros(size, dtype=torch.int32, device=device)
@@ -44,9 +48,11 @@ def zeros(name: str, size: int, device: torch.device) -> Tensor:
 
 
 def reserve(device: torch.device) -> None:
-    """Make the workspaces of a GPU, once, when the first layer is laid out for it."""
-    for name, size in RESERVED.items():
-        zeros(name, size, device)
+    """Make the workspaces of a GPU whose sizes are known, once, when the first layer is laid out for it."""
+    zeros("many tokens", MAX_BLOCKS, device)
+    if hopper(device):
+        zeros("hopper sums", MAX_PROGRAMS * LARGEST_TILE, device)
+        zeros("hopper shares", MAX_PROGRAMS * 2, device)
 
 
 MAX_BLOCKS = 1 << 16
@@ -55,11 +61,6 @@ MAX_PROGRAMS = 160
 """Programs of the Hopper kernel, at most the multiprocessors of a GPU of that generation."""
 LARGEST_TILE = 256 * 128
 """Sums in a tile of the Hopper kernel."""
-RESERVED = {
-    "many tokens": MAX_BLOCKS,
-    "hopper sums": MAX_PROGRAMS * LARGEST_TILE,
-    "hopper shares": MAX_PROGRAMS * 2,
-}
 
 
 @cache
@@ -72,3 +73,17 @@ def hopper(device: torch.device) -> bool:
 def programs(device: torch.device) -> int:
     """Multiprocessors of a GPU; a small number in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use; plenty in the interpreter."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def ptr(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor for a pointer argument that the kernel does not read where there is none."""
+    return other if tensor is None else tensor

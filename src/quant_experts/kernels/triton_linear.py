@@ -51,7 +51,7 @@ def sums(
         low, high = unpack(packed, ASSEMBLY)
         total = tl.dot(low, x_low, total, out_dtype=tl.int32)
         total = tl.dot(high, x_high, total, out_dtype=tl.int32)
-        weight_at += N.to(tl.int64) * 64
+        weight_at += tl.cast(N, tl.int64) * 64
         codes_at += 128
     return total
 
@@ -59,13 +59,13 @@ def sums(
 @triton.jit
 def finish(
     total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, order_ptr, M,
-    N, headroom, unit, token_tile, BM: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
+    N, headroom, inverse_headroom, token_tile, BM: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
     SORTED: tl.constexpr,
 ):  # fmt: skip
     """Scales, experts, bias; write (tokens, rows) of y in the order of the input."""
     row = tl.minimum(rows, N - 1)
     token = tl.minimum(tokens, M - 1)
-    y = total.to(tl.float32) * (tl.load(scale_ptr + row) * (0.0625 * unit))[:, None]
+    y = total.to(tl.float32) * (tl.load(scale_ptr + row) * (0.0625 * inverse_headroom))[:, None]
     if F > 0:
         block = token_tile * (BM // 16) + tl.arange(0, BM // 16)
         present = tl.reduce(tl.load(present_ptr + block, mask=block * 16 < M, other=0), 0, bitwise_or)
@@ -88,12 +88,12 @@ def finish(
 @triton.jit
 def linear(
     weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, order_ptr,
-    sums_ptr, done_ptr, M, N, Kp, headroom, unit,
+    sums_ptr, done_ptr, M, N, Kp, headroom, inverse_headroom,
     BN: tl.constexpr, BM: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, SORTED: tl.constexpr,
     SHARES: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: row tiles x token tiles x SHARES.
-    unit: 1 / headroom, exact because a power of two."""
+    inverse_headroom: 1 / headroom, exact because a power of two."""
     wait_for_previous_kernel(PDL)
     row_tile, token_tile, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = row_tile * BN + tl.arange(0, BN)
@@ -109,7 +109,7 @@ def linear(
     if SHARES == 1:
         finish(
             total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr,
-            order_ptr, M, N, headroom, unit, token_tile, BM, F, R, BIAS, SORTED,
+            order_ptr, M, N, headroom, inverse_headroom, token_tile, BM, F, R, BIAS, SORTED,
         )  # fmt: skip
     else:
         tile = token_tile * tl.num_programs(0) + row_tile
@@ -125,5 +125,5 @@ def linear(
             tl.store(done_ptr + tile, 0)
             finish(
                 total, rows, tokens, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr,
-                order_ptr, M, N, headroom, unit, token_tile, BM, F, R, BIAS, SORTED,
+                order_ptr, M, N, headroom, inverse_headroom, token_tile, BM, F, R, BIAS, SORTED,
             )  # fmt: skip

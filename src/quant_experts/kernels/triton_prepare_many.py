@@ -50,7 +50,7 @@ def measure(
     scores = tl.zeros((ROWS, WIDTH), tl.float32)
     most = tl.zeros((ROWS, 128), tl.float32)
     steps = Kp // 128
-    for step in tl.range(piece * steps // SLICES, (piece + 1) * steps // SLICES, num_stages=STAGES + 1):
+    for step in tl.range(piece * steps // SLICES, (piece + 1) * steps // SLICES, num_stages=STAGES):
         columns = step * 128 + tl.arange(0, 128)
         x = load_raw(x_ptr, token, token < M, columns, K)
         most = nan_max(most, tl.abs(transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)))
@@ -173,12 +173,12 @@ def store_hidden(
 @triton.jit
 def convert(
     x_ptr, inverse_ptr, signs_ptr, projection_ptr, code_scale_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr,
-    token_scale_ptr, sorted_expert_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr, M, K, Kp, MEASURED, SLICES,
+    token_scale_ptr, sorted_expert_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr, M, K, Kp, SLICES,
     inverse_headroom, LARGEST: tl.constexpr, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
     CODES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Codes, scales and hidden values of ROWS places of the sorted order. MEASURED: slices of `measure`."""
+    """Codes, scales and hidden values of ROWS places of the sorted order. SLICES: also of `measure`."""
     wait_for_previous_kernel(PDL)
     block, piece = tl.program_id(0), tl.program_id(1)
     place = block * ROWS + tl.arange(0, ROWS)
@@ -188,7 +188,7 @@ def convert(
         token = tl.load(order_ptr + place, mask=place < M, other=0)
         expert = tl.load(expert_ptr + token, mask=place < M, other=0)
     slices = tl.arange(0, 32)[:, None]
-    most = tl.load(absmax_ptr + slices * M + token[None, :], mask=(slices < MEASURED) & (place < M)[None, :], other=0.0)
+    most = tl.load(absmax_ptr + slices * M + token[None, :], mask=(slices < SLICES) & (place < M)[None, :], other=0.0)
     scale = token_scale(tl.reduce(most, 0, nan_max), LARGEST)
     finite = scale == scale  # others are read as zeros, which gives zero codes
     inverse = reciprocal(tl.where(finite, scale, 1.0))

@@ -105,8 +105,8 @@ def rounded(steps):
 @triton.jit
 def add_product(total, left, right):
     """total + left times right (2 or 3 axes), one of them weights, one tokens: integers; or float32 weights, in three
-    products of 11 bits; or bfloat16 weights, with tokens in as many parts of 8 bits as their type needs, so that
-    products are exact. Sums are float32."""
+    products of 11 bits; or bfloat16 weights, with tokens of other types in three parts of 8 bits, so that products are
+    exact. Sums are float32."""
     if left.dtype == tl.int8:
         return tl.dot(left, right, total, out_dtype=tl.int32)
     elif left.dtype == tl.float32 and right.dtype != tl.bfloat16:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant_experts.kernels import reference
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
-from quant_experts.kernels.triton_launch import INTERPRETED, options, overlapped, programs, zeros
+from quant_experts.kernels.triton_launch import INTERPRETED, options, overlapped, programs, ptr, zeros
 from quant_experts.kernels.weight_only_layout import (
     BLOCK,
     GroupLayout,
@@ -116,7 +116,7 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     rotation = 0 if layout.signs is None else layout.rotation
     chunk = min(CHUNK, max(1 << (padded - 1).bit_length(), 16 * rotation))
     scale_tokens[(m, -(-padded // chunk) if m <= 64 else 1)](
-        x, _or(inverse, unit), _or(layout.signs, unit), values, unit, k, padded, CHUNK=chunk, ROT=rotation,
+        x, ptr(inverse, unit), ptr(layout.signs, unit), values, unit, k, padded, CHUNK=chunk, ROT=rotation,
         SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=8, **options(device),
     )  # fmt: skip
     if hidden is not None:
@@ -141,8 +141,8 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     up = layout.up if prepared.hidden is not None else None
     ahead = tile.tokens <= 64 and overlapped(device)
     kernel[(tiles, shares)](
-        layout.low, _or(layout.high, layout.low), layout.pairs, prepared.values, _or(up, y), _or(prepared.hidden, y),
-        _or(prepared.expert, y), prepared.unit, layout.scale, _or(layout.bias, layout.scale), y, sums,
+        layout.low, ptr(layout.high, layout.low), layout.pairs, prepared.values, ptr(up, y), ptr(prepared.hidden, y),
+        ptr(prepared.expert, y), prepared.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums,
         _counters(device), m, n, padded, shares, prepared.headroom,
         BITS=layout.bits, PER=layout.pieces, F=0 if up is None else len(up), E=0 if up is None else prepared.experts,
         R=32 if up is None else up.shape[2], BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND,
@@ -165,8 +165,8 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
     shares = _shares(blocks * chunks, padded // 128, programs(device))
     sums = torch.empty(blocks * chunks * shares * rows * max(chunk, experts) if shares > 1 else 1, device=device)
     project[(blocks, chunks, shares)](
-        x, _or(inverse, sums), tokens.values, tokens.unit, layout.down, _or(router, layout.down),
-        _or(layout.router_bias, sums), tokens.hidden, _or(tokens.expert, sums), sums, _counters(device), m, x.shape[1],
+        x, ptr(inverse, sums), tokens.values, tokens.unit, layout.down, ptr(router, layout.down),
+        ptr(layout.router_bias, sums), tokens.hidden, ptr(tokens.expert, sums), sums, _counters(device), m, x.shape[1],
         padded, shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts,
         ROWS=rows, AHEAD=8 if m <= 16 and overlapped(device) else 0, SPLIT=shares > 1, STAGES=4,
         SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps, **options(device),
@@ -196,8 +196,3 @@ def _shares(tiles: int, steps: int, wanted: int) -> int:
 
 def _counters(device: torch.device) -> Tensor:
     return zeros("weight-only shares", MAX_TILES, device)
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A tensor for a pointer argument that the kernel does not read."""
-    return other if tensor is None else tensor

@@ -17,25 +17,22 @@ power of two, at least 32.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
+from quant_experts.kernels.gpu_factors import ROTATIONS, headroom_of, stack_factors
+from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 from quant_experts.kernels.reference import hadamard
 
 PIECE = 32
 """Input channels of one matrix product."""
 BLOCK = 256
 """Input channels are padded to a multiple of this."""
-MIN_RANK = 32
 MIN_EXPERTS = 16
 """Least columns of a matrix product."""
-ROTATIONS = (16, 32, 64, 128)
-"""Sizes that the kernel rotates by; others are rotated before."""
 EXPONENT = 1024
 """Float16 numbers from here to 2047 are this plus their low bits."""
 
@@ -152,29 +149,14 @@ def pack_scales(scale: Tensor, zero_point: Tensor | None, bits: int) -> tuple[Te
     return pairs.view(torch.int32)[..., 0], row.contiguous()
 
 
-def _stack(shared: Factor | None, routed: Factor | None, rank_dim: int) -> Tensor | None:
-    """Shared (...) and routed (E, ...) factors -> (F, ...) float32, rank padded with zeros."""
-    parts = [shared.float()[None]] if shared is not None else []
-    parts += [routed.float()] if routed is not None else []
-    if not parts:
-        return None
-    rank = max(MIN_RANK, 1 << (max(part.shape[rank_dim] for part in parts) - 1).bit_length())
-
-    def pad(part: Tensor) -> Tensor:
-        missing = rank - part.shape[rank_dim]
-        return functional.pad(part, (0, missing) if rank_dim == 2 else (0, 0, 0, missing))
-
-    return torch.cat([pad(part) for part in parts])
-
-
 def pack_group(group: GroupOperands, columns: int, device: torch.device) -> GroupLayout:
     """Pad and stack a group's tensors; columns: K. Reads values on the host: call it once, after loading."""
     missing = max(1, -(-columns // BLOCK)) * BLOCK - columns
-    down, router = _stack(group.shared_down, group.routed_down, 1), group.router_weight
+    down, router = stack_factors(group.shared_down, group.routed_down, 1), group.router_weight
     factors, headroom = 0 if down is None else len(down), 1.0
     if down is not None:
         largest = 4 * max(1, group.rotation) ** 0.5 * float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
-        headroom = 2.0 ** (math.ceil(math.log2(max(largest, 1e-20))) - 15)
+        headroom = headroom_of(largest)
         down = functional.pad(down.half(), (0, missing)).flatten(0, 1).contiguous()
     if router is not None:
         padded = max(MIN_EXPERTS, 1 << (len(router) - 1).bit_length())
@@ -203,13 +185,14 @@ def pack_linear(linears: list[LinearOperands]) -> LinearLayout:
     zeros = [linear.zero_point for linear in linears if linear.zero_point is not None]
     zero_point = torch.cat(zeros) if zeros else None  # a scheme's: all of them or none
     pairs, row_scale = pack_scales(scale, zero_point, 4 if high is None else 3)
-    ups = [up for linear in linears if (up := _stack(linear.shared_up, linear.routed_up, 2)) is not None]
+    ups = [up for linear in linears if (up := stack_factors(linear.shared_up, linear.routed_up, 2)) is not None]
     biases = [linear.scale.new_zeros(len(linear.codes)) if linear.bias is None else linear.bias for linear in linears]
     one_scale = len(pairs) == 1
     size = 1 << 30 if one_scale else linears[0].group_size
     assert size is not None, "several scales a row are those of groups"
     if not one_scale:  # of groups of padding
-        pairs = functional.pad(pairs, (0, 0, 0, -(-codes.shape[1] // BLOCK) * BLOCK // size - len(pairs)))
+        padded = -(-codes.shape[1] // BLOCK) * BLOCK
+        pairs = functional.pad(pairs, (0, 0, 0, max(0, -(-padded // size) - len(pairs))))
     return LinearLayout(
         low=low,
         high=high,

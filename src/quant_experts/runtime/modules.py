@@ -66,6 +66,7 @@ class InputGroup(nn.Module):
         """(input, its version, outputs that linears have yet to take, by their place in the group)"""
         self._linears: list[QuantizedLinear] = []
         self._stack: Any = None
+        self._stacked_for = torch.float32
         """The group's tensors and its stacked weights as the backend lays them out, where it wants that."""
         self._register_number()
 
@@ -123,9 +124,11 @@ class InputGroup(nn.Module):
             prepared = backend.prepare(flat, self.operands())
             parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
         else:
+            if x.dtype == torch.float32 and self._stacked_for != torch.float32:
+                self.unstack()  # laid out for a type of fewer bits
             if self._stack is None:
                 linears = [linear.operands() for linear in self._linears]
-                self._stack = backend.layout.pack(self.operands(), linears, x.dtype)
+                self._stack, self._stacked_for = backend.layout.pack(self.operands(), linears, x.dtype), x.dtype
                 for linear in self._linears:  # the layout holds them in fewer bytes
                     linear.weight_codes = None
             parts = [backend.layout.apply(flat, self._stack)]
