@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quant_experts.kernels import cpu_int8, reference
-from quant_experts.kernels.operands import Factor, GroupOperands
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 SIZES = [(1, 1, 1), (1, 7, 3), (1, 2048, 5), (2, 1, 3), (17, 33, 9), (16, 64, 64), (31, 257, 129)]
 EMPTY = [(0, 5, 3), (3, 5, 0), (3, 0, 2)]
@@ -77,17 +77,22 @@ def group_operands(k: int, experts: int, rank: int, bits: int, seed: int) -> Gro
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("block", [cpu_int8.BLOCK, 100])
 @pytest.mark.parametrize(("rows", "experts"), [(0, 3), (1, 3), (50, 1), (50, 4), (3, 9)])
-def test_prepared_rows_are_the_references_sorted_by_expert(rows: int, experts: int, bits: int) -> None:
+def test_prepared_rows_are_the_references_sorted_by_expert(
+    rows: int, experts: int, bits: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_int8, "BLOCK", block)  # 100: blocks of four rows
     group = group_operands(21, experts, 3, bits, seed=rows + experts)
     x = torch.randn(rows, 21, generator=torch.Generator().manual_seed(bits))
     ours, plain = cpu_int8.prepare(x, group), reference.prepare(x, group)
-    assert ours.restore is not None and sorted(ours.restore.tolist()) == list(range(rows))
+    restore = torch.arange(rows) if ours.restore is None else ours.restore
+    assert sorted(restore.tolist()) == list(range(rows))
     assert ours.expert.tolist() == sorted(plain.expert.tolist())
     for key in ("codes", "token_scale", "expert"):
-        assert torch.equal(getattr(ours, key)[ours.restore], getattr(plain, key)), key
+        assert torch.equal(getattr(ours, key)[restore], getattr(plain, key)), key
     for key in ("shared_hidden", "routed_hidden"):
-        torch.testing.assert_close(getattr(ours, key)[ours.restore], getattr(plain, key), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(ours, key)[restore], getattr(plain, key), rtol=1e-5, atol=1e-5)
 
 
 def test_hidden_values_of_codes_are_the_references_and_the_formula() -> None:
@@ -123,3 +128,33 @@ def test_codes_of_zero_and_non_finite_tokens_are_the_references() -> None:
     x[1], x[2, 2], x[3, 0], x[4, 4] = 0, torch.nan, torch.inf, -torch.inf
     for ours, plain in zip(cpu_int8.quantize_tokens(x, 8), reference.quantize_tokens(x, 8), strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 1), (0, 4), (3, 0), (67, 1031), (300, 2000)])
+def test_outputs_are_the_sums_scaled(rows: int, outputs: int) -> None:
+    """To the bit: sums become floats in their own memory, and none may be read after it was overwritten."""
+    generator = torch.Generator().manual_seed(rows)
+    scale = torch.rand(outputs, 1, generator=generator) + 0.1
+    weight = LinearOperands(codes(outputs, 24, seed=3, extreme=False), scale, None, None, None, None, None)
+    group = GroupOperands(8, None, 0, None, None, None, None)
+    prepared = cpu_int8.prepare(torch.randn(rows, 24, generator=generator), group)
+    sums = reference.integer_product(prepared.codes, weight.codes)
+    assert torch.equal(cpu_int8.linear(prepared, weight), sums.float() * scale.T * prepared.token_scale)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_token_among_experts_leaves_the_others_alone(bad: float) -> None:
+    group = group_operands(21, 4, 3, 8, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    up, routed_up = (Factor(torch.randn(*shape, generator=generator).half(), None) for shape in ((9, 3), (4, 9, 3)))
+    scale = torch.rand(9, 1, generator=generator)
+    weight = LinearOperands(codes(9, 21, seed=4, extreme=False), scale, None, None, up, routed_up, None)
+    x = torch.randn(40, 21, generator=generator)
+    for rows in (slice(0, 40), slice(7, 8)):
+        spoiled = x.clone()
+        spoiled[7, 5] = bad
+        y = cpu_int8.linear(cpu_int8.prepare(spoiled[rows], group), weight)
+        expected = cpu_int8.linear(cpu_int8.prepare(x[rows], group), weight)
+        kept = torch.arange(40)[rows] != 7
+        assert y[~kept].isnan().all()
+        torch.testing.assert_close(y[kept], expected[kept], rtol=1e-5, atol=1e-5)

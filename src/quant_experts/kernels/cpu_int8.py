@@ -4,6 +4,10 @@ Tokens are sorted by expert in `prepare`, so that each expert works on one conti
 place; one gather at the end of `linear` restores the order. Rejected: masking per expert as the reference does (each
 mask costs a gather and a scatter of M x N values), and one dense product over the factors of all experts (E times the
 multiplications).
+
+A pass that writes fresh memory spends most of its time on page faults, so passes over M x K or M x N values work in
+place or on blocks of rows. Rejected: the output in blocks of columns that stay in cache (the integer product and the
+experts' become slower than the passes become faster).
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from torch import Tensor
 
 from quant_experts.kernels import reference
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
+
+BLOCK = 2**19
+"""Float32 values in a block of rows: two megabytes, which memory that was freed before can hold."""
 
 
 @cache
@@ -52,22 +59,28 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return reference.quantize_tokens(x, bits)
     absmax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
     scale = absmax / largest
-    if not bool((scale.isfinite() & (absmax >= reference.SMALLEST)).all()):
+    low, high = (bound.item() for bound in absmax.aminmax())  # NaN where there is one
+    if not (low >= reference.SMALLEST and high < torch.inf):
         return reference.quantize_tokens(x, bits)
     # No clamp: |x| / (absmax / largest) exceeds `largest` by rounding only, far less than one half.
-    return (x * scale.reciprocal()).round_().to(torch.int8), scale
+    codes, steps = torch.empty(x.shape, dtype=torch.int8), scale.reciprocal()
+    for rows in _row_blocks(*x.shape):
+        codes[rows] = (x[rows] * steps[rows]).round_()
+    return codes, scale
 
 
 def prepare(x: Tensor, group: GroupOperands) -> Prepared:
-    """As `reference.prepare`, rows sorted by expert."""
+    """As `reference.prepare`, rows sorted by expert where there are several."""
     x = reference.transform(x, group)
     restore = expert = routed_hidden = None
     if group.routed_down is not None:
         assert group.router_weight is not None and group.router_bias is not None
-        expert = reference.route(x, group.router_weight, group.router_bias)
-        expert, order = torch.sort(expert, stable=True)
-        restore = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
-        x = x.index_select(0, order)  # several times faster than x[order]
+        weight, bias = group.router_weight.float(), group.router_bias.float()
+        expert = torch.cat([reference.route(x[rows], weight, bias) for rows in _row_blocks(*x.shape)])
+        if len(x) > 1:
+            expert, order = torch.sort(expert, stable=True)
+            restore = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+            x = x.index_select(0, order)  # several times faster than x[order]
         routed_hidden = x.new_empty(len(x), group.routed_down.shape[1])
         for e, rows in _slices(expert, len(group.routed_down)):
             routed_hidden[rows] = x[rows] @ group.routed_down[e].float().T
@@ -97,8 +110,16 @@ def linear(prepared: Prepared, weight: LinearOperands) -> Tensor:
     return y if prepared.restore is None else y.index_select(0, prepared.restore)
 
 
+def _row_blocks(m: int, k: int) -> list[slice]:
+    """Slices of rows of a matrix (M, K), one at least."""
+    size = max(1, BLOCK // max(1, k))
+    return [slice(start, start + size) for start in range(0, max(1, m), size)]
+
+
 def _slices(sorted_expert: Tensor, experts: int) -> list[tuple[int, slice]]:
     """(expert, its rows) for each expert that has any, given expert indices in ascending order."""
+    if len(sorted_expert) == 1:
+        return [(int(sorted_expert), slice(0, 1))]
     ends = torch.bincount(sorted_expert, minlength=experts).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     return [(e, slice(start, end)) for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
@@ -113,7 +134,8 @@ def _base_product(prepared: Prepared, weight: LinearOperands) -> Tensor:
         product = integer_product(x.contiguous(), codes)
         if weight.zero_point is not None:
             product -= x.sum(dim=1, dtype=torch.int32)[:, None] * weight.zero_point[:, g].int()
-        part = product.float().mul_(weight.scale[:, g])  # one pass more than int32 * float32, and still faster
+        # In the product's own memory; one pass more than int32 * float32, and still faster.
+        part = product.view(torch.float32).copy_(product).mul_(weight.scale[:, g])
         total = part if total is None else total.add_(part)
     assert total is not None
     return total.mul_(prepared.token_scale)
