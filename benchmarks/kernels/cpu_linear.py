@@ -4,8 +4,10 @@
 
 writes cpu_linear.json and cpu_linear.md. Shapes are those of Qwen2-VL-2B. A group is run as the modules run it: its
 input prepared once, then each of its linears. `_int_mm` has its activation codes already and leaves int32 sums: what is
-beside it in our time is quantization, scales, experts and the order of rows. All kinds take turns in every round, on
-weights of their own, and ratios are taken within a round, so that other work on the machine meets all of them alike.
+beside it in our time is quantization, scales, experts and the order of rows. "Factors alone" are the least products
+that experts ask for, on float32 factors that are ready, into memory that is ready: `_int_mm / (_int_mm + factors)`
+bounds what `_int_mm / experts` can be. All kinds take turns in every round, on weights of their own, and ratios are
+taken within a round, so that other work on the machine meets all of them alike.
 Spreads are from the 10th to the 90th percentile.
 """
 
@@ -39,12 +41,13 @@ TOKENS = (1, 16, 128, 512)
 RANK, EXPERTS = 32, 8
 DEFAULT = RECIPES["quant-experts"]
 BASELINES = {"fp32": "fp32 `linear`", "int_mm": "`_int_mm` alone"}
+FACTORS = {"factors": f"float32 products of rank {RANK} + {RANK} and a router's of {EXPERTS}"}
 OURS = {
     "without_experts": "no experts",
     "with_experts": f"{EXPERTS} routed experts and a shared one, rank {RANK} + {RANK}",
     "default": f"default recipe: static expert of rank {DEFAULT.shared_rank} that reads codes, rotation",
 }
-KINDS = (*BASELINES, *OURS)
+KINDS = (*BASELINES, *FACTORS, *OURS)
 ROUNDS = {1: 200, 16: 100, 128: 40, 512: 15}
 
 Shapes = dict[str, tuple[tuple[int, ...], int]]
@@ -99,6 +102,16 @@ def work(widths: Sequence[int], k: int, m: int, kind: str) -> Work:
     if kind == "fp32":
         weights = [torch.randn(n, k, generator=generator) for n in widths]
         return lambda: [torch.nn.functional.linear(x, w) for w in weights]
+    if kind == "factors":
+        down = torch.randn(k, 2 * RANK + EXPERTS, generator=generator)
+        ups = [torch.randn(2 * RANK, n, generator=generator) for n in widths]
+        outputs = [torch.zeros(m, n) for n in widths]
+
+        def products() -> list[Tensor]:
+            hidden = (x @ down)[:, : 2 * RANK]
+            return [torch.mm(hidden, up, out=y) for up, y in zip(ups, outputs, strict=True)]
+
+        return products
     group, linears = operands(widths, k, kind, seed=k)
     if kind == "int_mm":
         x_codes = (x * 30).to(torch.int8)
@@ -122,6 +135,8 @@ def summary(group: str, m: int, times: dict[str, list[float]]) -> dict[str, Any]
     """Times in microseconds by kind and round -> one row of the result."""
     row: dict[str, Any] = {"group": group, "tokens": m, "rounds": len(times["fp32"])}
     row["microseconds"] = {kind: spread(values) for kind, values in times.items()}
+    integer, factors = times["int_mm"], times["factors"]
+    row["bound with experts"] = spread([a / (a + b) for a, b in zip(integer, factors, strict=True)])
     for base in BASELINES:
         row[f"{base} / ours"] = {
             kind: spread([a / b for a, b in zip(times[base], times[kind], strict=True)]) for kind in OURS
@@ -147,14 +162,15 @@ def measure(shapes: Shapes, m: int, rounds: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: blocks, then their groups."""
     text = "Microseconds, medians of rounds; ratios (10th to 90th percentile), above 1 where ours is faster\n\n"
-    text += "| group | tokens | fp32 | `_int_mm` | no experts | experts | default "
-    text += "| `_int_mm` / no experts | `_int_mm` / experts | `_int_mm` / default "
-    text += "| fp32 / no experts | fp32 / experts | fp32 / default |\n| --- " + "| ---: " * 12 + "|\n"
+    text += "| group | tokens | fp32 | `_int_mm` | factors alone | no experts | experts | default "
+    text += "| `_int_mm` / no experts | `_int_mm` / experts | `_int_mm` / default | bound with experts "
+    text += "| fp32 / no experts | fp32 / experts | fp32 / default |\n| --- " + "| ---: " * 14 + "|\n"
     for row in sorted(rows, key=lambda row: row["group"] != "block"):
         cells = [f"{row['microseconds'][kind]['median']:.0f}" for kind in KINDS]
         for base in ("int_mm", "fp32"):
             ratios = row[f"{base} / ours"].values()
             cells += [f"{r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for r in ratios]
+            cells += [f"{row['bound with experts']['median']:.2f}"] if base == "int_mm" else []
         text += f"| {row['group']} | {row['tokens']} | {' | '.join(cells)} |\n"
     return text
 
@@ -186,7 +202,7 @@ def main() -> None:
         "threads": arguments.threads,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": commit.stdout.strip(),
-        "kinds": BASELINES | OURS,
+        "kinds": BASELINES | FACTORS | OURS,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

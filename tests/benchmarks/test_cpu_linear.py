@@ -31,10 +31,10 @@ def test_tables_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_summary_takes_ratios_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     cpu_linear = import_module("cpu_linear")
-    times = {"fp32": [8.0, 80.0, 8.0], "int_mm": [2.0, 20.0, 2.0]} | {
-        kind: [4.0, 40.0, 4.0] for kind in cpu_linear.OURS
-    }
+    times = {"fp32": [8.0, 80.0, 8.0], "int_mm": [2.0, 20.0, 2.0], "factors": [0.5, 5.0, 0.5]}
+    times |= {kind: [4.0, 40.0, 4.0] for kind in cpu_linear.OURS}
     row = cpu_linear.summary("one", 1, times)
+    assert row["bound with experts"]["median"] == 0.8
     for kind in cpu_linear.OURS:
         assert row["int_mm / ours"][kind] == {"median": 0.5, "low": 0.5, "high": 0.5}
         assert row["fp32 / ours"][kind]["median"] == 2
