@@ -66,8 +66,9 @@ class InputGroup(nn.Module):
         """(input, its version, outputs that linears have yet to take, by their place in the group)"""
         self._linears: list[QuantizedLinear] = []
         self._stack: Any = None
-        self._stacked_for = torch.float32
         """The group's tensors and its stacked weights as the backend lays them out, where it wants that."""
+        self._stacked_for = torch.float32
+        """The dtype of the input that they were laid out for."""
         self._register_number()
 
     def _register_number(self) -> None:
