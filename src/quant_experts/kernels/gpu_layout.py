@@ -94,6 +94,9 @@ class Tokens(Prepared):
     """(ceil(M / 16),) int32: bit f is set where factor f serves one of those tokens"""
     order: Tensor | None = None
     """(M,) int32"""
+    hidden_comes_later: bool = False
+    """Whether a kernel that starts while the last one of `prepare` still runs finds its codes complete, and must wait
+    for `hidden` and `present` only."""
     dtype: torch.dtype = torch.float32
     """Of the input, and so of the output."""
 
@@ -114,8 +117,8 @@ def unpack_codes(weight: Tensor, columns: int) -> Tensor:
 
 
 def padded_experts(experts: int) -> int:
-    """Experts as the kernels count them: a power of two, at least 4."""
-    return 1 << max(3, experts - 1).bit_length()
+    """Experts as the kernels count them: a power of two, at least 8, which makes 32 rows of router weights."""
+    return 1 << max(7, experts - 1).bit_length()
 
 
 def router_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,9 +19,9 @@ HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2
 
 
 @cache
-def config(m: int, n: int, k: int, factors: int, rank: int, bias: bool, sort: bool) -> Config:
+def config(m: int, n: int, k: int, factors: int, rank: int, bias: bool, sort: bool, later: bool) -> Config:
     """Tile sizes for a shape, as measured on an H200 (docs/performance.md)."""
-    flags: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, BIAS=bias, SORTED=sort)
+    flags: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, BIAS=bias, SORTED=sort, LATER=later)
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **flags)
@@ -45,7 +45,9 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     (m, k), n, device = tokens.codes.shape, layout.out_features, y.device
     up, hidden = layout.up, tokens.hidden
     factors, rank = (0, 32) if up is None or hidden is None else (up.shape[0], up.shape[2])
-    c = chosen or config(m, n, k, factors, rank, layout.bias is not None, tokens.order is not None)
+    c = chosen or config(
+        m, n, k, factors, rank, layout.bias is not None, tokens.order is not None, tokens.hidden_comes_later
+    )
     bn, bm = c.BN.value, c.BM.value
     weight_rows = descriptor(layout.weight.view(-1, BLOCK // 2), bn, BLOCK // 2)
     token_rows = descriptor(tokens.codes, bm, BLOCK // 2)

@@ -38,22 +38,23 @@ from quant_experts.kernels.triton_launch import (
     zeros,
 )
 
-FEW_TOKENS = 16
+FEW_TOKENS = 17 if INTERPRETED else 256
 """Up to here `triton_prepare` prepares, above `triton_prepare_many`."""
 LINEAR_FEW = 8
 """Up to here `triton_linear_few` multiplies."""
 FEW_TILE = dict(BN=32, WAYS=4, STAGES=4)
 """Its tile."""
-RANK_CHUNK = 16
-"""Rows of the projection that one program takes when tokens are few."""
-FEW_SLICES = 8
-"""Programs that share the input channels then."""
-CHUNK = 4096
+FEW_SLICES = 10
+"""Programs that share the input channels of up to 16 tokens."""
+CHUNK = 256 if INTERPRETED else 4096
 """Input channels that one program quantizes of a token when tokens are few."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that one program takes when tokens are many."""
-PROJECT = dict(WAYS=2 if INTERPRETED else 8, STAGES=1)
-"""Warps and stages of a program that projects few tokens."""
+ONE_TOKEN_BLOCK = dict(RC=16, BM=16, WAYS=2 if INTERPRETED else 8, STAGES=1)
+"""Rows of the projection, tokens, warps with channels of their own and stages of a program that projects up to 16
+tokens."""
+TOKEN_BLOCKS = dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1, STAGES=3)
+"""Likewise for more."""
 MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
 WAVES = 2
@@ -161,38 +162,42 @@ def _inputs(x: Tensor, layout: GroupLayout) -> tuple[tuple[Tensor, ...], dict[st
 
 
 def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare import prepare_few, project_codes_few, settle
+    from quant_experts.kernels.triton_prepare import largest, project, quantize, settle
 
     tokens = _allocate(x, layout)
     assert tokens.codes is not None
     (m, k), padded, device = x.shape, tokens.codes.shape[1], x.device
     inputs, flags = _inputs(x, layout)
     chunk = min(CHUNK, 1 << (padded - 1).bit_length())
-    parts, slices, total, sums = -(-padded // chunk), min(FEW_SLICES, -(-padded // BLOCK // PROJECT["WAYS"])), 0, None
-    reads_codes = layout.code_scale is not None
-    if layout.projection is not None:
-        total = layout.projection.shape[1]
-        sums = torch.empty(slices, m, total, dtype=torch.int32 if reads_codes else torch.float32, device=device)
-    tiles = dict(RC=RANK_CHUNK, BM=8 if m <= 8 else 16, **PROJECT)
-    project = 0 if reads_codes else total
-    prepare_few[(m * parts + project // RANK_CHUNK * slices,)](
-        *inputs, ptr(layout.projection, x), ptr(sums, x), tokens.codes, tokens.token_scale, slices, parts, m, k, padded,
-        LARGEST=_largest(layout), FACTOR_ROWS=layout.factors * layout.rank, TOTAL=project, CHUNK=chunk,
-        WHOLE=padded <= chunk, **tiles, **flags,
-        num_warps=PROJECT["WAYS"], enable_fp_fusion=False, **options(device),
+    parts = -(-padded // chunk)
+    part = dict(CHUNK=chunk, num_warps=4, enable_fp_fusion=False, **flags, **options(device))
+    most = torch.empty(m, parts, device=device)
+    if parts > 1:
+        largest[(m, parts)](*inputs, most, k, **part)
+    quantize[(m, parts)](
+        *inputs, most, tokens.codes, tokens.token_scale, k, padded, LARGEST=_largest(layout),
+        PARTS=1 << (parts - 1).bit_length(), **part,
     )  # fmt: skip
-    if reads_codes:
-        project_codes_few[(total // RANK_CHUNK * slices,)](
-            tokens.codes, layout.projection, sums, slices, m, padded, TOTAL=total, **tiles, PDL=flags["PDL"],
-            num_warps=PROJECT["WAYS"], **options(device),
-        )  # fmt: skip
-    if sums is None:
+    if layout.projection is None:
         return tokens
-    tokens = _with_hidden(tokens, layout)
-    settle[(layout.factors,)](
+    reads_codes, total = layout.code_scale is not None, layout.projection.shape[1]
+    tile = ONE_TOKEN_BLOCK if m <= 16 else TOKEN_BLOCKS
+    tile = dict(tile, BM=8 if m <= 8 else tile["BM"])
+    tiles = -(-m // tile["BM"]) * (total // tile["RC"])
+    shares = FEW_SLICES if m <= 16 else min(MAX_SLICES, 2 * programs(device) // tiles)
+    slices = max(1, min(-(-padded // BLOCK // tile["WAYS"]), shares))
+    sums = torch.empty(slices, m, total, dtype=torch.int32 if reads_codes else torch.float32, device=device)
+    project[(tiles * slices,)](
+        tokens.codes if reads_codes else x, layout.projection, sums, slices, m, padded if reads_codes else k, padded,
+        FACTOR_ROWS=layout.factors * layout.rank, TOTAL=total, **tile, PDL=flags["PDL"],
+        num_warps=max(4, tile["WAYS"]), **options(device),
+    )  # fmt: skip
+    tokens = replace(_with_hidden(tokens, layout), hidden_comes_later=True)
+    settle[(layout.factors, -(-m // MASK_TOKENS))](
         sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.token_scale, tokens.hidden,
         tokens.present, ptr(tokens.expert, sums), m, slices, 1.0 / layout.headroom, F=layout.factors, E=layout.experts,
-        EP=padded_experts(layout.experts), R=layout.rank, TOTAL=total, SLICES=FEW_SLICES, CODES=reads_codes,
+        EP=padded_experts(layout.experts), R=layout.rank, TOTAL=total,
+        SLICES=1 << (slices - 1).bit_length(), CODES=reads_codes,
         PDL=flags["PDL"], num_warps=4, **options(device),
     )  # fmt: skip
     return tokens
@@ -280,8 +285,8 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     linear_few[(-(-n // FEW_TILE["BN"]),)](
         linear.weight, tokens.codes, ptr(up, linear.weight), ptr(tokens.hidden, linear.scale),
         ptr(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, ptr(linear.bias, linear.scale),
-        m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts,
-        EP=padded_experts(experts), R=rank, BIAS=linear.bias is not None, ASSEMBLY=not INTERPRETED,
+        m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8 if m <= 8 else 16, F=factors, E=experts, R=rank,
+        BIAS=linear.bias is not None, LATER=tokens.hidden_comes_later, ASSEMBLY=not INTERPRETED,
         PDL=overlapped(device), **FEW_TILE, num_warps=FEW_TILE["WAYS"], **options(device),
     )  # fmt: skip
 

@@ -30,8 +30,9 @@ def code_sums(
         block = (start + way)[:, None, None]
         there = block < steps
         packed = tl.load(weight_at + block.to(tl.int64) * N * 64, mask=there, other=0)
-        x_low = tl.load(codes_at + block * 128, mask=there & (token < M)[None, None, :], other=0)
-        x_high = tl.load(codes_at + block * 128 + 64, mask=there & (token < M)[None, None, :], other=0)
+        x_at, x_there = codes_at + block * 128, there & (token < M)[None, None, :]
+        x_low = tl.load(x_at, mask=x_there, other=0, cache_modifier=".cg")
+        x_high = tl.load(x_at + 64, mask=x_there, other=0, cache_modifier=".cg")
         low, high = unpack(packed, ASSEMBLY)
         total = tl.dot(low, x_low, total, out_dtype=tl.int32)
         total = tl.dot(high, x_high, total, out_dtype=tl.int32)
@@ -55,7 +56,7 @@ def hidden_columns(hidden_ptr, factor, token, M, F: tl.constexpr, R: tl.constexp
 def linear_few(
     weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, M, N, Kp,
     headroom, inverse_headroom, BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, F: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+    E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, LATER: tl.constexpr,
     ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (M, N), M <= BM, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs of WAYS warps: tiles of BN rows."""
@@ -63,26 +64,20 @@ def linear_few(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rows, N - 1).to(tl.int64)
     row_scale = tl.load(scale_ptr + row) * (0.0625 * inverse_headroom)
-    # What experts need is asked for before the main loop and used after it.
-    if F > E:
+    if not LATER:
+        wait_for_previous_kernel(PDL)
+    scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg") * headroom
+    if F > E:  # asked for before the main loop and used after it
         shared_up = up_rows(up_ptr, 0, row, N, R)
-    wait_for_previous_kernel(PDL)
-    scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0) * headroom
-    if F > E:
-        shared = hidden_columns(hidden_ptr, 0, token, M, F, R)
-    if E > 0:
-        present = tl.load(present_ptr) >> (F - E)
-        expert = tl.arange(0, EP)
-        first = tl.min(tl.where(((present >> expert) & 1) != 0, expert, E - 1), axis=0)
-        own = hidden_columns(hidden_ptr, F - E + first, token, M, F, R)
-        own_up = up_rows(up_ptr, F - E + first, row, N, R)
     total = code_sums(weight_ptr, codes_ptr, row, token, M, N, Kp, BN, BM, WAYS, STAGES, ASSEMBLY)
     y = total.to(tl.float32) * row_scale[:, None]
+    if LATER:
+        wait_for_previous_kernel(PDL)
     if F > E:
-        y = tl.dot(shared_up, shared, y)
+        y = tl.dot(shared_up, hidden_columns(hidden_ptr, 0, token, M, F, R), y)
     if E > 0:
-        y = tl.dot(own_up, own, y)
-        for e in range(first + 1, E):
+        present = tl.load(present_ptr) >> (F - E)
+        for e in range(E):
             if (present >> e) & 1 != 0:
                 up = up_rows(up_ptr, F - E + e, row, N, R)
                 y = tl.dot(up, hidden_columns(hidden_ptr, F - E + e, token, M, F, R), y)

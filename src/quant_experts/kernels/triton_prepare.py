@@ -1,10 +1,15 @@
-"""`prepare` for few tokens (decode): programs that quantize and programs that project, side by side in one launch, then
-a small one that chooses experts.
+"""`prepare` for up to a few hundred tokens: `quantize` (after `largest` where tokens are long), `project` and `settle`;
+without experts no more than the first.
 
-A projecting program owns a few rows of the stacked down factors and router weights and a slice of the input channels,
-and writes its sums; `settle` adds the slices, always in the same order, and keeps the hidden values of each token's own
-experts. Hidden values of all experts are computed: fewer bytes move than a launch between routing and projecting would
-cost. An expert that reads codes is projected by a launch of its own, of integers.
+A program of `project` owns rows of the stacked down factors and router weights and a slice of the input channels, and
+writes its sums; `settle` adds the slices, always in the same order, chooses experts, and keeps the hidden values of
+each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
+routing and projecting.
+
+The linear kernel after them needs codes at once and hidden values only at its end. `project` lets the next kernel start
+once codes are complete, and `settle` at once: so the linear multiplies codes while `settle` runs, and `project` of
+codes, and waits for them before it adds experts (`Tokens.hidden_comes_later`). What was written before the previous
+kernel is read past the first-level cache (".cg"), which may hold what was there before.
 
 In decode a kernel runs once through cold instruction caches, so the code is short loops. Exactness: see
 `triton_prepare_many`.
@@ -31,56 +36,34 @@ from quant_experts.kernels.triton_tokens import (
 
 
 @triton.jit
-def project_program(
-    x_ptr, projection_ptr, sums_ptr, chunk, piece, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
-    RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+def largest(
+    x_ptr, inverse_ptr, signs_ptr, largest_ptr, K, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """RC rows of the projection over one slice of the input channels, a block of 128 for each of WAYS warps."""
-    token = tl.arange(0, BM)
-    rank = chunk * RC + tl.arange(0, RC)
-    way = tl.arange(0, WAYS)
-    column = tl.arange(0, 128)
-    steps = Kp // 128
-    begin = piece * steps // slices
-    end = (piece + 1) * steps // slices
-    rows_at = projection_ptr + rank * 128
+    """Largest magnitude of CHUNK channels of a token: (M, parts). Programs: tokens x parts."""
     wait_for_previous_kernel(PDL)
-    SUMS: tl.constexpr = tl.int32 if projection_ptr.dtype.element_ty == tl.int8 else tl.float32
-    total = tl.zeros((WAYS, RC, BM), SUMS)
-    for start in tl.range(begin, end, WAYS, num_stages=STAGES):
-        block = (start + way)[:, None, None]
-        columns = block * 128 + column[None, :, None]
-        there = (block < end) & (token < M)[None, None, :] & (columns < K)
-        x = tl.load(x_ptr + token[None, None, :].to(tl.int64) * K + columns, mask=there, other=0)
-        if FACTOR_ROWS < TOTAL:
-            x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)  # the router's rows
-        at = rows_at[None, :, None] + block.to(tl.int64) * (TOTAL * 128) + column[None, None, :]
-        weight = tl.load(at, mask=block < end, other=0)
-        total = add_product(total, weight, x)
-    at = sums_ptr + (piece * M + token[None, :]) * TOTAL + rank[:, None]
-    tl.store(at, tl.sum(total, axis=0), mask=(token < M)[None, :])
+    row, part = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1)
+    columns = part * CHUNK + tl.arange(0, CHUNK)
+    z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
+    tl.store(largest_ptr + row * tl.num_programs(1) + part, tl.reduce(tl.abs(z), 1, nan_max))
 
 
 @triton.jit
-def quantize_program(
-    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, token, part, K, Kp, LARGEST: tl.constexpr,
-    CHUNK: tl.constexpr, WHOLE: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+def quantize(
+    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, K, Kp, LARGEST: tl.constexpr,
+    CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK codes of a token, after a pass over all of it for the scale. WHOLE: the chunk is all of it."""
-    row = token + tl.arange(0, 1)
+    """CHUNK codes of a token, and its scale. PARTS: of a token, padded to a power of two; if there are several, their
+    largest magnitudes are there. Programs: tokens x parts."""
+    wait_for_previous_kernel(PDL)
+    row, part = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1)
     columns = part * CHUNK + tl.arange(0, CHUNK)
-    x = load_raw(x_ptr, row, row >= 0, columns, K)
-    z = transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
-    if WHOLE:
-        absmax = tl.reduce(tl.abs(z), 1, nan_max)
-    else:
-        most = tl.zeros((1, CHUNK), tl.float32)
-        for start in range(0, Kp, CHUNK):
-            other = start + tl.arange(0, CHUNK)
-            x = load_raw(x_ptr, row, row >= 0, other, K)
-            most = nan_max(most, tl.abs(transformed(x, other, K, inverse_ptr, signs_ptr, SMOOTH, ROT)))
-        absmax = tl.reduce(most, 1, nan_max)
-    scale = token_scale(absmax, LARGEST)
+    z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
+    most = tl.abs(z)
+    if PARTS > 1:
+        parts, others = tl.num_programs(1), tl.arange(0, PARTS)[None, :]
+        most = tl.load(largest_ptr + row[:, None] * parts + others, mask=others < parts, other=0.0)
+    scale = token_scale(tl.reduce(most, 1, nan_max), LARGEST)
     finite = scale == scale
     steps = tl.where(finite[:, None], z * reciprocal(tl.where(finite, scale, 1.0))[:, None], 0.0)
     at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
@@ -90,40 +73,56 @@ def quantize_program(
 
 
 @triton.jit
-def prepare_few(
-    x_ptr, inverse_ptr, signs_ptr, projection_ptr, sums_ptr, codes_ptr, token_scale_ptr, slices, parts, M, K, Kp,
-    LARGEST: tl.constexpr, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
-    WAYS: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, SMOOTH: tl.constexpr,
-    ROT: tl.constexpr, PDL: tl.constexpr,
+def project(
+    x_ptr, projection_ptr, sums_ptr, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """M <= BM tokens. Programs: M * parts that quantize, then TOTAL / RC * slices that project (none if it is 0)."""
+    """Sums (slices, M, TOTAL): RC rows of the projection for BM tokens over one slice of the input channels. Programs:
+    blocks of tokens x TOTAL / RC x slices.
+
+    Codes come from the previous kernel. Values were there before it and are read while it runs; its end is waited for
+    all the same, because the linear kernel relies on it.
+    """
     program = tl.program_id(0)
-    if program < M * parts:
+    piece, chunk = program % slices, program // slices % (TOTAL // RC)
+    token = program // (slices * (TOTAL // RC)) * BM + tl.arange(0, BM)
+    rank = chunk * RC + tl.arange(0, RC)
+    steps = Kp // 128
+    begin, end = piece * steps // slices, (piece + 1) * steps // slices
+    CODES: tl.constexpr = projection_ptr.dtype.element_ty == tl.int8
+    SUMS: tl.constexpr = tl.int32 if CODES else tl.float32
+    rows_at = projection_ptr + rank * 128
+    if CODES:
         wait_for_previous_kernel(PDL)
-        quantize_program(
-            x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, program // parts, program % parts, K, Kp,
-            LARGEST, CHUNK, WHOLE, SMOOTH, ROT,
-        )  # fmt: skip
-    if TOTAL > 0:
-        program -= M * parts
-        if program >= 0:
-            project_program(
-                x_ptr, projection_ptr, sums_ptr, program // slices, program % slices, slices, M, K, Kp,
-                FACTOR_ROWS, TOTAL, RC, BM, WAYS, STAGES, PDL,
-            )  # fmt: skip
-
-
-@triton.jit
-def project_codes_few(
-    codes_ptr, projection_ptr, sums_ptr, slices, M, Kp, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
-    WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As the projecting programs of `prepare_few`, of codes. Programs: TOTAL / RC * slices."""
-    program = tl.program_id(0)
-    project_program(
-        codes_ptr, projection_ptr, sums_ptr, program // slices, program % slices, slices, M, Kp, Kp,
-        TOTAL, TOTAL, RC, BM, WAYS, STAGES, PDL,
-    )  # fmt: skip
+    if WAYS > 1:  # tokens are too few to fill a product: a block of 128 channels for each warp
+        way = tl.arange(0, WAYS)
+        column = tl.arange(0, 128)
+        total = tl.zeros((WAYS, RC, BM), SUMS)
+        for start in tl.range(begin, end, WAYS, num_stages=STAGES):
+            block = (start + way)[:, None, None]
+            columns = block * 128 + column[None, :, None]
+            there = (block < end) & (token < M)[None, None, :] & (columns < K)
+            at = x_ptr + token[None, None, :].to(tl.int64) * K + columns
+            x = tl.load(at, mask=there, other=0, cache_modifier=".cg")
+            at = rows_at[None, :, None] + block.to(tl.int64) * (TOTAL * 128) + column[None, None, :]
+            weight = tl.load(at, mask=block < end, other=0)
+            if FACTOR_ROWS < TOTAL:
+                x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)  # the router's rows
+            total = add_product(total, weight, x)
+        total = tl.trans(tl.sum(total, axis=0))
+    else:
+        total = tl.zeros((BM, RC), SUMS)
+        for step in tl.range(begin, end, num_stages=STAGES):
+            columns = step * 128 + tl.arange(0, 128)
+            x = load_raw(x_ptr, token, token < M, columns, K)
+            if FACTOR_ROWS < TOTAL:
+                x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)
+            at = rows_at[None, :] + tl.cast(step, tl.int64) * (TOTAL * 128) + tl.arange(0, 128)[:, None]
+            total = add_product(total, x, tl.load(at))
+    if not CODES:
+        wait_for_previous_kernel(PDL)
+    at = sums_ptr + (piece * M + token[:, None]) * TOTAL + rank[None, :]
+    tl.store(at, total, mask=(token < M)[:, None])
 
 
 @triton.jit
@@ -132,11 +131,13 @@ def settle(
     inverse_headroom, F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr,
     SLICES: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Experts of at most 16 tokens, and hidden values in units of scale * headroom, zeros for experts that a token does
-    not use. SLICES: slices, padded. Programs: F, one for each factor."""
-    wait_for_previous_kernel(PDL)
-    factor = tl.program_id(0)
-    token = tl.arange(0, 16)
+    """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. SLICES:
+    slices, padded. Programs: F, one for each factor, x blocks of 16 tokens."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    factor, block = tl.program_id(0), tl.program_id(1)
+    token = block * 16 + tl.arange(0, 16)
     rank = tl.arange(0, R)
     used = (token < M)[:, None]
     at = sums_ptr + token[:, None] * TOTAL
@@ -165,6 +166,6 @@ def settle(
     at = hidden_ptr + token[:, None] * (F * R) + factor * R + rank[None, :]
     tl.store(at, hidden.to(tl.float16), mask=used)
     if factor == 0:
-        tl.store(present_ptr + tl.arange(0, 1), factors_used(expert, token < M, F, E))
+        tl.store(present_ptr + block + tl.arange(0, 1), factors_used(expert, token < M, F, E))
         if E > 0:
             tl.store(expert_ptr + token, expert, mask=token < M)

@@ -28,7 +28,7 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 def load_raw(x_ptr, rows, row_mask, columns, K):
     """x (rows, columns) as it is, zero outside."""
     at = x_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    return tl.load(at, mask=row_mask[:, None] & (columns < K)[None, :], other=0.0)
+    return tl.load(at, mask=row_mask[:, None] & (columns < K)[None, :], other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
