@@ -44,17 +44,17 @@ LINEAR_FEW = 8
 """Up to here `triton_linear_few` multiplies."""
 FEW_TILE = dict(BN=32, WAYS=4, STAGES=4)
 """Its tile."""
-FEW_SLICES = 10
-"""Programs that share the input channels of up to 16 tokens."""
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels that one program quantizes of a token when tokens are few."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that one program takes when tokens are many."""
-ONE_TOKEN_BLOCK = dict(RC=16, BM=16, WAYS=2 if INTERPRETED else 8, STAGES=1)
-"""Rows of the projection, tokens, warps with channels of their own and stages of a program that projects up to 16
-tokens."""
-TOKEN_BLOCKS = dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1, STAGES=3)
-"""Likewise for more."""
+PROJECT_TILES = (
+    (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4, STAGES=1), 20),
+    (16, dict(RC=32, BM=16, WAYS=1, STAGES=3), 10),
+    (256, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1, STAGES=3), 24),
+)
+"""Up to so many tokens: rows of the projection, tokens, warps with channels of their own and stages of a program that
+projects; and how many programs share the input channels, at most."""
 MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
 WAVES = 2
@@ -181,16 +181,14 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
     if layout.projection is None:
         return tokens
     reads_codes, total = layout.code_scale is not None, layout.projection.shape[1]
-    tile = ONE_TOKEN_BLOCK if m <= 16 else TOKEN_BLOCKS
-    tile = dict(tile, BM=8 if m <= 8 else tile["BM"])
+    tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if m <= limit)
     tiles = -(-m // tile["BM"]) * (total // tile["RC"])
-    shares = FEW_SLICES if m <= 16 else min(MAX_SLICES, 2 * programs(device) // tiles)
-    slices = max(1, min(-(-padded // BLOCK // tile["WAYS"]), shares))
+    slices = min(-(-padded // BLOCK // tile["WAYS"]), most_slices, max(1, 3 * programs(device) // tiles))
     sums = torch.empty(slices, m, total, dtype=torch.int32 if reads_codes else torch.float32, device=device)
     project[(tiles * slices,)](
         tokens.codes if reads_codes else x, layout.projection, sums, slices, m, padded if reads_codes else k, padded,
         FACTOR_ROWS=layout.factors * layout.rank, TOTAL=total, **tile, PDL=flags["PDL"],
-        num_warps=max(4, tile["WAYS"]), **options(device),
+        num_warps=4, **options(device),
     )  # fmt: skip
     tokens = replace(_with_hidden(tokens, layout), hidden_comes_later=True)
     settle[(layout.factors, -(-m // MASK_TOKENS))](
@@ -285,7 +283,7 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     linear_few[(-(-n // FEW_TILE["BN"]),)](
         linear.weight, tokens.codes, ptr(up, linear.weight), ptr(tokens.hidden, linear.scale),
         ptr(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, ptr(linear.bias, linear.scale),
-        m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8 if m <= 8 else 16, F=factors, E=experts, R=rank,
+        m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts, R=rank,
         BIAS=linear.bias is not None, LATER=tokens.hidden_comes_later, ASSEMBLY=not INTERPRETED,
         PDL=overlapped(device), **FEW_TILE, num_warps=FEW_TILE["WAYS"], **options(device),
     )  # fmt: skip
