@@ -49,12 +49,12 @@ CHUNK = 256 if INTERPRETED else 4096
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that one program takes when tokens are many."""
 PROJECT_TILES = (
-    (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4, STAGES=1), 20),
-    (16, dict(RC=32, BM=16, WAYS=1, STAGES=3), 10),
-    (256, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1, STAGES=3), 24),
+    (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4), 20),
+    (16, dict(RC=32, BM=16, WAYS=1), 10),
+    (256, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1), 24),
 )
-"""Up to so many tokens: rows of the projection, tokens, warps with channels of their own and stages of a program that
-projects; and how many programs share the input channels, at most."""
+"""Up to so many tokens: rows of the projection, tokens and warps with channels of their own of a program that projects;
+and how many programs share the input channels, at most."""
 MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
 WAVES = 2
@@ -184,10 +184,11 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
     tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if m <= limit)
     tiles = -(-m // tile["BM"]) * (total // tile["RC"])
     slices = min(-(-padded // BLOCK // tile["WAYS"]), most_slices, max(1, 3 * programs(device) // tiles))
+    stages = _stages(x, layout, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
     sums = torch.empty(slices, m, total, dtype=torch.int32 if reads_codes else torch.float32, device=device)
     project[(tiles * slices,)](
         tokens.codes if reads_codes else x, layout.projection, sums, slices, m, padded if reads_codes else k, padded,
-        FACTOR_ROWS=layout.factors * layout.rank, TOTAL=total, **tile, PDL=flags["PDL"],
+        FACTOR_ROWS=layout.factors * layout.rank, TOTAL=total, **tile, STAGES=stages, PDL=flags["PDL"],
         num_warps=4, **options(device),
     )  # fmt: skip
     tokens = replace(_with_hidden(tokens, layout), hidden_comes_later=True)
@@ -201,13 +202,13 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
     return tokens
 
 
-def _stages(x: Tensor, layout: GroupLayout, rows: int, most: int) -> int:
-    """How many steps of 128 channels, of a block of tokens and of so many rows of the projection, fit shared memory.
+def _stages(x: Tensor, layout: GroupLayout, rows: int, most: int, tokens: int = BLOCK_TOKENS) -> int:
+    """How many steps of 128 channels, of so many tokens and rows of the projection, fit shared memory.
 
     Raises `QuantExpertsError` where none does.
     """
     size = 0 if layout.projection is None else layout.projection.element_size()
-    step = BLOCK * (BLOCK_TOKENS * x.element_size() + rows * size)
+    step = BLOCK * (tokens * x.element_size() + rows * size)
     fitting = shared_memory(x.device) * 9 // 10 // step
     if not fitting:
         raise QuantExpertsError(
