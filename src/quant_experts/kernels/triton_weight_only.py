@@ -128,20 +128,6 @@ def share_of(steps, share, SHARES):
 
 
 @triton.jit
-def ask_ahead(pointer, at, end):
-    """Ask for the 128-byte lines that hold these places, those behind `end` excepted: they are near when a later load
-    wants them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0",
-        "=r,l",
-        [pointer + tl.minimum(at, end)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def hidden_sums(
     values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr,
     STAGES: tl.constexpr,
@@ -195,7 +181,7 @@ def project(
     x_ptr, inverse_ptr, values_ptr, unit_ptr, down_ptr, router_ptr, bias_ptr, hidden_ptr, expert_ptr, sums_ptr,
     done_ptr, M, K, Kp, SHARES, headroom,
     FR: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
-    AHEAD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hidden (M, FR) float16, in the tokens' units times headroom, of all factors, and expert (M,).
 
@@ -211,9 +197,6 @@ def project(
     first, last = share_of(Kp // 128, share, SHARES)
     columns = chunk * RC + tl.arange(0, RC)
     factor_row = tl.minimum(columns, FR - 1)
-    if AHEAD > 0:  # factors need not wait for the tokens
-        line = first * 128 + tl.arange(0, AHEAD) * 64
-        ask_ahead(down_ptr, factor_row.to(tl.int64)[:, None] * Kp + line[None, :], Kp.to(tl.int64) * FR - 1)
     wait_for_previous_kernel(PDL)
     if chunk < CHUNKS:
         total = hidden_sums(values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS, RC, KB, STAGES)
@@ -361,28 +344,6 @@ def dequantize(codes, pairs, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def ask_for_weights(low_ptr, high_ptr, first, row, steps, N, BITS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr):
-    """Ask for AHEAD lines of a row tile's codes, from step `first`."""
-    line = tl.arange(0, AHEAD)
-    start = (first.to(tl.int64) * N + row) * PIECE
-    end = steps.to(tl.int64) * N * PIECE - 1
-    LINES: tl.constexpr = BN * PIECE // 64
-    ask_ahead(low_ptr, start + (line // LINES).to(tl.int64) * N * PIECE + line % LINES * 64, end)
-    if BITS == 3:
-        HALF: tl.constexpr = BN * PIECE // 128
-        line = tl.arange(0, AHEAD // 2)
-        ask_ahead(high_ptr, start + (line // HALF).to(tl.int64) * N * PIECE + line % HALF * 128, end)
-
-
-@triton.jit
-def ask_for_factors(up_ptr, factor, row, N, F: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """Ask for a row tile of the up factors that tokens use: factor (tokens,)."""
-    line = tl.arange(0, BN * R // 64)
-    at = (factor.to(tl.int64) * N + row)[:, None] * R + line[None, :] * 64
-    ask_ahead(up_ptr, at, tl.cast(N, tl.int64) * (F * R) - 1)
-
-
-@triton.jit
 def weight_sums(
     low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, Kp, first, last,
     BITS: tl.constexpr, PER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
@@ -466,7 +427,7 @@ def linear(
     low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
     sums_ptr, done_ptr, M, N, Kp, SHARES, headroom,
     BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, AHEAD: tl.constexpr, DENSE: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, DENSE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (M, N). Programs: tiles x SHARES; tokens run fastest inside bands of BAND token tiles, whose values stay in the
@@ -476,17 +437,12 @@ def linear(
     band = tile // (BAND * tiles_n)
     width = tl.minimum(tiles_m - band * BAND, BAND)
     inner = tile - band * BAND * tiles_n
-    first_row = inner // width * BN
-    rows = first_row + tl.arange(0, BN)
+    rows = inner // width * BN + tl.arange(0, BN)
     tokens = (band * BAND + inner % width) * BM + tl.arange(0, BM)
     row, token = tl.minimum(rows, N - 1), tl.minimum(tokens, M - 1)
     steps = Kp // (128 if BITS == 4 else 256)
     first, last = share_of(steps, share, SHARES)
-    if AHEAD > 0:  # weights need not wait for the tokens
-        ask_for_weights(low_ptr, high_ptr, first, first_row, steps, N, BITS, BN, AHEAD)
     wait_for_previous_kernel(PDL)
-    if AHEAD > 0 and E > 0 and not DENSE:
-        ask_for_factors(up_ptr, tl.load(expert_ptr + token) + (F - E), first_row, N, F, R, BN)
     total = weight_sums(
         low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, Kp, first, last, BITS, PER, BN, BM, STAGES, ASSEMBLY
     )

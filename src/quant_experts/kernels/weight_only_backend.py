@@ -32,8 +32,6 @@ FEW_TOKENS = 32
 """Up to here a tile reads only the factors that its tokens use; more tokens use nearly all."""
 BAND = 8
 """Token tiles whose values stay in the cache while the weights pass by once."""
-AHEAD = 256
-"""Lines of 128 bytes of weights that a program asks for before the tokens are ready, where these are at most 64."""
 STEP = {4: 128, 3: 256}
 """Input channels of a step of the linear kernel, by bits."""
 
@@ -139,14 +137,13 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     shares = _shares(tiles, padded // STEP[layout.bits], tile.programs * programs(device))
     sums = torch.empty(tiles * shares * tile.rows * tile.tokens if shares > 1 else 1, device=device)
     up = layout.up if prepared.hidden is not None else None
-    ahead = tile.tokens <= 64 and overlapped(device)
     kernel[(tiles, shares)](
         layout.low, ptr(layout.high, layout.low), layout.pairs, prepared.values, ptr(up, y), ptr(prepared.hidden, y),
         ptr(prepared.expert, y), prepared.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums,
         _counters(device), m, n, padded, shares, prepared.headroom,
         BITS=layout.bits, PER=layout.pieces, F=0 if up is None else len(up), E=0 if up is None else prepared.experts,
         R=32 if up is None else up.shape[2], BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND,
-        AHEAD=AHEAD if ahead else 0, DENSE=m > FEW_TOKENS, SPLIT=shares > 1, STAGES=tile.stages,
+        DENSE=m > FEW_TOKENS, SPLIT=shares > 1, STAGES=tile.stages,
         ASSEMBLY=not INTERPRETED, PDL=overlapped(device), num_warps=tile.warps, **options(device),
     )  # fmt: skip
     return y
@@ -168,7 +165,7 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
         x, ptr(inverse, sums), tokens.values, tokens.unit, layout.down, ptr(router, layout.down),
         ptr(layout.router_bias, sums), tokens.hidden, ptr(tokens.expert, sums), sums, _counters(device), m, x.shape[1],
         padded, shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts,
-        ROWS=rows, AHEAD=8 if m <= 16 and overlapped(device) else 0, SPLIT=shares > 1, STAGES=4,
+        ROWS=rows, SPLIT=shares > 1, STAGES=4,
         SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps, **options(device),
     )  # fmt: skip
 
