@@ -1,4 +1,4 @@
-"""The GPU backend of weight-only schemes: allocations and launches around `triton_weight_only`, tiles by size."""
+"""The GPU backend of weight-only schemes: allocations and launches around `triton_weight_only_*`, tiles by size."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`: values and hidden values are rounded to float16 in units of each
     token's largest value, experts chosen in float32."""
-    from quant_experts.kernels.triton_weight_only import scale_tokens
+    from quant_experts.kernels.triton_weight_only_prepare import scale_tokens
 
     layout = group if isinstance(group, GroupLayout) else pack_group(group, x.shape[1], x.device)
     (m, k), device, dtype = x.shape, x.device, x.dtype
@@ -124,7 +124,7 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
 
 def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     """All rows of a layout in one launch -> (M, N) in the dtype of the input."""
-    from quant_experts.kernels.triton_weight_only import linear as kernel
+    from quant_experts.kernels.triton_weight_only_linear import linear as kernel
 
     assert isinstance(prepared, Tokens) and prepared.values is not None
     layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight])
@@ -150,7 +150,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
 
 
 def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLayout) -> None:
-    from quant_experts.kernels.triton_weight_only import project
+    from quant_experts.kernels.triton_weight_only_prepare import project
 
     assert tokens.values is not None and layout.down is not None
     (m, padded), device, router = tokens.values.shape, x.device, layout.router_weight
