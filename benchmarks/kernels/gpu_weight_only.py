@@ -7,6 +7,8 @@ writes gpu_weight_only.json and gpu_weight_only.md. Shapes, routed experts and m
 groups run one after another in a CUDA graph, each preparing its input anew, on copies of the weights that together
 exceed the L2 cache.
 
+`--set NAME=VALUE ...` times other constants of `weight_only_backend`, such as MANY_TOKENS.
+
 `--device cpu --tiny` with TRITON_INTERPRET=1 checks the benchmark where there is no GPU.
 """
 
@@ -155,9 +157,9 @@ def compile_only(models: list[str], m: int) -> None:
             weight_only_backend.apply(torch.randn(m, k, device=device).bfloat16(), layer(n, k, kind, 0, device))
 
 
-def compile_ahead(models: list[str], tokens: list[int]) -> None:
+def compile_ahead(models: list[str], tokens: list[int], constants: list[str]) -> None:
     """Let processes side by side, one for each number of tokens, fill the compiler's cache."""
-    command = [sys.executable, __file__, "--compile-only", "--models", *models, "--tokens"]
+    command = [sys.executable, __file__, "--compile-only", "--models", *models, "--set", *constants, "--tokens"]
     for process in [subprocess.Popen([*command, str(m)]) for m in tokens]:
         process.wait()
 
@@ -169,15 +171,19 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--tiny", action="store_true", help="small shapes, to check the benchmark itself")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="constants of the backend")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device, tokens = arguments.device, arguments.tokens
+    for name, _, value in (constant.partition("=") for constant in arguments.set):
+        getattr(weight_only_backend, name)  # an unknown one is an error
+        setattr(weight_only_backend, name, int(value))
     if arguments.compile_only:
         return compile_only(arguments.models, tokens[0])
     shapes = {"tiny": TINY} if arguments.tiny else {model: SHAPES[model] for model in arguments.models}
     if device.type == "cuda":
-        compile_ahead(arguments.models, tokens)
+        compile_ahead(arguments.models, tokens, arguments.set)
     facts = about(f"python benchmarks/kernels/gpu_weight_only.py {' '.join(sys.argv[1:])}".strip(), device)
     rows: list[dict[str, Any]] = []
     for model in shapes:

@@ -108,6 +108,13 @@ def spread(numbers, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def scale_and_offset(pairs):
+    """int32 -> the two float16 numbers in it."""
+    scale = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale, (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def dequantize(codes, pairs, ASSEMBLY: tl.constexpr):
     """(code - offset) * scale in float16: codes (BN, step), each plus 1024; pairs (BN, G) int32, scale and offset.
 
@@ -126,6 +133,5 @@ def dequantize(codes, pairs, ASSEMBLY: tl.constexpr):
             pack=2,
         )
     else:
-        scale = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        offset = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        scale, offset = scale_and_offset(pairs)
         return (codes - spread(offset, STEP)) * spread(scale, STEP)

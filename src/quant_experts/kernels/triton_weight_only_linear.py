@@ -20,7 +20,7 @@ PIECE = tl.constexpr(32)
 
 @triton.jit
 def weight_sums(
-    low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, Kp, first, last,
+    low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, width, first, last,
     BITS: tl.constexpr, PER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +33,7 @@ def weight_sums(
     column = tl.arange(0, PIECE)
     at = (first.to(tl.int64) * N + row)[:, None] * PIECE + column[None, :]
     channel = first * (PIECES * PIECE) + tl.arange(0, PIECES * PIECE)
-    values_at = values_ptr + token.to(tl.int64)[None, :] * Kp + channel[:, None]
+    values_at = values_ptr + token.to(tl.int64)[None, :] * width + channel[:, None]
     total = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         words = tl.load(low_ptr + at)
@@ -57,18 +57,18 @@ def uses(expert, factor, F: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def add_factor(
-    y, factor, expert, row, token, up_ptr, hidden_ptr, N, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr
+    y, factor, expert, row, token, up_ptr, hidden_ptr, N, width, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """y (BN, BM) + up (BN, R) times the hidden values of the tokens that use a factor."""
     rank = tl.arange(0, R)
     up = tl.load(up_ptr + (factor * N + row).to(tl.int64)[:, None] * R + rank[None, :])
-    at = hidden_ptr + token.to(tl.int64)[None, :] * (F * R) + factor * R + rank[:, None]
+    at = hidden_ptr + token.to(tl.int64)[None, :] * width + factor * R + rank[:, None]
     return tl.dot(up, tl.load(at, mask=uses(expert, factor, F, E)[None, :], other=0.0), y)
 
 
 @triton.jit
 def finish(
-    total, rows, tokens, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, headroom,
+    total, rows, tokens, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, width, headroom,
     F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Scales, experts, bias; write (tokens, rows) of y. Unless DENSE, a factor that no token of the tile uses is not
@@ -84,11 +84,11 @@ def finish(
             expert = tl.load(expert_ptr + token)
         if DENSE:
             for factor in tl.range(F, num_stages=3):
-                y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, F, E, R)
+                y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, width, F, E, R)
         else:
             for factor in range(F):
                 if tl.max(uses(expert, factor, F, E).to(tl.int32), 0) > 0:
-                    y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, F, E, R)
+                    y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, width, F, E, R)
         y = y * headroom
     y = y * unit[None, :]
     if BIAS:
@@ -99,8 +99,8 @@ def finish(
 
 @triton.jit
 def linear(
-    low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
-    sums_ptr, done_ptr, M, N, Kp, SHARES, headroom,
+    low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
+    sums_ptr, done_ptr, M, N, Kp, width, SHARES, headroom,
     BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, DENSE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
@@ -110,21 +110,21 @@ def linear(
     tile, share = tl.program_id(0), tl.program_id(1)
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
     band = tile // (BAND * tiles_n)
-    width = tl.minimum(tiles_m - band * BAND, BAND)
+    across = tl.minimum(tiles_m - band * BAND, BAND)
     inner = tile - band * BAND * tiles_n
-    rows = inner // width * BN + tl.arange(0, BN)
-    tokens = (band * BAND + inner % width) * BM + tl.arange(0, BM)
+    rows = inner // across * BN + tl.arange(0, BN)
+    tokens = (band * BAND + inner % across) * BM + tl.arange(0, BM)
     row, token = tl.minimum(rows, N - 1), tl.minimum(tokens, M - 1)
     steps = Kp // (128 if BITS == 4 else 256)
     first, last = share_of(steps, share, SHARES)
     wait_for_previous_kernel(PDL)
     total = weight_sums(
-        low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, Kp, first, last, BITS, PER, BN, BM, STAGES, ASSEMBLY
-    )
+        low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, width, first, last, BITS, PER, BN, BM, STAGES, ASSEMBLY,
+    )  # fmt: skip
     sums_ptr += tile.to(tl.int64) * SHARES * (BN * BM)
     total, done = add_shares(total, sums_ptr, done_ptr + tile, share, SHARES, SPLIT)
     if done:
         finish(
-            total, rows, tokens, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, headroom,
-            F, E, R, BIAS, DENSE,
+            total, rows, tokens, up_ptr, values_ptr + Kp, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, width,
+            headroom, F, E, R, BIAS, DENSE,
         )  # fmt: skip

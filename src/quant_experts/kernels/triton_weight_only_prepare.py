@@ -45,10 +45,11 @@ def in_two_parts(x):
 
 @triton.jit
 def scale_tokens(
-    x_ptr, inverse_ptr, signs_ptr, values_ptr, unit_ptr, K, Kp, CHUNK: tl.constexpr, ROT: tl.constexpr,
+    x_ptr, inverse_ptr, signs_ptr, values_ptr, unit_ptr, K, Kp, width, CHUNK: tl.constexpr, ROT: tl.constexpr,
     SMOOTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """values = x / m / unit (M, Kp) float16, blocks of ROT channels rotated by signs (ROT, ROT) float16 if ROT > 0.
+    """values = x / m / unit, the first Kp columns of (M, width) float16, blocks of ROT channels rotated by signs
+    (ROT, ROT) float16 if ROT > 0.
 
     unit (M,) is the power of two at or below the token's largest |x / m|. A token that is not finite gets zeros and
     unit NaN. Programs: M x parts; part i of n writes chunks i, i + n, ...
@@ -75,20 +76,20 @@ def scale_tokens(
         if ROT > 0:
             high, low = in_two_parts(z)
             z = (tl.dot(high, signs) + tl.dot(low, signs) * (1.0 / LOW_PART)) * (ROT**-0.5)
-        tl.store(values_ptr + token.to(tl.int64) * Kp + columns, z.to(tl.float16), mask=columns < Kp)
+        tl.store(values_ptr + token.to(tl.int64) * width + columns, z.to(tl.float16), mask=columns < Kp)
     if part == 0:
         tl.store(unit_ptr + token, tl.where(finite, unit, float("nan")))
 
 
 @triton.jit
 def hidden_sums(
-    values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr,
-    STAGES: tl.constexpr,
+    values_ptr, down_ptr, token, factor_row, Kp, width, first, last, ROWS: tl.constexpr, RC: tl.constexpr,
+    KB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """values (ROWS, Kp) times rows of the down factors, over blocks [first, last) of 128 channels, KB at a time:
+    """ROWS tokens' values times rows of the down factors, over blocks [first, last) of 128 channels, KB at a time:
     (ROWS, RC)."""
     column = first * 128 + tl.arange(0, KB)
-    values_at = values_ptr + token.to(tl.int64)[:, None] * Kp + column[None, :]
+    values_at = values_ptr + token.to(tl.int64)[:, None] * width + column[None, :]
     down_at = down_ptr + factor_row.to(tl.int64)[None, :] * Kp + column[:, None]
     total = tl.zeros((ROWS, RC), tl.float32)
     for _ in tl.range(0, (last - first) * (128 // KB), num_stages=STAGES):
@@ -121,12 +122,13 @@ def score_sums(
 
 @triton.jit
 def project(
-    x_ptr, inverse_ptr, values_ptr, unit_ptr, down_ptr, router_ptr, bias_ptr, hidden_ptr, expert_ptr, sums_ptr,
-    done_ptr, M, K, Kp, SHARES, headroom,
+    x_ptr, inverse_ptr, values_ptr, unit_ptr, down_ptr, router_ptr, bias_ptr, expert_ptr, sums_ptr, done_ptr,
+    M, K, Kp, width, SHARES, headroom,
     FR: tl.constexpr, RC: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """hidden (M, FR) float16, in the tokens' units times headroom, of all factors, and expert (M,).
+    """Behind the values of each token its hidden values of all factors, FR float16 numbers in the token's unit times
+    headroom, and expert (M,).
 
     Programs: token blocks x (chunks of RC hidden values, and one for the router if E > 0) x SHARES.
     """
@@ -142,10 +144,10 @@ def project(
     factor_row = tl.minimum(columns, FR - 1)
     wait_for_previous_kernel(PDL)
     if chunk < CHUNKS:
-        total = hidden_sums(values_ptr, down_ptr, token, factor_row, Kp, first, last, ROWS, RC, KB, STAGES)
+        total = hidden_sums(values_ptr, down_ptr, token, factor_row, Kp, width, first, last, ROWS, RC, KB, STAGES)
         total, done = add_shares(total, sums_ptr, done_ptr, share, SHARES, SPLIT)
         if done:
-            at = hidden_ptr + token.to(tl.int64)[:, None] * FR + columns[None, :]
+            at = values_ptr + token.to(tl.int64)[:, None] * width + Kp + columns[None, :]
             hidden = (total / headroom).to(tl.float16)
             tl.store(at, hidden, mask=(tokens < M)[:, None] & (columns < FR)[None, :])
     elif E > 0:
