@@ -14,7 +14,18 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "kernels"
 
 def test_weight_only_groups(tmp_path: Path) -> None:
     """In a process of its own: whether kernels are interpreted is chosen when they are imported."""
-    program = [sys.executable, str(FOLDER / "gpu_weight_only.py"), "--device", "cpu", "--tiny", "--tokens", "1", "3"]
+    program = [
+        sys.executable,
+        str(FOLDER / "gpu_weight_only.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--tokens",
+        "1",
+        "3",
+        "--set",
+        "MANY_TOKENS=3",
+    ]
     run = subprocess.run(
         [*program, "--out", str(tmp_path)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

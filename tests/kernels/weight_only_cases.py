@@ -265,6 +265,10 @@ def many_tokens() -> None:
         for bits, size, rotation in [(4, None, 64), (3, 32, 128), (3, 256, 0), (4, 512, 0)]:
             parts = ("shared", "asymmetric") if rotation else ("smooth",)
             check(tokens(m, 640, dtype), *operands(640, (48,), bits, parts, size, rotation=rotation, rank=40))
+        x = tokens(m, 300, dtype)
+        little, much = (1e-4, 4) if dtype == torch.float16 else (1e-30, 1e30)
+        x[0], x[1], x[2:, 11] = x[0] * little, x[1] * much, x[2:, 11] * 30
+        check(x, *operands(300, (33,), parts=("smooth", "shared")))
     group, linears = operands(300, (33, 7), parts=("routed", "bias"))
     x = tokens(m, 300, torch.float16)
     x[1, 17], x[2, 0], x[5] = torch.nan, torch.inf, 0
