@@ -89,10 +89,10 @@ def rescale(
     BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Columns [first, end) of y (M, N) from sums, float16 numbers in the same memory: each in the units of its row and
-    token. Programs: tiles of columns x tiles of tokens."""
+    token. Programs: tiles of tokens x tiles of columns."""
     wait_for_previous_kernel(PDL)
-    column = first + tl.program_id(0) * BN + tl.arange(0, BN)
-    token = tl.program_id(1) * BM + tl.arange(0, BM)
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = first + tl.program_id(1) * BN + tl.arange(0, BN)
     at = token.to(tl.int64)[:, None] * N + column[None, :]
     mask = (token < M)[:, None] & (column < end)[None, :]
     y = tl.load(sums_ptr + at, mask=mask, other=0.0).to(tl.float32)

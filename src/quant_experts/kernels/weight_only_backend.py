@@ -30,7 +30,7 @@ MAX_TILES = 4096
 """Tiles of a launch that is cut along the input channels."""
 FEW_TOKENS = 32
 """Up to here a tile reads only the factors that its tokens use; more tokens use nearly all."""
-MANY_TOKENS = 20 if INTERPRETED else 768
+MANY_TOKENS = 20 if INTERPRETED else 512
 """From here on weights are dequantized in memory and multiplied by the GPU's library, for inputs of 16 bits."""
 SLAB_ROWS = 64
 """Output channels a multiprocessor that are dequantized at a time: the library's tiles of 128 x 256 then fill whole
@@ -191,7 +191,7 @@ def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
             BN=tile, ASSEMBLY=not INTERPRETED, PDL=pdl, num_warps=4, **options(device),
         )  # fmt: skip
         torch.mm(values, weights[: end - first].T, out=sums[:, first:end])
-        rescale[(-(-(end - first) // 512), -(-m // 8))](
+        rescale[(-(-m // 8), -(-(end - first) // 512))](
             sums, y, tokens.unit, layout.unit, ptr(layout.bias, layout.unit), first, end, m, n,
             BIAS=layout.bias is not None, BM=8, BN=512, PDL=pdl, num_warps=4, **options(device),
         )  # fmt: skip
@@ -221,9 +221,9 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
     project[(blocks, chunks, shares)](
         x, ptr(inverse, sums), tokens.values, tokens.unit, layout.down, ptr(router, layout.down),
         ptr(layout.router_bias, sums), ptr(tokens.expert, sums), sums, _counters(device), m, x.shape[1], padded, width,
-        shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts,
-        ROWS=rows, SPLIT=shares > 1, STAGES=4,
-        SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps, **options(device),
+        shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts, ROWS=rows,
+        SPLIT=shares > 1, STAGES=4, SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps,
+        **options(device),
     )  # fmt: skip
     if layout.experts and dequantizes(m, tokens.dtype):
         drop_unused[(-(-m // 64), layout.experts)](
