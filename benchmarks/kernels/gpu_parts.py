@@ -47,17 +47,21 @@ def timeline(model: str, m: int, bits: int, kind: str) -> list[dict[str, Any]]:
         for _ in range(REPLAYS):
             graph.replay()
             torch.cuda.synchronize()
-    found, seen = kernels(profile), defaultdict(list)
-    at = 0
-    for _ in range(REPLAYS):
-        for i in range(len(packed)):
-            part = found[at : at + counts[i]]
-            following = found[at + counts[i]][1] if at + counts[i] < len(found) and i + 1 < len(packed) else None
+    return summary(kernels(profile), counts)
+
+
+def summary(found: list[tuple[str, int, int]], counts: list[int]) -> list[dict[str, Any]]:
+    """Kernels of all replays in order of start, and how many each group of a replay launches, four groups a copy of the
+    block -> the rows of `timeline`."""
+    seen, at = defaultdict(list), 0
+    for _ in range(len(found) // sum(counts)):
+        for i, count in enumerate(counts):
+            part = found[at : at + count]
+            at += count
+            began = part[0][1]
+            following = found[at][1] - began if i + 1 < len(counts) else 0
             for j, (name, start, length) in enumerate(part):
-                seen[i % 4, j, name].append(
-                    ((start - part[0][1]) / 1e3, length / 1e3, following and (following - part[0][1]) / 1e3)
-                )
-            at += counts[i]
+                seen[i % 4, j, name].append(((start - began) / 1e3, length / 1e3, following / 1e3))
     return [
         {
             "group": GROUPS[group],

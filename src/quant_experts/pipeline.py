@@ -100,8 +100,7 @@ def quantize(
     Args:
         model: folder or Hugging Face name of a vision-language (or text-only causal) model in safetensors.
         samples: anything `calibration.samples.load_samples` takes: a JSON or JSONL file, a folder of images with
-        captions, a data
-            set's name, or an iterable of (image, text).
+            captions, a data set's name, or an iterable of (image, text).
         output: folder to create. A run that was interrupted goes on when the same call is repeated.
         config: scheme, recipe, scopes, seed and calibration limits; W4A6 with the default recipe if None.
         device: "cpu" or "cuda"; the GPU if there is one.
@@ -111,8 +110,7 @@ def quantize(
 
     Raises:
         QuantExpertsError: for any input that cannot work, with one sentence that says why. Nothing half-written is left
-        under
-            `output`.
+            under `output`.
     """
     started = time.perf_counter()
     config = config or QuantizationConfig.of()
@@ -120,33 +118,18 @@ def quantize(
     dtype = dtype or default_dtype(device)
     peak = PeakMemory(torch.device(device))
     folder = resolve(model)
-    model_config = read_config(folder)
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise QuantExpertsError(f"'{folder}' is quantized already: give the original model.")
-    batches, events = _calibration(samples, folder, model_config, config)
-    held_out, more = split_held_out(len(batches))
-    run = _Run(config, device, dtype, batches, held_out, [*events, *more], strict, progress or (lambda *_: None))
-    weighs_modalities = config.recipe.smoothing == "mbq" and "language" in config.scopes
-    weighed = sensitivity_batches(batches, held_out) if weighs_modalities else []
-    fingerprint = _fingerprint(folder, run)
+    model_config = _read_original(folder)
+    run = _start(samples, folder, model_config, config, device, dtype, strict, progress)
+    open_stream = _streams(folder, model_config, run)
     output = Path(output).expanduser().absolute()
-    with RunFolder(output, fingerprint) as store:
-        open_stream = partial(
-            BlockStream,
-            folder,
-            model_class(model_config),
-            model_config,
-            device=torch.device(device),
-            dtype=dtype,
-            scopes=config.scopes,
-        )
-        stream = open_stream(batches)
+    with RunFolder(output, _fingerprint(folder, run)) as store:
+        stream = open_stream(run.batches)
         estimate = estimate_memory(stream, config.recipe)
         if on_estimate is not None:
             on_estimate(estimate)
         store.copy_rest(stream.skeleton.files, stream.skeleton.keys_outside_blocks())
-        if weighed:
-            again = partial(open_stream, weighed, skeleton=stream.skeleton, differentiable=True)
+        if run.weighed:
+            again = partial(open_stream, run.weighed, skeleton=stream.skeleton, differentiable=True)
             run.image_weights = store.remember("image_weights", lambda: measure_image_weights(again()))
         checkpoint, records, resumed = run.blocks(stream, store)
         store.finish(folder, checkpoint, run.report(records))
@@ -155,8 +138,8 @@ def quantize(
         config=checkpoint,
         records=tuple(records),
         events=tuple(run.events),
-        samples=len(batches),
-        tokens=count_tokens(batches),
+        samples=len(run.batches),
+        tokens=count_tokens(run.batches),
         seconds=time.perf_counter() - started,
         resumed_blocks=resumed,
         estimated_bytes=estimate.on(torch.device(device)),
@@ -176,6 +159,8 @@ class _Run:
     events: list[Event]
     strict: bool
     progress: Progress
+    weighed: Sequence[CalibrationBatch]
+    """Those that MBQ measures its weights on; none where it does not."""
     image_weights: Mapping[str, ImageWeights] = field(default_factory=dict)
     """MBQ's, by block name."""
 
@@ -302,6 +287,46 @@ class _Run:
 def _with_prefix(spec: GroupSpec, prefix: str) -> GroupSpec:
     """The group with names relative to the model instead of the block."""
     return spec.model_copy(update=dict(linears=tuple(f"{prefix}.{name}" for name in spec.linears)))
+
+
+def _read_original(folder: Path) -> PretrainedConfig:
+    """A model's configuration. Raises `QuantExpertsError` if the model is quantized."""
+    model_config = read_config(folder)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise QuantExpertsError(f"'{folder}' is quantized already: give the original model.")
+    return model_config
+
+
+def _start(
+    samples: Any,
+    folder: Path,
+    model_config: PretrainedConfig,
+    config: QuantizationConfig,
+    device: str,
+    dtype: torch.dtype,
+    strict: bool,
+    progress: Progress | None,
+) -> _Run:
+    """Samples -> a run that has its batches and has quantized nothing."""
+    batches, events = _calibration(samples, folder, model_config, config)
+    held_out, more = split_held_out(len(batches))
+    weighs_modalities = config.recipe.smoothing == "mbq" and "language" in config.scopes
+    weighed = sensitivity_batches(batches, held_out) if weighs_modalities else []
+    report = progress or (lambda *_: None)
+    return _Run(config, device, dtype, batches, held_out, [*events, *more], strict, report, weighed)
+
+
+def _streams(folder: Path, model_config: PretrainedConfig, run: _Run) -> Callable[..., BlockStream]:
+    """What opens a stream of the run's model over batches."""
+    return partial(
+        BlockStream,
+        folder,
+        model_class(model_config),
+        model_config,
+        device=torch.device(run.device),
+        dtype=run.dtype,
+        scopes=run.config.scopes,
+    )
 
 
 def _calibration(

@@ -28,6 +28,17 @@ def test_tiles_fit_the_chip(tokens: int, bits: int, rows: int) -> None:
     assert tile.rows % 64 == 0 and tile.tokens % 16 == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "width", "rows"),
+    [(37888, 3648, 8448), (3584, 19008, 3584), (8192, 29856, 2048), (59136, 8480, 8448), (11, 256, 256)],
+)
+def test_slabs_fill_the_chip_and_fit_the_workspace(n: int, width: int, rows: int) -> None:
+    """Groups of 7B and 72B models: whole waves of 132 multiprocessors, or equal parts."""
+    from quant_experts.kernels.weight_only_backend import WORKSPACE, slab_rows
+
+    assert slab_rows(n, width, 132) == rows and 2 * rows * width <= WORKSPACE
+
+
 def test_the_table_names_the_backend_for_gpus() -> None:
     from quant_experts.kernels.dispatch import BACKENDS
 

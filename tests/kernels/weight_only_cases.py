@@ -20,6 +20,8 @@ from torch import Tensor
 
 from quant_experts.kernels import reference, weight_only_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
+from quant_experts.kernels.triton_launch import programs
+from quant_experts.kernels.weight_only_backend import MANY_TOKENS, SLAB_ROWS
 from quant_experts.kernels.weight_only_layout import pack_codes, unpack_codes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -254,14 +256,49 @@ def packing() -> None:
             assert int(low[0, 0, 0]) & 3 == (-half + (4 if half < 8 else 8)) & 3
 
 
+def many_tokens() -> None:
+    """Weights dequantized in memory, slab by slab."""
+    m, two_slabs = MANY_TOKENS + 3, SLAB_ROWS * programs(torch.device(DEVICE)) + 40
+    for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
+        check(tokens(m, 300, dtype), *operands(300, (two_slabs - 33, 33)))
+        check(tokens(m, 300, dtype), *operands(300, (33, 7), 3, experts=5, rotation=4))
+        for bits, size, rotation in [(4, None, 64), (3, 32, 128), (3, 256, 0), (4, 512, 0)]:
+            parts = ("shared", "asymmetric") if rotation else ("smooth",)
+            check(tokens(m, 640, dtype), *operands(640, (48,), bits, parts, size, rotation=rotation, rank=40))
+        x = tokens(m, 300, dtype)
+        little, much = (1e-4, 4) if dtype == torch.float16 else (1e-30, 1e30)
+        x[0], x[1], x[2:, 11] = x[0] * little, x[1] * much, x[2:, 11] * 30
+        check(x, *operands(300, (33,), parts=("smooth", "shared")))
+    group, linears = operands(300, (33, 7), parts=("routed", "bias"))
+    x = tokens(m, 300, torch.float16)
+    x[1, 17], x[2, 0], x[5] = torch.nan, torch.inf, 0
+    y = weight_only_backend.apply(x, weight_only_backend.pack(group, linears))
+    assert y[1:3].isnan().all() and y[[0, *range(3, m)]].isfinite().all()
+    alone = weight_only_backend.linear(weight_only_backend.prepare(x, group), linears[1])
+    torch.testing.assert_close(alone[3:], y[3:, 33:], rtol=2e-3, atol=2e-3)
+
+
+def the_largest_outputs_of_many_tokens() -> None:
+    """Codes and zero points at opposite ends, tokens just below the next power of two, alone and with experts."""
+    x = torch.full((MANY_TOKENS, 512), 1.999, device=DEVICE, dtype=torch.float16)
+    for part in ((), ("shared",)):
+        group, linears = operands(512, (9,), parts=("asymmetric", *part))
+        (linear,) = linears
+        assert linear.zero_point is not None
+        linear.codes.fill_(7)
+        linear.zero_point.fill_(-8)
+        linear.scale.fill_(0.5 - 2**-10)
+        check(x, group, linears)
+
+
 def a_graph_replays() -> None:
     """No host synchronisation: what a CUDA graph captured computes anew from what its input holds."""
     if INTERPRETED:
         return
-    for m in (3, 40):
+    for m, dtype in ((3, torch.float32), (40, torch.float32), (MANY_TOKENS, torch.bfloat16)):
         group, linears = operands(700, (90,))
         packed = weight_only_backend.pack(group, linears)
-        x = tokens(m, 700)
+        x = tokens(m, 700, dtype)
         weight_only_backend.apply(x, packed)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -280,6 +317,7 @@ def large_sizes() -> None:
         for m in (1, 16, 17, 40, 100, 300, 1500):
             check(tokens(m, 1536), *operands(1536, (640, 200), bits, rank=32, experts=8))
     check(tokens(2100, 1536), *operands(1536, (3900,), rank=32, experts=8))
+    check(tokens(2100, 1536, torch.bfloat16), *operands(1536, (3900,), rank=32, experts=8))
     check(
         tokens(2, 1536, torch.bfloat16), *operands(1536, (640,), rotation=64, parts=("shared", "asymmetric"), rank=64)
     )
@@ -315,7 +353,7 @@ def a_model_runs_stacked() -> None:
 CASES: list[Callable[[], None]] = [
     sizes, group_sizes, parts, without_rounding_of_weights, stacked_linears, input_types, rotation_and_integer_factors,
     experts_are_the_oracles, one_expert_for_all_and_ties, zero_and_extreme_tokens, non_finite_tokens, no_tokens,
-    packing, a_graph_replays, large_sizes, a_model_runs_stacked,
+    packing, many_tokens, the_largest_outputs_of_many_tokens, a_graph_replays, large_sizes, a_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The GPU backend of weight-only schemes: allocations and launches around `triton_weight_only`, tiles by size."""
+"""The GPU backend of weight-only schemes: allocations and launches around `triton_weight_only_*`, tiles by size."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ MAX_TILES = 4096
 """Tiles of a launch that is cut along the input channels."""
 FEW_TOKENS = 32
 """Up to here a tile reads only the factors that its tokens use; more tokens use nearly all."""
+MANY_TOKENS = 20 if INTERPRETED else 512
+"""From here on weights are dequantized in memory and multiplied by the GPU's library, for inputs of 16 bits."""
+SLAB_ROWS = 64
+"""Output channels a multiprocessor that are dequantized at a time: the library's tiles of 128 x 256 then fill whole
+waves for multiples of 512 tokens."""
+WORKSPACE = 144 << 20
+"""Bytes that they may take, but for rounding to 256 channels."""
 BAND = 8
 """Token tiles whose values stay in the cache while the weights pass by once."""
-AHEAD = 256
-"""Lines of 128 bytes of weights that a program asks for before the tokens are ready, where these are at most 64."""
 STEP = {4: 128, 3: 256}
 """Input channels of a step of the linear kernel, by bits."""
 
@@ -75,7 +80,8 @@ class Packed:
 def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtype = torch.float32) -> Packed:
     """Lay a group out; see `weight_only_layout`."""
     _counters(linears[0].codes.device)  # made before a CUDA graph may be captured
-    return Packed(pack_group(group, linears[0].codes.shape[1], linears[0].codes.device), pack_linear(linears))
+    layout = pack_group(group, linears[0].codes.shape[1], linears[0].codes.device)
+    return Packed(layout, pack_linear(linears, layout.headroom))
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
@@ -92,7 +98,7 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`: values and hidden values are rounded to float16 in units of each
     token's largest value, experts chosen in float32."""
-    from quant_experts.kernels.triton_weight_only import scale_tokens
+    from quant_experts.kernels.triton_weight_only_prepare import scale_tokens
 
     layout = group if isinstance(group, GroupLayout) else pack_group(group, x.shape[1], x.device)
     (m, k), device, dtype = x.shape, x.device, x.dtype
@@ -102,61 +108,109 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
         x, inverse = reference.rotate(x, layout.rotation), None
     x = x.contiguous()
     padded = max(1, -(-k // BLOCK)) * BLOCK
-    values = torch.empty(m, padded, dtype=torch.float16, device=device)
+    width = padded + (0 if layout.down is None else len(layout.down))
+    values = torch.empty(m, width, dtype=torch.float16, device=device)
     unit = torch.empty(m, dtype=torch.float32, device=device)
-    columns = 0 if layout.down is None else len(layout.down)
-    hidden = torch.empty(m, columns, dtype=torch.float16, device=device) if columns else None
     expert = torch.empty(m, dtype=torch.int32, device=device) if layout.experts else None
     tokens = Tokens(
         values=values, codes=None, token_scale=None, shared_hidden=None, routed_hidden=None, expert=expert,
-        unit=unit, hidden=hidden, headroom=layout.headroom, experts=layout.experts, dtype=dtype,
+        unit=unit, padded=padded, headroom=layout.headroom, experts=layout.experts, dtype=dtype,
     )  # fmt: skip
     if not m:
         return tokens
     rotation = 0 if layout.signs is None else layout.rotation
     chunk = min(CHUNK, max(1 << (padded - 1).bit_length(), 16 * rotation))
     scale_tokens[(m, -(-padded // chunk) if m <= 64 else 1)](
-        x, ptr(inverse, unit), ptr(layout.signs, unit), values, unit, k, padded, CHUNK=chunk, ROT=rotation,
+        x, ptr(inverse, unit), ptr(layout.signs, unit), values, unit, k, padded, width, CHUNK=chunk, ROT=rotation,
         SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=8, **options(device),
     )  # fmt: skip
-    if hidden is not None:
+    if width > padded:
         _project(x, inverse, tokens, layout)
     return tokens
 
 
 def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
-    """All rows of a layout in one launch -> (M, N) in the dtype of the input."""
-    from quant_experts.kernels.triton_weight_only import linear as kernel
-
+    """All rows of a layout -> (M, N) in the dtype of the input."""
     assert isinstance(prepared, Tokens) and prepared.values is not None
-    layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight])
-    (m, padded), n, device = prepared.values.shape, layout.out_features, prepared.values.device
-    y = torch.empty(m, n, dtype=prepared.dtype, device=device)
-    if not y.numel():
-        return y
+    layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight], prepared.headroom)
+    m, device = len(prepared.values), prepared.values.device
+    y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
+    if y.numel():
+        multiply = _linear_in_memory if dequantizes(m, y.dtype) else _linear_in_registers
+        multiply(prepared, layout, y)
+    return y
+
+
+def dequantizes(m: int, dtype: torch.dtype) -> bool:
+    """Whether weights are dequantized in memory. Sums leave the library's product in float16, so not for float32."""
+    return m >= MANY_TOKENS and dtype != torch.float32
+
+
+def _factors(tokens: Tokens, layout: LinearLayout) -> tuple[Tensor | None, dict[str, int]]:
+    """The up factors that tokens have hidden values for, and constants of kernels that read them."""
+    assert tokens.values is not None
+    up = layout.up if tokens.values.shape[1] > tokens.padded else None
+    return up, dict(F=0, R=32) if up is None else dict(F=len(up), R=up.shape[2])
+
+
+def _linear_in_registers(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
+    from quant_experts.kernels.triton_weight_only_linear import linear as kernel
+
+    assert tokens.values is not None
+    (m, n), padded, width, device = y.shape, tokens.padded, tokens.values.shape[1], y.device
     tile = tile_for(m, n, layout.bits, programs(device))
     tiles = -(-n // tile.rows) * -(-m // tile.tokens)
     shares = _shares(tiles, padded // STEP[layout.bits], tile.programs * programs(device))
     sums = torch.empty(tiles * shares * tile.rows * tile.tokens if shares > 1 else 1, device=device)
-    up = layout.up if prepared.hidden is not None else None
-    ahead = tile.tokens <= 64 and overlapped(device)
+    up, factors = _factors(tokens, layout)
     kernel[(tiles, shares)](
-        layout.low, ptr(layout.high, layout.low), layout.pairs, prepared.values, ptr(up, y), ptr(prepared.hidden, y),
-        ptr(prepared.expert, y), prepared.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums,
-        _counters(device), m, n, padded, shares, prepared.headroom,
-        BITS=layout.bits, PER=layout.pieces, F=0 if up is None else len(up), E=0 if up is None else prepared.experts,
-        R=32 if up is None else up.shape[2], BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND,
-        AHEAD=AHEAD if ahead else 0, DENSE=m > FEW_TOKENS, SPLIT=shares > 1, STAGES=tile.stages,
-        ASSEMBLY=not INTERPRETED, PDL=overlapped(device), num_warps=tile.warps, **options(device),
+        layout.low, ptr(layout.high, layout.low), layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y),
+        tokens.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums, _counters(device), m, n, padded, width,
+        shares, tokens.headroom, BITS=layout.bits, PER=layout.pieces, E=0 if up is None else tokens.experts, **factors,
+        BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND, DENSE=m > FEW_TOKENS, SPLIT=shares > 1,
+        STAGES=tile.stages, ASSEMBLY=not INTERPRETED, PDL=overlapped(device), num_warps=tile.warps, **options(device),
     )  # fmt: skip
-    return y
+
+
+def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
+    from quant_experts.kernels.triton_weight_only_many import dequantize_rows, rescale
+
+    assert tokens.values is not None
+    (m, n), padded, device = y.shape, tokens.padded, y.device
+    up, factors = _factors(tokens, layout)
+    width = padded + factors["F"] * factors["R"]
+    rows, tile = slab_rows(n, width, programs(device)), 64
+    weights = torch.empty(rows, width, dtype=torch.float16, device=device)
+    values, sums = tokens.values[:, :width], y.view(torch.float16)
+    steps, pdl = padded // STEP[layout.bits] + (up is not None), overlapped(device)
+    for first in range(0, n, rows):
+        end = min(n, first + rows)
+        dequantize_rows[(steps, -(-(end - first) // tile))](
+            layout.low, ptr(layout.high, layout.low), layout.pairs, layout.scale, layout.unit, ptr(up, weights),
+            weights, first, end, n, padded, width, tokens.headroom, BITS=layout.bits, PER=layout.pieces, **factors,
+            BN=tile, ASSEMBLY=not INTERPRETED, PDL=pdl, num_warps=4, **options(device),
+        )  # fmt: skip
+        torch.mm(values, weights[: end - first].T, out=sums[:, first:end])
+        rescale[(-(-m // 8), -(-(end - first) // 512))](
+            sums, y, tokens.unit, layout.unit, ptr(layout.bias, layout.unit), first, end, m, n,
+            BIAS=layout.bias is not None, BM=8, BN=512, PDL=pdl, num_warps=4, **options(device),
+        )  # fmt: skip
+
+
+def slab_rows(n: int, width: int, programs: int) -> int:
+    """Output channels that are dequantized at a time, a multiple of 256: equal parts where the workspace is too small
+    for what would fill the multiprocessors."""
+    rows = min(n, SLAB_ROWS * programs)
+    parts = -(-rows * width * 2 // WORKSPACE)
+    return -(-rows // (parts * 256)) * 256
 
 
 def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLayout) -> None:
-    from quant_experts.kernels.triton_weight_only import project
+    from quant_experts.kernels.triton_weight_only_many import drop_unused
+    from quant_experts.kernels.triton_weight_only_prepare import project
 
     assert tokens.values is not None and layout.down is not None
-    (m, padded), device, router = tokens.values.shape, x.device, layout.router_weight
+    (m, width), padded, device, router = tokens.values.shape, tokens.padded, x.device, layout.router_weight
     rows, chunk, step, warps = (16, 32, 128, 4) if m <= 16 or INTERPRETED else (64, 64, 64, 4)
     if m > 1024:
         rows, chunk, warps = 128, 128, 8
@@ -166,11 +220,16 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
     sums = torch.empty(blocks * chunks * shares * rows * max(chunk, experts) if shares > 1 else 1, device=device)
     project[(blocks, chunks, shares)](
         x, ptr(inverse, sums), tokens.values, tokens.unit, layout.down, ptr(router, layout.down),
-        ptr(layout.router_bias, sums), tokens.hidden, ptr(tokens.expert, sums), sums, _counters(device), m, x.shape[1],
-        padded, shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts,
-        ROWS=rows, AHEAD=8 if m <= 16 and overlapped(device) else 0, SPLIT=shares > 1, STAGES=4,
-        SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps, **options(device),
+        ptr(layout.router_bias, sums), ptr(tokens.expert, sums), sums, _counters(device), m, x.shape[1], padded, width,
+        shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts, ROWS=rows,
+        SPLIT=shares > 1, STAGES=4, SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps,
+        **options(device),
     )  # fmt: skip
+    if layout.experts and dequantizes(m, tokens.dtype):
+        drop_unused[(-(-m // 64), layout.experts)](
+            tokens.values[:, padded:], tokens.expert, m, width, F=layout.factors, E=layout.experts,
+            R=len(layout.down) // layout.factors, ROWS=64, PDL=overlapped(device), num_warps=4, **options(device),
+        )  # fmt: skip
 
 
 def tile_for(m: int, n: int, bits: int, programs: int) -> Tile:

@@ -75,6 +75,8 @@ class LinearLayout:
     """Pieces of 32 input channels that share a scale"""
     scale: Tensor
     """(N,) float32, the row scales"""
+    unit: Tensor
+    """(N,) float32 powers of two: outputs in these units, times the token's, fit float16"""
     up: Tensor | None
     """(F, N, R) float16"""
     bias: Tensor | None
@@ -91,12 +93,13 @@ class LinearLayout:
 
 @dataclass(frozen=True)
 class Tokens(Prepared):
-    """`Prepared` on the GPU; `values` are (M, Kp) float16 in units of each token."""
+    """`Prepared` on the GPU; `values` are (M, Kp + F R) float16: the input in units of each token and, behind it, its
+    hidden values of all factors in those units times the layout's headroom."""
 
     unit: Tensor | None = None
     """(M,) float32 powers of two, NaN for a token that is not finite"""
-    hidden: Tensor | None = None
-    """(M, F R) float16 of all factors, in units of each token times the layout's headroom"""
+    padded: int = 0
+    """Kp"""
     headroom: float = 1.0
     experts: int = 0
     dtype: torch.dtype = torch.float32
@@ -177,15 +180,28 @@ def pack_group(group: GroupOperands, columns: int, device: torch.device) -> Grou
     )
 
 
-def pack_linear(linears: list[LinearOperands]) -> LinearLayout:
-    """Stack the linears of one group along their output channels. Reads codes on the host."""
+def output_units(scale: Tensor, up: Tensor | None, columns: int, headroom: float) -> Tensor:
+    """Row scales (N,), up factors (F, N, R), K -> (N,) powers of two above 2^-15 of any output of the row.
+
+    A token in its unit is below 2 sqrt(K) in the Euclidean norm, rotated or not, a row of weights at most 15 scale
+    sqrt(K): zero points reach from one end of the codes to the other. A token uses two factors at most.
+    """
+    largest = 30 * columns * scale.abs()
+    if up is not None:
+        largest = largest + up.float().abs().sum(dim=2).amax(dim=0) * (min(2, len(up)) * headroom * 2**15)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest / 2**15).exponent)
+
+
+def pack_linear(linears: list[LinearOperands], headroom: float) -> LinearLayout:
+    """Stack the linears of one group along their output channels; headroom: the group's. Reads codes on the host."""
     codes = torch.cat([linear.codes for linear in linears])
     low, high = pack_codes(codes)
     scale = torch.cat([linear.scale.float() for linear in linears])
     zeros = [linear.zero_point for linear in linears if linear.zero_point is not None]
     zero_point = torch.cat(zeros) if zeros else None  # a scheme's: all of them or none
     pairs, row_scale = pack_scales(scale, zero_point, 4 if high is None else 3)
-    ups = [up for linear in linears if (up := stack_factors(linear.shared_up, linear.routed_up, 2)) is not None]
+    ups = [f for linear in linears if (f := stack_factors(linear.shared_up, linear.routed_up, 2)) is not None]
+    up = torch.cat(ups, dim=1).half().contiguous() if ups else None
     biases = [linear.scale.new_zeros(len(linear.codes)) if linear.bias is None else linear.bias for linear in linears]
     one_scale = len(pairs) == 1
     size = 1 << 30 if one_scale else linears[0].group_size
@@ -199,6 +215,7 @@ def pack_linear(linears: list[LinearOperands]) -> LinearLayout:
         pairs=pairs,
         pieces=size // PIECE,
         scale=row_scale,
-        up=torch.cat(ups, dim=1).half().contiguous() if ups else None,
+        unit=output_units(row_scale, up, codes.shape[1], headroom),
+        up=up,
         bias=None if all(linear.bias is None for linear in linears) else torch.cat(biases).detach().float(),
     )

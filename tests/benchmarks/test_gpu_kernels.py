@@ -1,0 +1,58 @@
+"""The benchmarks of GPU kernels without a GPU: one runs tiny in the interpreter, the other is given a profile."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "kernels"
+
+
+def test_weight_only_groups(tmp_path: Path) -> None:
+    """In a process of its own: whether kernels are interpreted is chosen when they are imported."""
+    program = [
+        sys.executable,
+        str(FOLDER / "gpu_weight_only.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--tokens",
+        "1",
+        "3",
+        "--set",
+        "MANY_TOKENS=3",
+    ]
+    run = subprocess.run(
+        [*program, "--out", str(tmp_path)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((tmp_path / "gpu_weight_only.json").read_text())
+    assert [row["tokens"] for row in result["rows"]] == [1, 3] and not result["about"]["problems"]
+    for row in result["rows"]:
+        timed = [value for value in row.values() if isinstance(value, dict)]
+        assert len(timed) == 5 and all(0 < time["p10"] <= time["median"] <= time["p90"] for time in timed)
+    assert (tmp_path / "gpu_weight_only.md").read_text().count("\n|") == 2 + 2
+
+
+def test_a_timeline_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replays of one block: of its four groups the first launches two kernels, the others one each."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_parts = import_module("gpu_parts")
+    found = []
+    for replay in range(2):
+        for i, name in enumerate(("prepare", "linear", "linear", "linear", "linear")):
+            found.append((name, 1000 * (100 * replay + 10 * i), 1000 * (7 + replay)))
+    rows = gpu_parts.summary(found, [2, 1, 1, 1])
+    assert [(row["group"], row["kernel"], row["start"], row["next_group"]) for row in rows] == [
+        ("qkv", "prepare", 0, 20),
+        ("qkv", "linear", 10, 20),
+        ("o", "linear", 0, 10),
+        ("gate+up", "linear", 0, 10),
+        ("down", "linear", 0, 0),
+    ]
+    assert all(row["length"] == 7.5 for row in rows)
+    assert gpu_parts.table([{"tokens": 1, "kind": "default"} | row for row in rows]).count("\n|") == 1 + len(rows)
