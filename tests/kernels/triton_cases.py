@@ -13,9 +13,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference, triton_backend
-from quant_experts.kernels.gpu_layout import Tokens, pack_codes, unpack_codes
+from quant_experts.kernels.gpu_layout import Tokens, pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,7 +26,10 @@ EXPERTS_TOLERANCE = 1e-3 if INTERPRETED else 3e-3
 for inputs of 16 bits (and then `check` adds their rounding), and terms may cancel. In these layers experts are most of
 the output; in real ones they are a correction."""
 SUMS_TOLERANCE = 2e-6
-"""Without experts: float32 scales over exact sums."""
+"""Without experts: float32 scales over exact sums, or over float32 sums of exact products of fp8 codes."""
+TENSOR_CORE_FP8 = 0.0 if INTERPRETED else 2.0**-11
+"""Times the root of the number of additions: with more than 8 tokens Hopper's matrix units add fp8 products, 32 at a
+time, and keep 14 bits of each sum. A model of that stays below on random layers (docs/performance.md)."""
 
 ALL = ("smooth", "shared", "routed", "bias")
 
@@ -33,6 +37,7 @@ ALL = ("smooth", "shared", "routed", "bias")
 def operands(
     k: int, sizes: tuple[int, ...], bits: int = 6, parts: tuple[str, ...] = ALL, experts: int = 4, rotation: int = 0,
     integer_factors: bool = False, rank: int = 5, reads_codes: bool = False,
+    activation_format: ActivationFormat = "int",
 ) -> tuple[GroupOperands, list[LinearOperands]]:  # fmt: skip
     """A random group and its linears, one for each number of output channels."""
     generator = torch.Generator().manual_seed(k + sum(sizes))
@@ -60,6 +65,7 @@ def operands(
         chosen("routed", normal(experts, k).half()),
         chosen("routed", normal(experts).half()),
         reads_codes,
+        activation_format,
     )
     linears = [
         LinearOperands(
@@ -80,6 +86,16 @@ def tokens(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(m, k, generator=torch.Generator().manual_seed(7)).to(dtype).to(DEVICE)
 
 
+def steps_apart(ours: Tensor, plain: Tensor) -> Tensor:
+    """How many codes lie between codes, of either format."""
+
+    def rank(codes: Tensor) -> Tensor:
+        bits = codes.view(torch.int8).int()
+        return bits if codes.dtype == torch.int8 else torch.where(bits < 0, -(bits & 127), bits)
+
+    return (rank(ours) - rank(plain)).abs()
+
+
 def prepared_like_the_oracle(x: Tensor, group: GroupOperands) -> tuple[Tokens, Prepared]:
     """Codes, scales and experts equal the oracle's bit for bit; rows may be in another order."""
     ours, plain = triton_backend.prepare(x, group), reference.prepare(x, group)
@@ -87,11 +103,12 @@ def prepared_like_the_oracle(x: Tensor, group: GroupOperands) -> tuple[Tokens, P
     assert plain.codes is not None and plain.token_scale is not None
     order = torch.arange(len(x), device=x.device) if ours.order is None else ours.order.long()
     assert sorted(order.tolist()) == list(range(len(x)))
-    apart = (ours.codes[:, : x.shape[1]].int() - plain.codes[order].int()).abs()
+    assert ours.codes.dtype == plain.codes.dtype
+    apart = steps_apart(ours.codes[:, : x.shape[1]], plain.codes[order])
     # Sums of a rotation come in another order on a GPU: a value on a tie may fall to either side.
     free = 0 if INTERPRETED or not group.rotation else 1
     assert apart.max() <= free and apart.float().mean() <= 1e-3 * free
-    assert not ours.codes[:, x.shape[1] :].any(), "padding must be zero"
+    assert not ours.codes[:, x.shape[1] :].float().any(), "padding must be zero"
     torch.testing.assert_close(ours.token_scale, plain.token_scale[order], rtol=1e-6 * free, atol=0, equal_nan=True)
     if plain.expert is not None:
         assert ours.expert is not None and torch.equal(ours.expert.long(), plain.expert[order])
@@ -108,6 +125,8 @@ def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Ten
     assert y.shape == expected.shape
     experts = group.shared_down is not None or group.routed_down is not None
     tolerance = EXPERTS_TOLERANCE if experts else SUMS_TOLERANCE
+    if group.activation_format == "fp8" and len(x) > triton_backend.LINEAR_FEW:
+        tolerance += TENSOR_CORE_FP8 * (x.shape[1] / 32) ** 0.5
     if x.dtype != torch.float32:
         tolerance += torch.finfo(torch.bfloat16).eps
     error = (y.double() - expected.double()).norm(dim=1)
@@ -192,13 +211,14 @@ def rotation_and_integer_factors() -> None:
     check(tokens(18, 192), *operands(192, (33,), rotation=64, integer_factors=True, rank=40))
 
 
-def shared_expert_that_reads_codes() -> None:
-    """One rounding to float16 away from the oracle."""
+def shared_expert_that_reads_codes(activation_format: ActivationFormat = "int") -> None:
+    """One rounding to float16 away from the oracle, and with fp8 codes that of float32 sums."""
     for m, k, rotation, rank in [(1, 45, 0, 5), (4, 320, 64, 40), (18, 192, 64, 32), (20, 700, 0, 3)]:
-        parts = ("smooth", "shared", "bias")
+        parts, bits = ("smooth", "shared", "bias"), 6 if activation_format == "int" else 8
         group, linears = operands(
-            k, (33, 7), 6, parts, rotation=rotation, integer_factors=True, rank=rank, reads_codes=True
-        )
+            k, (33, 7), bits, parts, rotation=rotation, integer_factors=True, rank=rank, reads_codes=True,
+            activation_format=activation_format,
+        )  # fmt: skip
         x = tokens(m, k)
         x[0, :5] *= 1e20
         ours, plain = prepared_like_the_oracle(x, group)
@@ -206,7 +226,8 @@ def shared_expert_that_reads_codes() -> None:
         assert layout.code_scale is not None and ours.token_scale is not None and plain.shared_hidden is not None
         assert ours.hidden is not None and ours.present is not None and (ours.present == 1).all()
         hidden = (ours.hidden.float() * ours.headroom * ours.token_scale)[:, :rank]
-        torch.testing.assert_close(hidden, plain.shared_hidden, rtol=2**-10, atol=0)
+        free = 0.0 if activation_format == "int" else 1e-6 * float(plain.shared_hidden.norm())
+        torch.testing.assert_close(hidden, plain.shared_hidden, rtol=2**-10, atol=free)
         y = check(x, group, linears)
         x[m - 1, 2] = torch.inf
         other = triton_backend.apply(x, triton_backend.pack(group, linears))
@@ -316,12 +337,93 @@ def packing() -> None:
         packed = pack_codes(codes)
         assert packed.shape == (-(-k // 128), n, 64)
         assert torch.equal(unpack_codes(packed, k), codes)
+        numbers = zigzag(codes)
+        assert torch.equal(numbers.int(), torch.where(codes < 0, -2 * codes - 1, 2 * codes).int())
+        assert torch.equal(unzigzag(unpack_codes(pack_codes(numbers), k)), codes)
         byte = int(packed[0, 0, 0])
         assert ((byte & 15) ^ 8) - 8 == codes[0, 0]
         assert byte >> 4 == (codes[0, 64] if k > 64 else 0)
 
 
-def a_model_runs_stacked() -> None:
+def fp8_layers() -> None:
+    """Odd sizes with all kinds of experts, and without; a rotation; zero and extreme tokens; types of input."""
+    for m, k, n in [(1, 45, 11), (13, 300, 70), (20, 129, 65), (1, 1, 1)]:
+        check(tokens(m, k), *operands(k, (n,), 8, activation_format="fp8"))
+    for m in (3, 9, 20):
+        check(tokens(m, 260), *operands(260, (33, 7), 8, ("bias",), activation_format="fp8"))
+        check(tokens(m, 192), *operands(192, (33,), 8, ("smooth", "shared"), rotation=64, activation_format="fp8"))
+        x = tokens(m, 45)
+        x[0], x[1], x[2] = 0, x[1] * 1e30, x[2] * 1e-20
+        check(x, *operands(45, (11,), 8, activation_format="fp8"))
+    assert triton_backend.apply(
+        tokens(0, 45), triton_backend.pack(*operands(45, (11,), 8, activation_format="fp8"))
+    ).shape == (0, 11)
+    for dtype in () if INTERPRETED else (torch.float16, torch.bfloat16):
+        for m in (3, 9, 70):
+            check(tokens(m, 300, dtype), *operands(300, (70,), 8, activation_format="fp8"))
+
+
+def fp8_codes_of_every_number_and_tie() -> None:
+    """The nearest numbers of e4m3, halves to even: at every number, between every two, and beside that."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].unique()
+    between = (numbers[1:] + numbers[:-1]) / 2
+    beside = [between.nextafter(torch.tensor(side)) for side in (-1e9, 1e9)]
+    row = torch.cat([numbers, between, *beside, numbers * 2.0**-9]).to(DEVICE)
+    group, _ = operands(len(row), (1,), 8, (), activation_format="fp8")
+    for m in (2, 20):
+        ours, _ = prepared_like_the_oracle(row.expand(m, -1).contiguous(), group)
+        assert ours.token_scale is not None and (ours.token_scale == 1).all()
+
+
+def fp8_weights_are_exact() -> None:
+    """Of tokens with one channel each, outputs are single products: every weight code in every place."""
+    k = 260
+    group, (linear,) = operands(k, (40,), 8, (), activation_format="fp8")
+    linear = LinearOperands(linear.codes, torch.ones_like(linear.scale), None, None, None, None, None)
+    packed = triton_backend.pack(group, [linear])
+    assert torch.equal(triton_backend.codes(packed, slice(0, 40), k), linear.codes)
+    channels = torch.eye(k, device=DEVICE)
+    for some in ([0, 63, 64, 131, 259], range(0, 256, 13) if INTERPRETED else range(k)):
+        x = channels[list(some)] * 448
+        assert torch.equal(triton_backend.apply(x, packed), x @ linear.codes.float().T)
+
+
+def fp8_shared_expert_that_reads_codes() -> None:
+    shared_expert_that_reads_codes("fp8")
+
+
+@numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
+def fp8_non_finite_tokens() -> None:
+    for m in (5, 20):
+        group, linears = operands(45, (11,), 8, activation_format="fp8")
+        packed = triton_backend.pack(group, linears)
+        x = tokens(m, 45)
+        clean = triton_backend.apply(x, packed)
+        x[2, 17] = torch.inf
+        y = triton_backend.apply(x, packed)
+        others = [i for i in range(m) if i != 2]
+        assert y[2].isnan().all()
+        torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
+
+
+def large_layers() -> None:
+    """On a GPU: tiles of each size, whole ones and ones cut into shares, which must add up alike in each launch."""
+    formats: tuple[ActivationFormat, ...] = () if INTERPRETED else ("int", "fp8")
+    for activation_format in formats:
+        for m, k, n, parts in [
+            (12, 3584, 4608, ()),
+            (200, 3584, 4608, ALL),
+            (600, 8192, 9000, ()),
+            (3000, 1024, 33000, ALL),
+        ]:
+            group, linears = operands(k, (n,), 8, parts, rank=32, activation_format=activation_format)
+            if group.router_weight is not None:
+                group.router_weight[:, 8:] = 0  # short sums: no near ties among thousands of tokens
+            check(tokens(m, k), group, linears)
+
+
+def a_model_runs_stacked(scheme: str = "W4A6") -> None:
     """Three linears of one input in a model: one launch, packed memory, and the file's content in the state dict."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from runtime.test_modules import K, install, normal
@@ -330,7 +432,7 @@ def a_model_runs_stacked() -> None:
     from quant_experts.runtime import modules
 
     backend = next(b for b in dispatch.BACKENDS if b.name == "triton")
-    quantized, _ = install("W4A6")
+    quantized, _ = install(scheme)
     quantized.to(DEVICE)
     linears = list(quantized.attn.values())
     x = normal(2, 3, K, seed=8).to(DEVICE)
@@ -352,11 +454,16 @@ def a_model_runs_stacked() -> None:
             modules.select = select
 
 
+def fp8_model_runs_stacked() -> None:
+    a_model_runs_stacked("W4Afp8")
+
+
 CASES: list[Callable[[], None]] = [
     sizes, parts, uncommon_layouts, stacked_linears, sums_are_exact, activation_widths, input_types,
     rotation_and_integer_factors, shared_expert_that_reads_codes, all_tokens_to_one_expert, experts_without_tokens,
     ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens, inputs_follow_one_another, no_tokens, packing,
-    a_model_runs_stacked,
+    fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
+    fp8_non_finite_tokens, large_layers, a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":

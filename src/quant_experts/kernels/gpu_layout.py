@@ -3,7 +3,8 @@
 Weights. Two 4-bit codes to a byte. Input channels are padded with zeros to a multiple of 128; of each block of 128,
 byte j holds channel j in its low half and channel 64 + j in its high half, so that both halves unpack without moving
 values between threads. Blocks are outermost, (K / 128, N, 64): a tile of consecutive rows is one contiguous piece of
-memory.
+memory. Beside fp8 tokens a code c is its zigzag number, 2 c or -2 c - 1, from which the bits of an e4m3 number are few
+steps.
 
 Experts. The shared expert, if any, and the routed ones are stacked into F factors of one rank R, padded with zeros to
 a power of two, at least 32. `hidden` (M, F R) holds zeros for the experts that a token does not use, so that a product
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.gpu_factors import RANK_MULTIPLE, ROTATIONS, headroom_of, stack_factors
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
-from quant_experts.kernels.reference import hadamard, rotate
+from quant_experts.kernels.reference import FP8_LARGEST, hadamard, rotate
 from quant_experts.kernels.triton_launch import INTERPRETED
 
 BLOCK = 128
@@ -37,6 +39,7 @@ class GroupLayout:
     """`GroupOperands` on the GPU."""
 
     activation_bits: int
+    activation_format: ActivationFormat
     rotation: int
     """Of the input, by the kernels; 0 for none."""
     before: GroupOperands | None
@@ -61,13 +64,23 @@ class GroupLayout:
     code_scale: Tensor | None = None
     """(R,) float32, the scales of int8 down factors; None unless codes are read."""
 
+    @property
+    def largest_code(self) -> int:
+        """By which a token's largest magnitude is divided."""
+        return FP8_LARGEST if self.activation_format == "fp8" else 2 ** (self.activation_bits - 1) - 1
+
+    @property
+    def code_type(self) -> torch.dtype:
+        """Of activation codes."""
+        return torch.float8_e4m3fn if self.activation_format == "fp8" else torch.int8
+
 
 @dataclass(frozen=True)
 class LinearLayout:
     """`LinearOperands` on the GPU, of one linear or of all linears of a group stacked."""
 
     weight: Tensor
-    """(Kp / 128, N, 64) int8, two codes to a byte"""
+    """(Kp / 128, N, 64) int8, two codes to a byte; zigzag numbers for fp8 tokens"""
     scale: Tensor
     """(N,) float32"""
     up: Tensor | None
@@ -102,7 +115,7 @@ class Tokens(Prepared):
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """codes (N, K) int8 in [-8, 7] -> (Kp / 128, N, 64) int8."""
+    """codes (N, K) int8, of which the lowest four bits count -> (Kp / 128, N, 64) int8."""
     rows, columns = codes.shape
     blocks = max(1, -(-columns // BLOCK))
     padded = functional.pad(codes, (0, blocks * BLOCK - columns)).view(rows, blocks, 2, BLOCK // 2)
@@ -110,8 +123,19 @@ def pack_codes(codes: Tensor) -> Tensor:
     return ((high << 4) | (low & 15)).contiguous()
 
 
+def zigzag(codes: Tensor) -> Tensor:
+    """int8 codes in [-8, 7] -> 0 to 15: the sign becomes the lowest bit, the other bits of a negative code are
+    inverted."""
+    return (codes << 1) ^ (codes >> 7)
+
+
+def unzigzag(codes: Tensor) -> Tensor:
+    """The inverse of `zigzag`, of the lowest four bits."""
+    return ((codes & 15) >> 1) ^ -(codes & 1)
+
+
 def unpack_codes(weight: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack_codes`: -> (N, K) int8."""
+    """The inverse of `pack_codes`: -> (N, K) int8 in [-8, 7]."""
     halves = torch.stack(((weight << 4) >> 4, weight >> 4), dim=2)  # (blocks, N, 2, 64)
     return halves.transpose(0, 1).reshape(weight.shape[1], -1)[:, :columns].contiguous()
 
@@ -166,7 +190,7 @@ def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -
     headroom, code_scale, projection = 1.0, None, None
     if down is not None:
         largest_sum = float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
-        largest_sum *= 2 ** (group.activation_bits - 1)
+        largest_sum *= FP8_LARGEST if group.activation_format == "fp8" else 2 ** (group.activation_bits - 1)
         headroom = headroom_of(largest_sum)
         if len(down) > MAX_FACTORS:
             raise QuantExpertsError(
@@ -187,6 +211,7 @@ def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -
         signs = hadamard(group.rotation, device).sign().to(torch.float32 if INTERPRETED else torch.bfloat16)
     return GroupLayout(
         activation_bits=group.activation_bits,
+        activation_format=group.activation_format,
         rotation=group.rotation,
         before=before,
         inverse_smooth=inverse,
@@ -201,8 +226,8 @@ def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -
     )
 
 
-def pack_linear(linears: list[LinearOperands]) -> LinearLayout:
-    """Stack the linears of one group along their output channels."""
+def pack_linear(linears: list[LinearOperands], activation_format: ActivationFormat = "int") -> LinearLayout:
+    """Stack the linears of one group along their output channels, for tokens of a format."""
 
     def column(values: list[Tensor | None], sizes: list[int]) -> Tensor | None:
         if all(v is None for v in values):
@@ -217,5 +242,6 @@ def pack_linear(linears: list[LinearOperands]) -> LinearLayout:
         None if any(u is None for u in ups) else torch.cat([u for u in ups if u is not None], dim=1).half().contiguous()
     )
     scale = torch.cat([linear.scale[:, 0].float() for linear in linears]).contiguous()
-    weight = pack_codes(torch.cat([linear.codes for linear in linears]))
+    codes = torch.cat([linear.codes for linear in linears])
+    weight = pack_codes(zigzag(codes) if activation_format == "fp8" else codes)
     return LinearLayout(weight, scale, up, column([linear.bias for linear in linears], sizes))

@@ -19,18 +19,18 @@ HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2
 
 
 @cache
-def config(m: int, n: int, k: int, factors: int, rank: int, bias: bool, sort: bool, later: bool) -> Config:
-    """Tile sizes for a shape, as measured on an H200 (docs/performance.md)."""
-    flags: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, BIAS=bias, SORTED=sort, LATER=later)
+def config(m: int, n: int, k: int, factors: int, rank: int, **flags: bool) -> Config:
+    """Tile sizes for a shape, as measured on an H200 (docs/performance.md); flags are those of `Config`."""
+    fixed: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, **flags)
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
-        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **flags)
+        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
     wide = n >= 256 * 128 or k >= 64 * BLOCK
     if m <= 512 or not wide:
         bm = 32 if m <= 32 else 64 if m <= 64 or (m <= 128 and not wide) else 128
         tiles = -(-n // 128) * -(-m // bm)
-        return Config(BN=128, BM=bm, STAGES=12 if bm < 128 else 8, PAIRS=True, SHARES=wide or tiles > 132, **flags)
-    return Config(BN=256, BM=128, STAGES=6, **flags)
+        return Config(BN=128, BM=bm, STAGES=12 if bm < 128 else 8, PAIRS=True, SHARES=wide or tiles > 132, **fixed)
+    return Config(BN=256, BM=128, STAGES=6, **fixed)
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -45,9 +45,11 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     (m, k), n, device = tokens.codes.shape, layout.out_features, y.device
     up, hidden = layout.up, tokens.hidden
     factors, rank = (0, 32) if up is None or hidden is None else (up.shape[0], up.shape[2])
-    c = chosen or config(
-        m, n, k, factors, rank, layout.bias is not None, tokens.order is not None, tokens.hidden_comes_later
+    fp8 = tokens.codes.dtype == torch.float8_e4m3fn
+    flags = dict(
+        BIAS=layout.bias is not None, SORTED=tokens.order is not None, LATER=tokens.hidden_comes_later, FP8=fp8
     )
+    c = chosen or config(m, n, k, factors, rank, **flags)
     bn, bm = c.BN.value, c.BM.value
     weight_rows = descriptor(layout.weight.view(-1, BLOCK // 2), bn, BLOCK // 2)
     token_rows = descriptor(tokens.codes, bm, BLOCK // 2)
@@ -56,7 +58,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     else:
         up_rows, hidden_rows = descriptor(up.view(-1, rank), bn, 32), descriptor(hidden, bm, 32)
     count = programs(device)
-    sums = zeros("hopper sums", count * LARGEST_TILE, device)
+    sums = zeros("hopper sums", count * LARGEST_TILE, device).view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 2, device)
     tiles = -(-n // bn) * -(-m // bm)
     used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)

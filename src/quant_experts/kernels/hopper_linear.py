@@ -1,10 +1,13 @@
-"""The integer linear for Hopper GPUs in Gluon: packed int4 weights, int8 tokens, experts, all in one persistent kernel.
+"""The linear for Hopper GPUs in Gluon: packed int4 weights, int8 or fp8 tokens, experts, all in one persistent kernel.
 
 One warp copies tiles into a ring in shared memory with the bulk copy engine; two warp groups multiply. A group's rows
 of the weight are the *left* operand: they are unpacked in registers, which `wgmma` reads directly, so unpacked codes
 never touch shared memory, and few tokens cost few columns. Work is counted in steps of 128 input channels. The last one
-or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step collects
-the other shares, whose int32 sums are exact in any order. Expert factors pass through the same ring as further steps.
+or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step adds up
+the other shares, always in the same order. Expert factors pass through the same ring as further steps.
+
+int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums
+(docs/performance.md).
 
 Layouts are those of `gpu_layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
 figures are in docs/performance.md.
@@ -30,6 +33,7 @@ from quant_experts.kernels.hopper_work import (
     segment,
     share,
     tile_place,
+    unpack_fp8,
     unpack_int8,
     wait_for_previous_kernel,
 )
@@ -57,6 +61,8 @@ class Config:
     BIAS: Constant
     SORTED: Constant
     """Whether tokens were sorted by expert, so that rows of y must be put back."""
+    FP8: Constant = False
+    """Whether tokens are e4m3 numbers and weights zigzag codes."""
     LATER: Constant = False
     """Whether codes are complete at the start, hidden values only once the previous kernel has ended."""
     PAIRS: Constant = False
@@ -152,7 +158,7 @@ def unpacked(i, w_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.const
     slot = i % C.STAGES
     mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
     packed = w_ring.index(slot).slice(WG * ROWS, ROWS).load(LEFT)
-    return unpack_int8(packed)
+    return unpack_fp8(packed) if C.FP8 else unpack_int8(packed)
 
 
 @gluon.jit
@@ -211,33 +217,32 @@ def add_factors(y, i, present, w_ring, x_ring, ready, empty, WG: gl.constexpr, C
 
 @gluon.jit
 def hand_over(acc, owner, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr):
-    """Add this program's share of a tile to the owner's workspace and tell the owner."""
-    gl.atomic_add(sums_ptr + workspace(owner, acc, WG, C), acc, sem="relaxed")
+    """Write this program's share of a tile, of which it has one at most, and tell the owner."""
+    gl.store(sums_ptr + workspace(gl.program_id(0), acc, WG, C), acc)
     gl.thread_barrier()
     gl.atomic_add(count_ptr + owner * 2 + WG, 1, sem="release")
 
 
 @gluon.jit
 def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr):
-    """Wait for a tile's other shares, add them, and leave the workspace zero for the next launch."""
+    """Wait for a tile's other shares, which the programs after this one hold, and add them in their order."""
     owner = gl.program_id(0)
     seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
     while seen != shares:
         seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
     gl.thread_barrier()
-    at = sums_ptr + workspace(owner, acc, WG, C)
-    acc += gl.load(at, cache_modifier=".cg")
-    gl.store(at, gl.zeros_like(acc))
+    for other in range(owner + 1, owner + 1 + shares):
+        acc += gl.load(sums_ptr + workspace(other, acc, WG, C), cache_modifier=".cg")
     gl.store(count_ptr + owner * 2 + WG, 0)
     return acc
 
 
 @gluon.jit
-def workspace(owner, acc, WG: gl.constexpr, C: gl.constexpr):
-    """Offsets (BN / 2, BM) of a warp group's part of the owner's tile in the workspace."""
+def workspace(program, acc, WG: gl.constexpr, C: gl.constexpr):
+    """Offsets (BN / 2, BM) of a warp group's part of a program's share in the workspace."""
     ROWS: gl.constexpr = C.BN // 2
     LAYOUT: gl.constexpr = acc.type.layout
-    rows = owner * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    rows = program * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     columns = gl.arange(0, C.BM, gl.SliceLayout(0, LAYOUT))
     return rows[:, None] * C.BM + columns[None, :]
 
@@ -248,7 +253,8 @@ def to_float(acc, row_tile, scale_ptr, N, headroom, WG: gl.constexpr, C: gl.cons
     ROWS: gl.constexpr = C.BN // 2
     rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
     scale = gl.load(scale_ptr + rows, mask=rows < N, other=0.0)
-    return acc.to(gl.float32) * (scale * (0.0625 / headroom))[:, None]
+    UNIT: gl.constexpr = 256.0 if C.FP8 else 0.0625
+    return acc.to(gl.float32) * (scale * (UNIT / headroom))[:, None]
 
 
 @gluon.jit
@@ -289,7 +295,7 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
         if not C.LATER:
             present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
-        acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
+        acc = gl.zeros([C.BN // 2, C.BM], gl.float32 if C.FP8 else gl.int32, LAYOUT)
         acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
         if first > 0:
             hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG, C)

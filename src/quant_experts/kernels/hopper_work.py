@@ -34,6 +34,28 @@ def unpack_int8(packed):
 
 
 @gluon.jit
+def unpack_fp8(packed):
+    """Bytes of two zigzag codes u -> (low code, high code) / 2^8 as e4m3: the factor 2^8 goes into the scale.
+
+    e4m3 bits are linear up to 16 / 2^9: u = 2 c is itself the number c / 2^8, and an odd u = -2 c - 1 lacks one and the
+    sign.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 code, odd;
+        and.b32 code, $2, 0x0F0F0F0F; and.b32 odd, $2, 0x01010101; mad.lo.u32 $0, odd, 0x81, code;
+        shr.u32 odd, $2, 4; and.b32 code, odd, 0x0F0F0F0F; and.b32 odd, odd, 0x01010101;
+        mad.lo.u32 $1, odd, 0x81, code;
+        }""",
+        "=&r,=r,r",
+        [packed],
+        dtype=(gl.float8e4nv, gl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
 def tile_place(tile, tiles_n, tiles_m, GROUP_M: gl.constexpr):
     """Tile number -> (row tile of the weight, token tile); tokens run fastest inside bands of GROUP_M token tiles."""
     band = tile // (GROUP_M * tiles_n)

@@ -23,6 +23,7 @@ from quant_experts.kernels.gpu_layout import (
     pack_linear,
     padded_experts,
     unpack_codes,
+    unzigzag,
 )
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 from quant_experts.kernels.triton_launch import (
@@ -70,6 +71,11 @@ def is_exact() -> bool:
     return INTERPRETED or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0))
 
 
+def usable(activations: str) -> bool:
+    """fp8 needs Hopper or later: before, Triton converts to e4m3 by way of float16, rounding twice, or not at all."""
+    return is_exact() and (activations != "fp8" or INTERPRETED or torch.cuda.get_device_capability() >= (9, 0))
+
+
 def fits(weights: tuple[int, int | None, bool]) -> bool:
     """Weights of at most 4 bits, symmetric, one scale a channel; others run on the reference."""
     bits, group_size, symmetric = weights
@@ -88,7 +94,7 @@ def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype
     """Lay a group out for inputs of a dtype; see `gpu_layout`."""
     device = linears[0].codes.device
     reserve(device)
-    return Packed(pack_group(group, dtype, device), pack_linear(linears))
+    return Packed(pack_group(group, dtype, device), pack_linear(linears, group.activation_format))
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
@@ -98,7 +104,8 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
     """(N, K) int8 codes of some rows of a stacked layout."""
-    return unpack_codes(packed.linear.weight[:, rows], columns)
+    stored = unpack_codes(packed.linear.weight[:, rows], columns)
+    return unzigzag(stored) if packed.group.activation_format == "fp8" else stored
 
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
@@ -120,7 +127,8 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
 def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     """All rows of a layout in one launch -> (M, N) in the dtype of the input."""
     assert isinstance(prepared, Tokens) and prepared.codes is not None
-    layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight])
+    fp8 = prepared.codes.dtype == torch.float8_e4m3fn
+    layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight], "fp8" if fp8 else "int")
     y = torch.empty(len(prepared.codes), layout.out_features, dtype=prepared.dtype, device=prepared.codes.device)
     if not y.numel():
         return y
@@ -141,7 +149,7 @@ def _allocate(x: Tensor, layout: GroupLayout) -> Tokens:
     padded = max(1, -(-k // BLOCK)) * BLOCK
     return Tokens(
         values=None,
-        codes=torch.empty(m, padded, dtype=torch.int8, device=device),
+        codes=torch.empty(m, padded, dtype=layout.code_type, device=device),
         token_scale=torch.empty(m, 1, device=device),
         shared_hidden=None,
         routed_hidden=None,
@@ -149,10 +157,6 @@ def _allocate(x: Tensor, layout: GroupLayout) -> Tokens:
         headroom=layout.headroom,
         dtype=x.dtype,
     )
-
-
-def _largest(layout: GroupLayout) -> int:
-    return int(2 ** (layout.activation_bits - 1) - 1)
 
 
 def _inputs(x: Tensor, layout: GroupLayout) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -175,7 +179,7 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
     if parts > 1:
         largest[(m, parts)](*inputs, most, k, **part)
     quantize[(m, parts)](
-        *inputs, most, tokens.codes, tokens.token_scale, k, padded, LARGEST=_largest(layout),
+        *inputs, most, tokens.codes, tokens.token_scale, k, padded, LARGEST=layout.largest_code,
         PARTS=1 << (parts - 1).bit_length(), **part,
     )  # fmt: skip
     if layout.projection is None:
@@ -185,7 +189,8 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
     tiles = -(-m // tile["BM"]) * (total // tile["RC"])
     slices = min(-(-padded // BLOCK // tile["WAYS"]), most_slices, max(1, 3 * programs(device) // tiles))
     stages = _stages(x, layout, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
-    sums = torch.empty(slices, m, total, dtype=torch.int32 if reads_codes else torch.float32, device=device)
+    exact = reads_codes and tokens.codes.dtype == torch.int8
+    sums = torch.empty(slices, m, total, dtype=torch.int32 if exact else torch.float32, device=device)
     project[(tiles * slices,)](
         tokens.codes if reads_codes else x, layout.projection, sums, slices, m, padded if reads_codes else k, padded,
         FACTOR_ROWS=layout.factors * layout.rank, TOTAL=total, **tile, STAGES=stages, PDL=flags["PDL"],
@@ -266,7 +271,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
         *inputs, ptr(layout.projection, x), ptr(layout.code_scale, absmax), expert, order, absmax,
         tokens.codes, tokens.token_scale, ptr(tokens.expert, expert), ptr(tokens.hidden, part),
         ptr(tokens.present, expert), part, done, m, k, padded, slices, 1.0 / layout.headroom,
-        LARGEST=_largest(layout), TOTAL=total, F=factors, E=experts, R=rank, CODES=layout.code_scale is not None,
+        LARGEST=layout.largest_code, TOTAL=total, F=factors, E=experts, R=rank, CODES=layout.code_scale is not None,
         ROWS=rows, **flags, STAGES=_stages(x, layout, read * rank, 3), num_warps=4, enable_fp_fusion=False,
         **options(device),
     )  # fmt: skip
@@ -302,6 +307,8 @@ def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     if INTERPRETED:  # small tiles and few programs: each costs the same there
         bm, bn, shares = 16, 32, min(2, padded // BLOCK)
         tiles = -(-n // bn) * -(-m // bm)
+    if tokens.codes.dtype != torch.int8:  # float32 sums, whose order would count
+        shares = 1
     sums = zeros("linear sums", tiles * bn * bm if shares > 1 else 1, device)
     done = zeros("linear done", tiles if shares > 1 else 1, device)
     factors = layout.up is not None and tokens.hidden is not None

@@ -1,8 +1,11 @@
-"""The integer linear in plain Triton: any GPU with int8 matrix units, and the interpreter.
+"""The linear in plain Triton: any GPU with int8 matrix units, and the interpreter.
 
 Hopper has a kernel of its own (`hopper_linear`), which is faster there; both read the same layouts and give the same
 int32 sums. The weight is the left operand, so that its codes are unpacked in registers. The input channels are cut over
 programs where tiles are few; shares of a tile add up in int32, exact in any order, and the last one finishes the tile.
+
+fp8 tokens and the weights beside them are multiplied as float16, which holds both: products are exact, sums float32.
+Those are not cut, because their order would count.
 """
 
 from __future__ import annotations
@@ -10,16 +13,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_tokens import bitwise_or, wait_for_previous_kernel
+from quant_experts.kernels.triton_tokens import add_product, bitwise_or, wait_for_previous_kernel
 
 
 @triton.jit
-def unpack(packed, ASSEMBLY: tl.constexpr):
-    """Bytes of two codes -> (16 * low code, 16 * high code) as int8: the factor 16 goes into the scale.
+def unpack_fp8(packed, ASSEMBLY: tl.constexpr):
+    """As `hopper_work.unpack_fp8`: bytes of two zigzag codes -> (low code, high code) / 256 as e4m3."""
+    if ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 code, odd;
+            and.b32 code, $2, 0x0F0F0F0F; and.b32 odd, $2, 0x01010101; mad.lo.u32 $0, odd, 0x81, code;
+            shr.u32 odd, $2, 4; and.b32 code, odd, 0x0F0F0F0F; and.b32 odd, odd, 0x01010101;
+            mad.lo.u32 $1, odd, 0x81, code;
+            }""",
+            "=&r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = (packed & 15) + (packed & 1) * -127
+        high = ((packed >> 4) & 15) + ((packed >> 4) & 1) * -127
+    return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def unpack(packed, FP8: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Bytes of two codes -> (16 * low code, 16 * high code) as int8, or FP8: codes / 256 as e4m3. The factor goes into
+    the scale.
 
     In assembly four bytes at a time: the compiler takes the plain form byte by byte.
     """
-    if ASSEMBLY:
+    if FP8:
+        low, high = unpack_fp8(packed, ASSEMBLY)
+    elif ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 4; and.b32 $0, $0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0;",
             "=r,=r,r",
@@ -39,18 +68,20 @@ def sums(
     weight_ptr, codes_ptr, rows, tokens, N, Kp, first, last,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """16 * sum of code products over blocks [first, last) of 128 channels: (BN, BM) int32."""
+    """16 * sum of code products over blocks [first, last) of 128 channels: (BN, BM) int32; of fp8 tokens 1 / 256 of it,
+    float32."""
+    FP8: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
     byte = tl.arange(0, 64)
     weight_at = weight_ptr + (first.to(tl.int64) * N + rows)[:, None] * 64 + byte[None, :]
     codes_at = codes_ptr + tokens.to(tl.int64)[None, :] * Kp + first * 128 + byte[:, None]
-    total = tl.zeros((BN, BM), tl.int32)
+    total = tl.zeros((BN, BM), tl.float32 if FP8 else tl.int32)
     for _ in tl.range(0, last - first, num_stages=STAGES):
         packed = tl.load(weight_at)
         x_low = tl.load(codes_at)
         x_high = tl.load(codes_at + 64)
-        low, high = unpack(packed, ASSEMBLY)
-        total = tl.dot(low, x_low, total, out_dtype=tl.int32)
-        total = tl.dot(high, x_high, total, out_dtype=tl.int32)
+        low, high = unpack(packed, FP8, ASSEMBLY)
+        total = add_product(total, low, x_low)
+        total = add_product(total, high, x_high)
         weight_at += tl.cast(N, tl.int64) * 64
         codes_at += 128
     return total
@@ -65,7 +96,8 @@ def finish(
     """Scales, experts, bias; write (tokens, rows) of y in the order of the input."""
     row = tl.minimum(rows, N - 1)
     token = tl.minimum(tokens, M - 1)
-    y = total.to(tl.float32) * (tl.load(scale_ptr + row) * (0.0625 * inverse_headroom))[:, None]
+    UNIT: tl.constexpr = 0.0625 if total.dtype == tl.int32 else 256.0
+    y = total.to(tl.float32) * (tl.load(scale_ptr + row) * (UNIT * inverse_headroom))[:, None]
     if F > 0:
         block = token_tile * (BM // 16) + tl.arange(0, BM // 16)
         present = tl.reduce(tl.load(present_ptr + block, mask=block * 16 < M, other=0), 0, bitwise_or)

@@ -1,8 +1,8 @@
-"""The integer linear for up to eight tokens (decode): memory-bound, so all that counts is bytes in flight.
+"""The linear for up to eight tokens (decode): memory-bound, so all that counts is bytes in flight.
 
 A program owns BN weight rows over all input channels. Its WAYS warps take every WAYS-th block of 128 channels each (the
 first axis of the products), so one tile's sums meet in shared memory, not in device memory: nothing is cut into shares
-and nothing waits. The sums are int32, exact in any order.
+and nothing waits. The sums are int32, exact in any order; with fp8 tokens float32 sums of exact products.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from quant_experts.kernels.triton_linear import unpack
-from quant_experts.kernels.triton_tokens import wait_for_previous_kernel
+from quant_experts.kernels.triton_tokens import add_product, wait_for_previous_kernel
 
 
 @triton.jit
@@ -19,11 +19,12 @@ def code_sums(
     weight_ptr, codes_ptr, row, token, M, N, Kp, BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
     STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """16 * sum of code products: (BN, BM) int32."""
+    """16 * sum of code products: (BN, BM) int32; of fp8 tokens 1 / 256 of it, float32."""
+    FP8: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
     steps = Kp // 128
     way = tl.arange(0, WAYS)
     byte = tl.arange(0, 64)
-    total = tl.zeros((WAYS, BN, BM), tl.int32)
+    total = tl.zeros((WAYS, BN, BM), tl.float32 if FP8 else tl.int32)
     weight_at = weight_ptr + row[None, :, None] * 64 + byte[None, None, :]
     codes_at = codes_ptr + token[None, None, :] * Kp + byte[None, :, None]
     for start in tl.range(0, steps, WAYS, num_stages=STAGES):
@@ -31,11 +32,11 @@ def code_sums(
         there = block < steps
         packed = tl.load(weight_at + block.to(tl.int64) * N * 64, mask=there, other=0)
         x_at, x_there = codes_at + block * 128, there & (token < M)[None, None, :]
-        x_low = tl.load(x_at, mask=x_there, other=0, cache_modifier=".cg")
-        x_high = tl.load(x_at + 64, mask=x_there, other=0, cache_modifier=".cg")
-        low, high = unpack(packed, ASSEMBLY)
-        total = tl.dot(low, x_low, total, out_dtype=tl.int32)
-        total = tl.dot(high, x_high, total, out_dtype=tl.int32)
+        x_low = tl.load(x_at, mask=x_there, other=0.0, cache_modifier=".cg")
+        x_high = tl.load(x_at + 64, mask=x_there, other=0.0, cache_modifier=".cg")
+        low, high = unpack(packed, FP8, ASSEMBLY)
+        total = add_product(total, low, x_low)
+        total = add_product(total, high, x_high)
     return tl.sum(total, axis=0)
 
 
@@ -63,7 +64,8 @@ def linear_few(
     token = tl.arange(0, BM)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rows, N - 1).to(tl.int64)
-    row_scale = tl.load(scale_ptr + row) * (0.0625 * inverse_headroom)
+    UNIT: tl.constexpr = 256.0 if codes_ptr.dtype.element_ty == tl.float8e4nv else 0.0625
+    row_scale = tl.load(scale_ptr + row) * (UNIT * inverse_headroom)
     if not LATER:
         wait_for_previous_kernel(PDL)
     scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg") * headroom

@@ -67,7 +67,7 @@ def quantize(
     finite = scale == scale
     steps = tl.where(finite[:, None], z * reciprocal(tl.where(finite, scale, 1.0))[:, None], 0.0)
     at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
-    tl.store(at, rounded(steps), mask=(columns < Kp)[None, :])
+    tl.store(at, rounded(steps, codes_ptr.dtype.element_ty == tl.float8e4nv), mask=(columns < Kp)[None, :])
     if part == 0:
         tl.store(token_scale_ptr + row, scale)
 
@@ -90,7 +90,7 @@ def project(
     steps = Kp // 128
     begin, end = piece * steps // slices, (piece + 1) * steps // slices
     CODES: tl.constexpr = projection_ptr.dtype.element_ty == tl.int8
-    SUMS: tl.constexpr = tl.int32 if CODES else tl.float32
+    SUMS: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
     rows_at = projection_ptr + rank * 128
     if CODES:
         wait_for_previous_kernel(PDL)
@@ -103,7 +103,7 @@ def project(
             columns = block * 128 + column[None, :, None]
             there = (block < end) & (token < M)[None, None, :] & (columns < K)
             at = x_ptr + token[None, None, :].to(tl.int64) * K + columns
-            x = tl.load(at, mask=there, other=0, cache_modifier=".cg")
+            x = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             at = rows_at[None, :, None] + block.to(tl.int64) * (TOTAL * 128) + column[None, None, :]
             weight = tl.load(at, mask=block < end, other=0)
             if FACTOR_ROWS < TOTAL:

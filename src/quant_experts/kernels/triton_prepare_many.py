@@ -116,12 +116,13 @@ def convert_slice(
     STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
 ):  # fmt: skip
     """Steps [begin, end) of a block's channels: codes are written; (ROWS, R) hidden sums of the shared expert and of
-    each token's own are returned, int32 of an expert that reads codes."""
+    each token's own are returned, int32 of an expert that reads int8 codes."""
     first = tl.minimum(tl.min(tl.where(used, expert, E), axis=0), max(E - 1, 0))
     last = tl.max(tl.where(used, expert, 0), axis=0)
     # In most blocks all tokens have one expert: then the second is the first once more.
     second = tl.minimum(tl.min(tl.where(used & (expert > first), expert, E), axis=0), tl.maximum(last, first))
-    SUMS: tl.constexpr = tl.int32 if CODES else tl.float32
+    FP8: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
+    SUMS: tl.constexpr = tl.int32 if CODES and not FP8 else tl.float32
     shared = tl.zeros((ROWS, R), SUMS)
     own = tl.zeros((ROWS, R), SUMS)
     others = tl.zeros((ROWS, R), SUMS)
@@ -129,7 +130,7 @@ def convert_slice(
         columns = step * 128 + tl.arange(0, 128)
         x = load_raw(x_ptr, token, used, columns, K)
         steps = transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT) * inverse[:, None]
-        codes = rounded(steps)
+        codes = rounded(steps, FP8)
         tl.store(codes_ptr + place.to(tl.int64)[:, None] * Kp + columns[None, :], codes, mask=(place < M)[:, None])
         left = codes if CODES else x
         if F > E:

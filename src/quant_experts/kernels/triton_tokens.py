@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_experts.kernels import triton_launch
+
+INTERPRETED = tl.constexpr(triton_launch.INTERPRETED)
 ROUNDING = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, halves to even, and leaves that in the low bits."""
 SMALLEST = tl.constexpr(2.0**-100)
@@ -97,17 +100,34 @@ def reciprocal(scale):
 
 
 @triton.jit
-def rounded(steps):
-    """float32 in [-127, 127] -> int8, halves to even."""
-    return (steps + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
+def rounded(steps, FP8: tl.constexpr):
+    """float32 in [-127, 127] -> int8, or FP8: in [-448, 448] (but for rounding) -> e4m3. Halves to even."""
+    if not FP8:
+        return (steps + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
+    elif INTERPRETED:  # its own conversion rounds halves up
+        return nearest_e4m3(steps).to(tl.float8e4nv)
+    else:
+        return steps.to(tl.float8e4nv)
+
+
+@triton.jit
+def nearest_e4m3(steps):
+    """The nearest numbers of e4m3 in float32, halves to even: adding 2^20 times a value's power of two leaves its first
+    four bits, or multiples of 2^-9 where it is small."""
+    power = (steps.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.maximum(power, 2.0**-6) * 2.0**20
+    magnitude = (tl.abs(steps) + power) - power
+    return tl.where(steps < 0, -magnitude, magnitude)
 
 
 @triton.jit
 def add_product(total, left, right):
-    """total + left times right (2 or 3 axes), one of them weights, one tokens: integers; or float32 weights, in three
-    products of 11 bits; or bfloat16 weights, with tokens of other types in three parts of 8 bits, so that products are
-    exact. Sums are float32."""
-    if left.dtype == tl.int8:
+    """total + left times right (2 or 3 axes), one of them weights, one tokens: integers, to int32 sums; or e4m3 tokens
+    and int8 or e4m3 weights, as float16, which holds all of these; or float32 weights, in three products of 11 bits; or
+    bfloat16 weights, with tokens of other types in three parts of 8 bits. So products are exact. Sums are float32."""
+    if left.dtype == tl.float8e4nv or right.dtype == tl.float8e4nv:
+        return tl.dot(left.to(tl.float16), right.to(tl.float16), total)
+    elif left.dtype == tl.int8:
         return tl.dot(left, right, total, out_dtype=tl.int32)
     elif left.dtype == tl.float32 and right.dtype != tl.bfloat16:
         return tl.dot(left, right.to(tl.float32), total, input_precision="tf32x3")
