@@ -12,7 +12,7 @@ import torch
 from naive_e4m3 import nearest
 
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import dispatch
+from quant_experts.kernels import dispatch, triton_backend
 from quant_experts.kernels.dispatch import BACKENDS, Backend, select
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
@@ -135,7 +135,8 @@ def tokens(rows: int, columns: int, seed: int = 7) -> torch.Tensor:
 
 def backends(*bits: Bits) -> list:
     """Each backend that runs on a CPU with each activation width or format that it takes."""
-    pairs = [(b, a) for b in CPU_BACKENDS for a in bits if b.activations == "any" or (a != "fp8" and a < 16)]
+    kinds = {a: "fp8" if a == "fp8" else "values" if a == 16 else "integer" for a in bits}
+    pairs = [(b, a) for b in CPU_BACKENDS for a in bits if kinds[a] in b.activations]
     return [pytest.param(b, a, id=f"{b.name}-A{a}") for b, a in pairs]
 
 
@@ -284,15 +285,21 @@ def test_the_first_row_that_fits_is_chosen(bits: int, name: str) -> None:
     assert select("cpu", bits, "reference").name == "reference"
 
 
-def test_fp8_activations_run_on_the_reference() -> None:
+def test_fp8_activations_run_on_hopper_and_elsewhere_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "mps"):
         assert select(device, 8, activation_format="fp8").name == "reference"
     with pytest.raises(QuantExpertsError, match=r"'cpu-int8' cannot run Afp8 on cpu: choose one of reference\."):
         select("cpu", 8, "cpu-int8", activation_format="fp8")
+    monkeypatch.setattr(triton_backend, "is_exact", lambda: True)
+    for capability, name in [((8, 9), "reference"), ((9, 0), "triton")]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert select("cuda", 8, activation_format="fp8").name == name
+        assert select("cuda", 8, weights=(4, 128, True), activation_format="fp8").name == "reference"
+        assert select("cuda", 8).name == "triton"
 
 
 def test_weight_only_schemes_have_a_backend_of_their_own_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "BACKENDS", tuple(replace(b, usable=lambda: True) for b in BACKENDS))
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(replace(b, usable=lambda activations: True) for b in BACKENDS))
     for weights in [(4, 128, False), (3, 128, False), (4, None, True), (3, 64, True)]:
         assert select("cuda", 16, weights=weights).name == "triton-weight-only"
     for weights in [(4, 16, False), (8, 128, False)]:
@@ -306,7 +313,7 @@ def test_every_device_has_a_backend_for_every_width() -> None:
         for bits in (4, 5, 6, 7, 8, 16):
             chosen = select(device, bits)
             assert chosen.device in (device, "any")
-            assert chosen.activations in ("any", "values" if bits == 16 else "integer")
+            assert ("values" if bits == 16 else "integer") in chosen.activations
 
 
 @pytest.mark.parametrize(("device", "bits"), [("cpu", 16), ("mps", 8)])
@@ -317,7 +324,7 @@ def test_a_forced_backend_that_does_not_apply_is_refused(device: str, bits: int,
 
 
 def test_an_inexact_backend_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = tuple(replace(b, usable=lambda: False) if b.name == "cpu-int8" else b for b in BACKENDS)
+    table = tuple(replace(b, usable=lambda activations: False) if b.name == "cpu-int8" else b for b in BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", table)
     assert select("cpu", 8).name == "reference"
     with pytest.raises(QuantExpertsError, match="cpu-int8"):

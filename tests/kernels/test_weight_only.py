@@ -43,7 +43,7 @@ def test_the_table_names_the_backend_for_gpus() -> None:
     from quant_experts.kernels.dispatch import BACKENDS
 
     backend = next(b for b in BACKENDS if b.name == "triton-weight-only")
-    assert backend.device == "cuda" and backend.activations == "values" and backend.layout is not None
+    assert backend.device == "cuda" and backend.activations == ("values",) and backend.layout is not None
     for bits in (3, 4):
         assert backend.fits((bits, 128, False)) and backend.fits((bits, None, True))
     assert not backend.fits((8, 128, False)) and not backend.fits((4, 16, True))

@@ -67,7 +67,9 @@ def stacking(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat([linear.codes for linear in packed[1]])[rows, :columns]
 
     layout = Layout(lambda group, linears, dtype: (group, linears), apply, codes)
-    backend = Backend("stacking", "any", "any", reference.prepare, reference.linear, reference.is_exact, layout=layout)
+    backend = Backend(
+        "stacking", "any", ("integer",), reference.prepare, reference.linear, lambda activations: True, layout=layout
+    )
     monkeypatch.setattr(modules, "select", lambda *choice: backend)
 
 

@@ -24,7 +24,8 @@ Weights = tuple[int, int | None, bool]
 """Weight bits, group size, symmetric."""
 
 
-Activations = Literal["integer", "values", "any"]
+Activations = Literal["integer", "fp8", "values"]
+"""Tokens quantized to integers or to fp8 numbers, or values as they are (weight-only schemes)."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,23 @@ class Backend:
 
     name: str
     device: Literal["cpu", "cuda", "any"]
-    activations: Activations
-    """Which kinds it takes: tokens quantized to integers, values as they are (weight-only schemes), or any."""
+    activations: tuple[Activations, ...]
+    """Kinds that it takes."""
     prepare: Callable[[Tensor, GroupOperands], Prepared]
     linear: Callable[[Prepared, LinearOperands], Tensor]
-    usable: Callable[[], bool]
+    usable: Callable[[Activations], bool]
+    """Whether this machine can run it for such activations."""
     fits: Callable[[Weights], bool] = lambda weights: True
     """Whether weights of that kind are served."""
     layout: Layout | None = None
 
     @classmethod
-    def of(cls, name: str, device: Literal["cpu", "cuda", "any"], activations: Activations, module: Any) -> Backend:
-        """The backend that a module's `prepare`, `linear` and `is_exact` (or `usable`, where nothing is exact) make,
-        and `fits`, `pack`, `apply` and `codes` if it has them."""
-        usable = module.usable if hasattr(module, "usable") else module.is_exact
+    def of(
+        cls, name: str, device: Literal["cpu", "cuda", "any"], activations: tuple[Activations, ...], module: Any
+    ) -> Backend:
+        """The backend that a module's `prepare`, `linear` and `usable` (or `is_exact`, where that is all) make, and
+        `fits`, `pack`, `apply` and `codes` if it has them."""
+        usable = module.usable if hasattr(module, "usable") else lambda activations: module.is_exact()
         backend = cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), usable)
         if hasattr(module, "pack"):
             layout = Layout(_isolated(module.pack), _isolated(module.apply), module.codes)
@@ -85,10 +89,10 @@ def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend.of("cpu-int8", "cpu", "integer", cpu_int8),
-    Backend.of("triton", "cuda", "integer", triton_backend),
-    Backend.of("triton-weight-only", "cuda", "values", weight_only_backend),
-    Backend.of("reference", "any", "any", reference),
+    Backend.of("cpu-int8", "cpu", ("integer",), cpu_int8),
+    Backend.of("triton", "cuda", ("integer", "fp8"), triton_backend),
+    Backend.of("triton-weight-only", "cuda", ("values",), weight_only_backend),
+    Backend.of("reference", "any", ("integer", "fp8", "values"), reference),
 )
 
 
@@ -104,11 +108,11 @@ def select(
 
     Raises `QuantExpertsError` where the forced backend does not exist or does not apply.
     """
-    wanted = "values" if activation_bits == 16 else "integer" if activation_format == "int" else activation_format
+    wanted: Activations = "values" if activation_bits == 16 else "integer" if activation_format == "int" else "fp8"
     fitting = [
         b
         for b in BACKENDS
-        if b.device in (device, "any") and b.activations in (wanted, "any") and b.fits(weights) and b.usable()
+        if b.device in (device, "any") and wanted in b.activations and b.fits(weights) and b.usable(wanted)
     ]
     for backend in fitting:
         if forced in (None, backend.name):

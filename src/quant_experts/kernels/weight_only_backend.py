@@ -55,8 +55,9 @@ class Tile(NamedTuple):
 
 
 @cache
-def usable() -> bool:
-    """Whether the kernels can run: Triton is installed, and there is a GPU that copies ahead (or the interpreter)."""
+def usable(activations: str = "values") -> bool:
+    """Whether the kernels can run (values are all they take): Triton is installed, and there is a GPU that copies ahead
+    (or the interpreter)."""
     if find_spec("triton") is None:
         return False
     return INTERPRETED or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0))
