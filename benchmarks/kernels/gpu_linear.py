@@ -1,11 +1,12 @@
 """Times of one decoder block's four input groups on a GPU: bf16, cuBLAS int8 and fp8, ours without and with experts.
 
-    python benchmarks/kernels/gpu_linear.py [--models ...] [--tokens ...] [--out benchmarks/results]
+    python benchmarks/kernels/gpu_linear.py [--models ...] [--tokens ...] [--kinds ...] [--out benchmarks/results]
 
 writes gpu_linear.json, gpu_linear.md (tables) and gpu_linear.png. The groups (qkv, o, gate+up, down) run one after
 another in a CUDA graph, each preparing its input anew (smoothing, quantization, routing, projection), on copies of the
 weights that together exceed the L2 cache. Times are medians of replays. The bound is the larger of bytes over the
-measured copy bandwidth and operations over the measured rate of `torch._scaled_mm`, summed over groups.
+measured copy bandwidth and operations over the measured rate of `torch._scaled_mm`, summed over groups. Ours with fp8
+activations are timed from FP8_TOKENS tokens on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,25 @@ TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
 RANK, EXPERTS, ROTATION = 32, 8, 64
 COLD_BYTES = 200_000_000
 BASELINES = ("bf16", "cublas_int8", "cublas_fp8")
-OURS = {
+LAYERS = {
     "without_experts": "no experts",
     "with_experts": f"{EXPERTS} routed experts and a shared one, rank {RANK} + {RANK}",
     "default": f"default recipe: static expert of rank {RANK} that reads codes, rotation",
 }
+OURS = LAYERS | {f"fp8_{kind}": f"{title}; fp8 activations" for kind, title in LAYERS.items()}
+FP8_TOKENS = 512
+"""Below, products wait for memory, and kinds of activations differ little."""
 KINDS = (*BASELINES, *OURS)
+HEADS = dict(bf16="bf16", cublas_int8="`_int_mm`", cublas_fp8="`_scaled_mm`") | {
+    f"{prefix}{kind}": f"{prefix.replace('_', ' ')}{head}"
+    for prefix in ("", "fp8_")
+    for kind, head in dict(without_experts="no experts", with_experts="experts", default="default").items()
+}
 
 
 def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Packed:
-    """A random group with one stacked linear; kind is one of OURS."""
+    """A random group with one stacked linear; kind is one of OURS; bits are those of integer activations."""
+    fp8, kind = kind.startswith("fp8_"), kind.removeprefix("fp8_")
     experts, default = kind == "with_experts", kind == "default"
     generator = torch.Generator(device="cuda").manual_seed(seed)
 
@@ -60,7 +70,7 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
         return Factor(codes, normal(shape[0]).abs() * 1e-3)
 
     group = GroupOperands(
-        bits,
+        8 if fp8 else bits,
         normal(k).abs() + 0.5,
         ROTATION if default else 0,
         integer_factor(RANK, k) if default else factor(RANK, k),
@@ -68,6 +78,7 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
         normal(EXPERTS, k).half() if experts else None,
         normal(EXPERTS).half() if experts else None,
         default,
+        "fp8" if fp8 else "int",
     )
     codes = torch.randint(-8, 8, (n, k), generator=generator, device="cuda", dtype=torch.int8)
     up, routed_up = integer_factor(n, RANK) if default else factor(n, RANK), factor(EXPERTS, n, RANK)
@@ -119,6 +130,8 @@ def bound(shapes: tuple[tuple[int, int], ...], m: int, limits: dict[str, float])
 
 def works(shapes: tuple[tuple[int, int], ...], m: int, bits: int, kind: str) -> Callable[[], object] | None:
     """All groups of one block, one after another, on as many copies of the weights as the cache demands."""
+    if kind.startswith("fp8_") and m < FP8_TOKENS:
+        return None
     stored = {"bf16": 2.0, "cublas_int8": 1.0, "cublas_fp8": 1.0}.get(kind, 0.5) * sum(n * k for n, k in shapes)
     copies = max(1, -(-COLD_BYTES // int(stored)))
     xs = [torch.randn(m, k, device="cuda").bfloat16() for _, k in shapes]
@@ -142,13 +155,15 @@ def works(shapes: tuple[tuple[int, int], ...], m: int, bits: int, kind: str) -> 
     )
 
 
-def measure(models: list[str], tokens: list[int], bits: int, limits: dict[str, float]) -> list[dict[str, Any]]:
+def measure(
+    models: list[str], tokens: list[int], bits: int, limits: dict[str, float], kinds: list[str]
+) -> list[dict[str, Any]]:
     """One row for each model and number of tokens."""
     rows = []
     for model in models:
         for m in tokens:
             row: dict[str, Any] = {"model": model, "tokens": m, "bits": bits, "bound": bound(SHAPES[model], m, limits)}
-            for kind in KINDS:
+            for kind in kinds:
                 work = works(SHAPES[model], m, bits, kind)
                 if work is not None:
                     copies = work()
@@ -164,28 +179,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one table a model."""
     text = ""
     for model in dict.fromkeys(row["model"] for row in rows):
-        text += f"\n**{model}**, W4A{rows[0]['bits']}, microseconds for the four groups of a block\n\n"
-        text += "| tokens | bf16 | `_int_mm` | `_scaled_mm` | no experts | experts | default | bound "
-        text += "| bf16 / no experts | bf16 / experts | bf16 / default |\n" + "| ---: " * 11 + "|\n"
-        for row in (r for r in rows if r["model"] == model):
-            cells = [f"{row[kind]:.0f}" if kind in row else "-" for kind in KINDS]
-            ratios = [f"{row['bf16'] / row[kind]:.2f}" for kind in OURS]
+        text += f"\n**{model}**, W4A{rows[0]['bits']} and W4Afp8, microseconds for the four groups of a block\n\n"
+        mine = [row for row in rows if row["model"] == model]
+        kinds = [kind for kind in KINDS if any(kind in row for row in mine)]
+        ours = [kind for kind in kinds if kind in OURS]
+        heads = ["tokens", *(HEADS[kind] for kind in kinds), "bound", *(f"bf16 / {HEADS[kind]}" for kind in ours)]
+        text += f"| {' | '.join(heads)} |\n" + "| ---: " * len(heads) + "|\n"
+        for row in mine:
+            cells = [f"{row[kind]:.0f}" if kind in row else "-" for kind in kinds]
+            ratios = [f"{row['bf16'] / row[kind]:.2f}" if kind in row else "-" for kind in ours]
             text += f"| {row['tokens']} | {' | '.join(cells)} | {row['bound']:.0f} | {' | '.join(ratios)} |\n"
     return text
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """bf16's time over ours against tokens, one line a model."""
+    """bf16's time over ours against tokens, one line a model, broken with fp8 activations."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(OURS), figsize=(15, 4), sharey=True)
-    for axis, (kind, title) in zip(axes, OURS.items(), strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            mine = [row for row in rows if row["model"] == model]
-            axis.plot([r["tokens"] for r in mine], [r["bf16"] / r[kind] for r in mine], marker="o", label=model)
+    figure, axes = plt.subplots(1, len(LAYERS), figsize=(15, 4), sharey=True)
+    for axis, (layers, title) in zip(axes, LAYERS.items(), strict=True):
+        for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            for kind, style, label in ((layers, "-", model), (f"fp8_{layers}", "--", None)):
+                mine = [row for row in rows if row["model"] == model and kind in row]
+                ratios = [row["bf16"] / row[kind] for row in mine]
+                axis.plot([row["tokens"] for row in mine], ratios, style, marker="o", color=f"C{i}", label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel="tokens")
         axis.set_title(title, fontsize=9)
@@ -195,9 +215,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def compile_ahead(tokens: list[int], models: list[str]) -> None:
+def compile_ahead(tokens: list[int], models: list[str], kinds: Iterable[str] = OURS) -> None:
     """Let processes side by side fill the compiler's cache."""
-    command = [sys.executable, __file__, "--compile-only", "--models", *models, "--tokens"]
+    command = [sys.executable, __file__, "--compile-only", "--models", *models, "--kinds", *kinds, "--tokens"]
     for process in [subprocess.Popen([*command, str(m)], stdout=subprocess.DEVNULL) for m in tokens]:
         process.wait()
 
@@ -217,24 +237,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="bf16 is always timed")
     parser.add_argument("--bits", type=int, default=8, help="activation bits")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    kinds = [kind for kind in KINDS if kind == "bf16" or kind in arguments.kinds]
     if arguments.compile_only:
         for model in arguments.models:
             for i, (n, k) in enumerate(SHAPES[model]):
-                for kind in OURS:
+                for kind in kinds:
+                    if kind in BASELINES or (kind.startswith("fp8_") and arguments.tokens[0] < FP8_TOKENS):
+                        continue
                     x = torch.randn(arguments.tokens[0], k, device="cuda").bfloat16()
                     triton_backend.apply(x, layer(n, k, arguments.bits, kind, i))
         return
-    compile_ahead(arguments.tokens, arguments.models)
+    compile_ahead(arguments.tokens, arguments.models, kinds)
     limits = chip_limits()
     facts = about(f"python benchmarks/kernels/gpu_linear.py --bits {arguments.bits}") | {"limits": limits}
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
-        rows += measure([model], arguments.tokens, arguments.bits, limits)
+        rows += measure([model], arguments.tokens, arguments.bits, limits, kinds)
         (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
     (arguments.out / "gpu_linear.md").write_text(table(rows).lstrip())
     picture(rows, arguments.out / "gpu_linear.png")

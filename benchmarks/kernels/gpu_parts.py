@@ -1,6 +1,6 @@
 """Where the time of a decoder block's quantized linears goes on a GPU, kernel by kernel.
 
-    python benchmarks/kernels/gpu_parts.py [--model ...] [--tokens ...] [--out benchmarks/results]
+    python benchmarks/kernels/gpu_parts.py [--model ...] [--tokens ...] [--kinds ...] [--out benchmarks/results]
 
 writes gpu_parts.json and gpu_parts.md: for each group (qkv, o, gate+up, down) the kernels in order, when each started
 after the group's first and how long it ran, from the profiler, in a CUDA graph on cold weights. With programmatic
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_linear import COLD_BYTES, GROUPS, OURS, SHAPES, about, compile_ahead, layer
+from gpu_linear import COLD_BYTES, GROUPS, LAYERS, OURS, SHAPES, about, compile_ahead, layer
 
 from quant_experts.kernels import triton_backend
 
@@ -99,14 +99,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen2-VL-7B", choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 2048, 8192])
+    parser.add_argument("--kinds", nargs="+", default=list(LAYERS), choices=list(OURS))
     parser.add_argument("--bits", type=int, default=8, help="activation bits")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    compile_ahead(arguments.tokens, [arguments.model])
+    compile_ahead(arguments.tokens, [arguments.model], arguments.kinds)
     rows = [
         {"tokens": m, "kind": kind} | row
         for m in arguments.tokens
-        for kind in OURS
+        for kind in arguments.kinds
         for row in timeline(arguments.model, m, arguments.bits, kind)
     ]
     arguments.out.mkdir(parents=True, exist_ok=True)

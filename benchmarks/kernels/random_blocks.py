@@ -76,6 +76,11 @@ KINDS = {
         Scheme.parse("W4A8"),
         dict(smooth=True, shared_rank=32, routed_rank=32, experts=8),
     ),
+    "fp8-experts": Kind(
+        "W4Afp8, 8 routed experts and a shared one, rank 32 + 32",
+        Scheme.parse("W4Afp8"),
+        dict(smooth=True, shared_rank=32, routed_rank=32, experts=8),
+    ),
     "W4A16": Kind(f"W4A16, default recipe ({_STATIC})", Scheme.parse("W4A16"), _DEFAULT),
     "W3A16": Kind(f"W3A16, default recipe ({_STATIC})", Scheme.parse("W3A16"), _DEFAULT),
 }
