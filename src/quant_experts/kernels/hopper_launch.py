@@ -58,7 +58,8 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     else:
         up_rows, hidden_rows = descriptor(up.view(-1, rank), bn, 32), descriptor(hidden, bm, 32)
     count = programs(device)
-    sums = zeros("hopper sums", count * LARGEST_TILE, device).view(torch.float32 if fp8 else torch.int32)
+    sums = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
+    sums = sums.view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 2, device)
     tiles = -(-n // bn) * -(-m // bm)
     used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
