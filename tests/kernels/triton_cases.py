@@ -26,7 +26,9 @@ EXPERTS_TOLERANCE = 1e-3 if INTERPRETED else 3e-3
 for inputs of 16 bits (and then `check` adds their rounding), and terms may cancel. In these layers experts are most of
 the output; in real ones they are a correction."""
 SUMS_TOLERANCE = 2e-6
-"""Without experts: float32 scales over exact sums, or over float32 sums of exact products of fp8 codes."""
+"""Without experts: float32 scales over exact sums."""
+FP8_TOLERANCE = 1e-5
+"""More of float32 sums of exact products, which matrix units cut instead of rounding."""
 TENSOR_CORE_FP8 = 0.0 if INTERPRETED else 2.0**-11
 """Times the root of the number of additions: with more than 8 tokens Hopper's matrix units add fp8 products, 32 at a
 time, and keep 14 bits of each sum. A model of that stays below on random layers (docs/performance.md)."""
@@ -125,6 +127,8 @@ def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Ten
     assert y.shape == expected.shape
     experts = group.shared_down is not None or group.routed_down is not None
     tolerance = EXPERTS_TOLERANCE if experts else SUMS_TOLERANCE
+    if group.activation_format == "fp8":
+        tolerance += FP8_TOLERANCE
     if group.activation_format == "fp8" and len(x) > triton_backend.LINEAR_FEW:
         tolerance += TENSOR_CORE_FP8 * (x.shape[1] / 32) ** 0.5
     if x.dtype != torch.float32:
@@ -226,8 +230,9 @@ def shared_expert_that_reads_codes(activation_format: ActivationFormat = "int") 
         assert layout.code_scale is not None and ours.token_scale is not None and plain.shared_hidden is not None
         assert ours.hidden is not None and ours.present is not None and (ours.present == 1).all()
         hidden = (ours.hidden.float() * ours.headroom * ours.token_scale)[:, :rank]
-        free = 0.0 if activation_format == "int" else 1e-6 * float(plain.shared_hidden.norm())
-        torch.testing.assert_close(hidden, plain.shared_hidden, rtol=2**-10, atol=free)
+        expected = plain.shared_hidden
+        free = 0.0 if activation_format == "int" else FP8_TOLERANCE * expected.norm(dim=1, keepdim=True)
+        assert ((hidden - expected).abs() <= 2**-10 * expected.abs() + free).all()
         y = check(x, group, linears)
         x[m - 1, 2] = torch.inf
         other = triton_backend.apply(x, triton_backend.pack(group, linears))
