@@ -296,15 +296,16 @@ def non_finite_tokens() -> None:
             torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
 
 
-def inputs_follow_one_another() -> None:
+def inputs_follow_one_another(activation_format: ActivationFormat = "int") -> None:
     """Kernels overlap: whatever a buffer or a cache held before, an input's outputs are its own, in graphs as well."""
     n, k = (40, 300) if INTERPRETED else (4096, 18944)
     for m in (1, 17) if INTERPRETED else (1, 12, 40, 200, 300):
         for integer_factors in (False, True):
             parts = ("smooth", "shared") if integer_factors else ALL
             group, linears = operands(
-                k, (n,), 8, parts, integer_factors=integer_factors, reads_codes=integer_factors, rank=32
-            )
+                k, (n,), 8, parts, integer_factors=integer_factors, reads_codes=integer_factors, rank=32,
+                activation_format=activation_format,
+            )  # fmt: skip
             packed = triton_backend.pack(group, linears, torch.float32)
             inputs = [tokens(m, k) * factor for factor in (1, -3, 0.01, 1)]
             expected = []
@@ -364,7 +365,7 @@ def fp8_layers() -> None:
         tokens(0, 45), triton_backend.pack(*operands(45, (11,), 8, activation_format="fp8"))
     ).shape == (0, 11)
     for dtype in () if INTERPRETED else (torch.float16, torch.bfloat16):
-        for m in (3, 9, 70):
+        for m in (3, 9, 70, 300):
             check(tokens(m, 300, dtype), *operands(300, (70,), 8, activation_format="fp8"))
 
 
@@ -376,7 +377,7 @@ def fp8_codes_of_every_number_and_tie() -> None:
     beside = [between.nextafter(torch.tensor(side)) for side in (-1e9, 1e9)]
     row = torch.cat([numbers, between, *beside, numbers * 2.0**-9]).to(DEVICE)
     group, _ = operands(len(row), (1,), 8, (), activation_format="fp8")
-    for m in (2, 20):
+    for m in (2, 20) if INTERPRETED else (2, 20, 300):
         ours, _ = prepared_like_the_oracle(row.expand(m, -1).contiguous(), group)
         assert ours.token_scale is not None and (ours.token_scale == 1).all()
 
@@ -410,6 +411,10 @@ def fp8_non_finite_tokens() -> None:
         others = [i for i in range(m) if i != 2]
         assert y[2].isnan().all()
         torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
+
+
+def fp8_inputs_follow_one_another() -> None:
+    inputs_follow_one_another("fp8")
 
 
 def large_layers() -> None:
@@ -468,7 +473,7 @@ CASES: list[Callable[[], None]] = [
     rotation_and_integer_factors, shared_expert_that_reads_codes, all_tokens_to_one_expert, experts_without_tokens,
     ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens, inputs_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
-    fp8_non_finite_tokens, large_layers, a_model_runs_stacked, fp8_model_runs_stacked,
+    fp8_non_finite_tokens, fp8_inputs_follow_one_another, large_layers, a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":
