@@ -4,8 +4,8 @@
 
 prints a table of errors of random layers with 4-bit weights, each the norm of a token's output error over that of its
 output, mean and largest over tokens: of rounding the activations; of the sums, by a model of the units (32 products
-and the sum so far are cut 13 bits behind the largest one's first, then added); and, on a GPU, of the sums as the
-kernels have them.
+and the sum so far are cut 13 bits behind the largest one's first, then added), alone and as the kernels use them, with
+float32 sums over every TOGETHER channels; and, on a GPU, of the kernels' sums themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from quant_experts.kernels.operands import GroupOperands, LinearOperands
 TOKENS, OUTPUTS = 24, 24
 KEPT = 13
 """Bits behind the first."""
+TOGETHER = 128
+"""Channels that the units add up alone: two steps of a small tile are 256."""
 
 
 def exponent(x: Tensor, least: int) -> Tensor:
@@ -31,7 +33,7 @@ def cut(x: Tensor, place: Tensor) -> Tensor:
     return (x.ldexp(-place)).trunc().ldexp(place)
 
 
-def modelled_sums(x: Tensor, weight: Tensor) -> Tensor:
+def unit_sums(x: Tensor, weight: Tensor) -> Tensor:
     """x (M, K), weight (N, K) float64, e4m3 numbers, K a multiple of 32 -> x weight^T (M, N) as the units sum it."""
     total = torch.zeros(len(x), len(weight), dtype=torch.float64)
     for left, right in zip(x.split(32, dim=1), weight.split(32, dim=1), strict=True):
@@ -41,6 +43,14 @@ def modelled_sums(x: Tensor, weight: Tensor) -> Tensor:
         total = cut(total, place) + cut(products, place[..., None]).sum(dim=2)
         total = cut(total, exponent(total, -100) - KEPT)
     return total
+
+
+def kernel_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """As `unit_sums`, with float32 sums over every TOGETHER channels."""
+    total = torch.zeros(len(x), len(weight))
+    for left, right in zip(x.split(TOGETHER, dim=1), weight.split(TOGETHER, dim=1), strict=True):
+        total += unit_sums(left, right).float()
+    return total.double()
 
 
 def errors(found: Tensor, expected: Tensor) -> str:
@@ -59,12 +69,9 @@ def row(k: int, outlier: float) -> str:
     weight = codes.double()
     exact = reference.code_product(quantized, codes)
     unrounded = (x.double() / scale) @ weight.T
-    cells = [
-        str(k),
-        f"{outlier:g}",
-        errors(exact, unrounded),
-        errors(modelled_sums(quantized.double(), weight / 256) * 256, exact),
-    ]
+    cells = [str(k), f"{outlier:g}", errors(exact, unrounded)]
+    for sums in (unit_sums, kernel_sums):
+        cells.append(errors(sums(quantized.double(), weight / 256) * 256, exact))
     if torch.cuda.is_available():
         group = GroupOperands(8, None, 0, None, None, None, None, activation_format="fp8")
         linear = LinearOperands(codes.cuda(), torch.ones(OUTPUTS, 1).cuda(), None, None, None, None, None)
@@ -74,8 +81,8 @@ def row(k: int, outlier: float) -> str:
 
 
 def main() -> None:
-    heads = ["input channels", "outlier", "rounding of activations, %", "sums by the model, %"]
-    heads += ["sums measured, %"] if torch.cuda.is_available() else []
+    heads = ["input channels", "outlier", "rounding of activations, %", "the units alone, %", "with float32 sums, %"]
+    heads += ["measured, %"] if torch.cuda.is_available() else []
     print(f"| {' | '.join(heads)} |\n{'| ---: ' * len(heads)}|")
     for k in (3584, 18944):
         for outlier in (1.0, 1000.0):

@@ -29,9 +29,9 @@ SUMS_TOLERANCE = 2e-6
 """Without experts: float32 scales over exact sums."""
 FP8_TOLERANCE = 1e-5
 """More of float32 sums of exact products, which matrix units cut instead of rounding."""
-TENSOR_CORE_FP8 = 0.0 if INTERPRETED else 2.0**-11
-"""Times the root of the number of additions: with more than 8 tokens Hopper's matrix units add fp8 products, 32 at a
-time, and keep 14 bits of each sum. A model of that stays below on random layers (docs/performance.md)."""
+TENSOR_CORE_FP8 = 0.0 if INTERPRETED else 2.0**-9
+"""With more than 8 tokens: Hopper's matrix units keep 14 bits of sums of fp8 products, and 256 channels are added up in
+float32. A model of that stays below half on random layers, also with outliers (docs/performance.md)."""
 
 ALL = ("smooth", "shared", "routed", "bias")
 
@@ -130,7 +130,7 @@ def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Ten
     if group.activation_format == "fp8":
         tolerance += FP8_TOLERANCE
     if group.activation_format == "fp8" and len(x) > triton_backend.LINEAR_FEW:
-        tolerance += TENSOR_CORE_FP8 * (x.shape[1] / 32) ** 0.5
+        tolerance += TENSOR_CORE_FP8
     if x.dtype != torch.float32:
         tolerance += torch.finfo(torch.bfloat16).eps
     error = (y.double() - expected.double()).norm(dim=1)

@@ -6,8 +6,8 @@ never touch shared memory, and few tokens cost few columns. Work is counted in s
 or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step adds up
 the other shares, always in the same order. Expert factors pass through the same ring as further steps.
 
-int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums
-(docs/performance.md).
+int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of one or two
+steps are added up in float32 outside.
 
 Layouts are those of `gpu_layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
 figures are in docs/performance.md.
@@ -158,7 +158,7 @@ def unpacked(i, w_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.const
     slot = i % C.STAGES
     mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
     packed = w_ring.index(slot).slice(WG * ROWS, ROWS).load(LEFT)
-    return unpack_fp8(packed) if C.FP8 else unpack_int8(packed)
+    return unpack_int8(packed)
 
 
 @gluon.jit
@@ -192,6 +192,55 @@ def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: g
         mbarrier.arrive(empty.index(i % C.STAGES))
         i += 1
     return acc, i
+
+
+@gluon.jit
+def fp8_sums(i, half, STEPS: gl.constexpr, rings, WG: gl.constexpr, C: gl.constexpr):
+    """64 of this warp group's rows times tokens, over STEPS ring steps: sums of which the matrix units keep 14 bits."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 4)
+    w_ring, x_ring, ready, _empty = rings
+    sums = gl.zeros([64, C.BM], gl.float32, LAYOUT)
+    for step in gl.static_range(STEPS):
+        slot = (i + step) % C.STAGES
+        mbarrier.wait(ready.index(slot), ((i + step) // C.STAGES) & 1)
+        packed = w_ring.index(slot).slice((WG * (C.BN // 128) + half) * 64, 64).load(LEFT)
+        low, high = unpack_fp8(packed)
+        tokens = x_ring.index(2 * slot).permute([1, 0])
+        sums = warpgroup_mma(low, tokens, sums, use_acc=step > 0, is_async=True)
+        sums = warpgroup_mma(high, x_ring.index(2 * slot + 1).permute([1, 0]), sums, is_async=True)
+    return warpgroup_mma_wait(0, deps=[sums])
+
+
+@gluon.jit
+def add_fp8_steps(upper, lower, i, STEPS: gl.constexpr, rings, WG: gl.constexpr, C: gl.constexpr):
+    """upper, lower: sums of the first and the second 64 rows, if there are as many, and those of STEPS ring steps."""
+    upper += fp8_sums(i, 0, STEPS, rings, WG, C)
+    if C.BN == 256:
+        lower += fp8_sums(i, 1, STEPS, rings, WG, C)
+    for step in gl.static_range(STEPS):
+        mbarrier.arrive(rings[3].index((i + step) % C.STAGES))
+    return upper, lower
+
+
+@gluon.jit
+def multiply_fp8(i, count, rings, WG: gl.constexpr, C: gl.constexpr):
+    """As `multiply`, of fp8 codes, from zero: each step's sums, or each two steps', are added up in float32."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
+    upper = gl.zeros([64, C.BM], gl.float32, LAYOUT)
+    lower = gl.zeros([64, C.BM], gl.float32, LAYOUT)
+    if C.PAIRS:
+        for _ in range(count // 2):
+            upper, lower = add_fp8_steps(upper, lower, i, 2, rings, WG, C)
+            i += 2
+        count = count % 2
+    for _ in range(count):
+        upper, lower = add_fp8_steps(upper, lower, i, 1, rings, WG, C)
+        i += 1
+    if C.BN == 256:
+        both = gl.join(upper, lower).permute([2, 0, 1]).reshape([128, C.BM])
+        upper = gl.convert_layout(both, LAYOUT)  # moves nothing
+    return upper, i
 
 
 @gluon.jit
@@ -295,8 +344,11 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
         if not C.LATER:
             present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
-        acc = gl.zeros([C.BN // 2, C.BM], gl.float32 if C.FP8 else gl.int32, LAYOUT)
-        acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
+        if C.FP8:
+            acc, i = multiply_fp8(i, last - first, rings, WG, C)
+        else:
+            acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
+            acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
         if first > 0:
             hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG, C)
         else:
