@@ -111,7 +111,7 @@ class Scheme(StrictModel):
     def lowest_code(self) -> int:
         """The smallest weight code. Symmetric grids beside fp8 activations leave -8 out: GPU kernels store a sign and
         three bits of magnitude, from which an e4m3 number is fewest steps."""
-        lowest = -(2 ** (self.weight_bits - 1))
+        lowest = -(1 << (self.weight_bits - 1))
         return max(lowest, -7) if self.activation_format == "fp8" and self.symmetric else lowest
 
     @property
