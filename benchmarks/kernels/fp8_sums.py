@@ -64,7 +64,7 @@ def row(k: int, outlier: float) -> str:
     generator = torch.Generator().manual_seed(k)
     x = torch.randn(TOKENS, k, generator=generator)
     x[:, 0] *= outlier
-    codes = (torch.randn(OUTPUTS, k, generator=generator) * 2).round().clamp(-7, 7).to(torch.int8)
+    codes = (torch.randn(OUTPUTS, k, generator=generator) * 2).round().clamp(-8, 7).to(torch.int8)
     quantized, scale = reference.quantize_tokens(x, 8, "fp8")
     weight = codes.double()
     exact = reference.code_product(quantized, codes)

@@ -80,7 +80,7 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
         default,
         "fp8" if fp8 else "int",
     )
-    codes = torch.randint(-7 if fp8 else -8, 8, (n, k), generator=generator, device="cuda", dtype=torch.int8)
+    codes = torch.randint(-8, 8, (n, k), generator=generator, device="cuda", dtype=torch.int8)
     up, routed_up = integer_factor(n, RANK) if default else factor(n, RANK), factor(EXPERTS, n, RANK)
     linear = LinearOperands(codes, normal(n, 1).abs() * 0.01 + 0.001, None, None, up, routed_up, None)
     return triton_backend.pack(group, [linear], torch.bfloat16)

@@ -158,8 +158,6 @@ def _fill(module: QuantizedLinear, generator: torch.Generator) -> None:
             value.copy_(torch.tensor([module.out_features, columns]))
         elif value.dtype == torch.int32:
             value.random_(-(2**31), 2**31, generator=generator)
-            if module.scheme.lowest_code == -7:
-                value |= 0x11111111  # stored codes are odd: 0 would be -8
         elif value.dtype == torch.int8:
             value.random_(-127, 128, generator=generator)
         elif name == "weight_scale":

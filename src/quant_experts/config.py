@@ -108,13 +108,6 @@ class Scheme(StrictModel):
         return self.activation_bits == 16
 
     @property
-    def lowest_code(self) -> int:
-        """The smallest weight code. Symmetric grids beside fp8 activations leave -8 out: GPU kernels store a sign and
-        three bits of magnitude, from which an e4m3 number is fewest steps."""
-        lowest = -(1 << (self.weight_bits - 1))
-        return max(lowest, -7) if self.activation_format == "fp8" and self.symmetric else lowest
-
-    @property
     def format_version(self) -> int:
         """The oldest checkpoint format that knows the scheme."""
         return 1 if self.activation_format == "int" else 2

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import gpu_layout, reference
-from quant_experts.kernels.gpu_layout import pack_fp8_codes, pack_group, pack_linear, router_rows, unpack_fp8_codes
-from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
+from quant_experts.kernels.gpu_layout import pack_group, router_rows
+from quant_experts.kernels.operands import Factor, GroupOperands
 
 CPU = torch.device("cpu")
 
@@ -76,27 +75,3 @@ def test_hidden_values_of_any_token_fit_float16(bits: int) -> None:
     for factor in (operands.shared_down, *operands.routed_down):
         worst = factor.float().abs().sum(dim=1).max() * (2 ** (bits - 1) - 1)  # in units of the token's scale
         assert 2.0**10 <= worst / layout.headroom <= 2.0**15 * 1.001
-
-
-def test_codes_beside_fp8_tokens_become_e4m3_by_the_kernels_instructions() -> None:
-    """Every two codes of a byte, beside all others in a word: 32-bit instructions carry nothing into a neighbour."""
-    codes = torch.arange(-7, 8, dtype=torch.int8)
-    pairs = torch.cartesian_prod(codes, codes).T.repeat(1, 64)  # (2, 225 * 64): each pair in each byte of a word
-    low, high = (half.reshape(225, 64) for half in pairs)
-    packed = pack_fp8_codes(torch.cat([low, high], dim=1))
-    assert torch.equal(unpack_fp8_codes(packed, 128), torch.cat([low, high], dim=1))
-    words = packed[0].view(torch.int32).long() & 0xFFFFFFFF
-    carried = ((words & 0x78787878) >> 3) + 0x78787878
-    for found, expected in ((words & 0x87878787, low), (carried & 0x87878787, high)):
-        numbers = torch.stack([(found >> shift) & 255 for shift in (0, 8, 16, 24)], dim=2).flatten(1)
-        assert torch.equal(numbers.to(torch.uint8).view(torch.float8_e4m3fn).float() * 2.0**9, expected.float())
-        assert not (numbers[expected == 0] & 128).any(), "a zero with a sign"
-
-
-def test_the_code_that_has_no_sign_and_magnitude_is_refused() -> None:
-    codes = torch.full((3, 130), -7, dtype=torch.int8)
-    codes[2, 129] = -8
-    linear = LinearOperands(codes, torch.ones(3, 1), None, None, None, None, None)
-    assert torch.equal(gpu_layout.unpack_codes(pack_linear([linear]).weight, 130), codes)
-    with pytest.raises(QuantExpertsError, match=r"-7 to 7 .* here is -8: .*backend='reference', or quantize it again"):
-        pack_linear([linear], "fp8")

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference, triton_backend
-from quant_experts.kernels.gpu_layout import Tokens, pack_codes, pack_fp8_codes, unpack_codes, unpack_fp8_codes
+from quant_experts.kernels.gpu_layout import Tokens, pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,10 +69,9 @@ def operands(
         reads_codes,
         activation_format,
     )
-    lowest = -7 if activation_format == "fp8" else -8
     linears = [
         LinearOperands(
-            torch.randint(lowest, 8, (n, k), generator=generator, dtype=torch.int8).to(DEVICE),
+            torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8).to(DEVICE),
             (normal(n, 1).abs() * 0.1 + 0.01).to(DEVICE),
             None,
             None,
@@ -344,12 +343,12 @@ def packing() -> None:
         packed = pack_codes(codes)
         assert packed.shape == (-(-k // 128), n, 64)
         assert torch.equal(unpack_codes(packed, k), codes)
+        numbers = zigzag(codes)
+        assert torch.equal(numbers.int(), torch.where(codes < 0, -2 * codes - 1, 2 * codes).int())
+        assert torch.equal(unzigzag(unpack_codes(pack_codes(numbers), k)), codes)
         byte = int(packed[0, 0, 0])
         assert ((byte & 15) ^ 8) - 8 == codes[0, 0]
         assert byte >> 4 == (codes[0, 64] if k > 64 else 0)
-        codes = codes.clamp_min(-7)
-        packed = pack_fp8_codes(codes)
-        assert packed.shape == (-(-k // 128), n, 64) and torch.equal(unpack_fp8_codes(packed, k), codes)
 
 
 def fp8_layers() -> None:
@@ -384,21 +383,16 @@ def fp8_codes_of_every_number_and_tie() -> None:
 
 
 def fp8_weights_are_exact() -> None:
-    """Of tokens with one channel each, outputs are single products: every two weight codes in every byte."""
+    """Of tokens with one channel each, outputs are single products: every weight code in every place."""
     k = 260
-    group, _ = operands(k, (40,), 8, (), activation_format="fp8")
-    codes = torch.arange(-7, 8, dtype=torch.int8)
-    pairs = torch.cartesian_prod(codes, codes)
-    n = len(pairs)
-    pair = pairs[(torch.arange(n)[:, None] + torch.arange(k)) % n]  # rows and channels -> a pair, of which one is taken
-    codes = torch.where(torch.arange(k) % 128 < 64, pair[..., 0], pair.roll(64, dims=1)[..., 1]).to(DEVICE)
-    linear = LinearOperands(codes, torch.ones(n, 1, device=DEVICE), None, None, None, None, None)
+    group, (linear,) = operands(k, (40,), 8, (), activation_format="fp8")
+    linear = LinearOperands(linear.codes, torch.ones_like(linear.scale), None, None, None, None, None)
     packed = triton_backend.pack(group, [linear])
-    assert torch.equal(triton_backend.codes(packed, slice(0, n), k), codes)
+    assert torch.equal(triton_backend.codes(packed, slice(0, 40), k), linear.codes)
     channels = torch.eye(k, device=DEVICE)
     for some in ([0, 63, 64, 131, 259], range(0, 256, 13) if INTERPRETED else range(k)):
         x = channels[list(some)] * 448
-        assert torch.equal(triton_backend.apply(x, packed), x @ codes.float().T)
+        assert torch.equal(triton_backend.apply(x, packed), x @ linear.codes.float().T)
 
 
 def fp8_shared_expert_that_reads_codes() -> None:

@@ -3,9 +3,8 @@
 Weights. Two 4-bit codes to a byte. Input channels are padded with zeros to a multiple of 128; of each block of 128,
 byte j holds channel j in its low half and channel 64 + j in its high half, so that both halves unpack without moving
 values between threads. Blocks are outermost, (K / 128, N, 64): a tile of consecutive rows is one contiguous piece of
-memory. Beside fp8 tokens codes are signs and magnitudes, from which the bits of e4m3 numbers are few steps: bit 7 and
-bits 0 to 2 of a byte for the low channel, bit 6 and bits 3 to 5 for the high one. A byte stands alone, because not all
-kernels give a thread bytes that lie together.
+memory. Beside fp8 tokens a code c is its zigzag number, 2 c or -2 c - 1, from which the bits of an e4m3 number are few
+steps.
 
 Experts. The shared expert, if any, and the routed ones are stacked into F factors of one rank R, padded with zeros to
 a power of two, at least 32. `hidden` (M, F R) holds zeros for the experts that a token does not use, so that a product
@@ -81,7 +80,7 @@ class LinearLayout:
     """`LinearOperands` on the GPU, of one linear or of all linears of a group stacked."""
 
     weight: Tensor
-    """(Kp / 128, N, 64) int8, two codes to a byte; signs and magnitudes for fp8 tokens"""
+    """(Kp / 128, N, 64) int8, two codes to a byte; zigzag numbers for fp8 tokens"""
     scale: Tensor
     """(N,) float32"""
     up: Tensor | None
@@ -116,45 +115,29 @@ class Tokens(Prepared):
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """codes (N, K) int8 in [-8, 7] -> (Kp / 128, N, 64) int8."""
-    low, high = _halves(codes)
+    """codes (N, K) int8, of which the lowest four bits count -> (Kp / 128, N, 64) int8."""
+    rows, columns = codes.shape
+    blocks = max(1, -(-columns // BLOCK))
+    padded = functional.pad(codes, (0, blocks * BLOCK - columns)).view(rows, blocks, 2, BLOCK // 2)
+    low, high = padded[:, :, 0].transpose(0, 1), padded[:, :, 1].transpose(0, 1)
     return ((high << 4) | (low & 15)).contiguous()
+
+
+def zigzag(codes: Tensor) -> Tensor:
+    """int8 codes in [-8, 7] -> 0 to 15: the sign becomes the lowest bit, the other bits of a negative code are
+    inverted."""
+    return (codes << 1) ^ (codes >> 7)
+
+
+def unzigzag(codes: Tensor) -> Tensor:
+    """The inverse of `zigzag`, of the lowest four bits."""
+    return ((codes & 15) >> 1) ^ -(codes & 1)
 
 
 def unpack_codes(weight: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_codes`: -> (N, K) int8 in [-8, 7]."""
-    return _joined((weight << 4) >> 4, weight >> 4, columns)
-
-
-def pack_fp8_codes(codes: Tensor) -> Tensor:
-    """As `pack_codes`, for fp8 tokens. Raises `QuantExpertsError` for -8, whose magnitude takes a fourth bit."""
-    if (codes < -7).any():
-        raise QuantExpertsError(
-            "The GPU kernels take weight codes from -7 to 7 beside fp8 activations, and here is -8: load the model "
-            "with backend='reference', or quantize it again."
-        )
-    low, high = _halves(codes)
-    return (low & -128 | low.abs() | high & 64 | high.abs() << 3).contiguous()
-
-
-def unpack_fp8_codes(weight: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack_fp8_codes`: -> (N, K) int8 in [-7, 7]."""
-    low, high = weight & 7, (weight >> 3) & 7
-    return _joined(torch.where(weight < 0, -low, low), torch.where(weight & 64 > 0, -high, high), columns)
-
-
-def _halves(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """codes (N, K) -> those of channels j and 64 + j of each block, (Kp / 128, N, 64) each, padded with zeros."""
-    rows, columns = codes.shape
-    blocks = max(1, -(-columns // BLOCK))
-    padded = functional.pad(codes, (0, blocks * BLOCK - columns)).view(rows, blocks, 2, BLOCK // 2)
-    return padded[:, :, 0].transpose(0, 1), padded[:, :, 1].transpose(0, 1)
-
-
-def _joined(low: Tensor, high: Tensor, columns: int) -> Tensor:
-    """The inverse of `_halves`."""
-    halves = torch.stack((low, high), dim=2)  # (blocks, N, 2, 64)
-    return halves.transpose(0, 1).reshape(low.shape[1], -1)[:, :columns].contiguous()
+    halves = torch.stack(((weight << 4) >> 4, weight >> 4), dim=2)  # (blocks, N, 2, 64)
+    return halves.transpose(0, 1).reshape(weight.shape[1], -1)[:, :columns].contiguous()
 
 
 def padded_experts(experts: int) -> int:
@@ -260,5 +243,5 @@ def pack_linear(linears: list[LinearOperands], activation_format: ActivationForm
     )
     scale = torch.cat([linear.scale[:, 0].float() for linear in linears]).contiguous()
     codes = torch.cat([linear.codes for linear in linears])
-    weight = pack_fp8_codes(codes) if activation_format == "fp8" else pack_codes(codes)
+    weight = pack_codes(zigzag(codes) if activation_format == "fp8" else codes)
     return LinearLayout(weight, scale, up, column([linear.bias for linear in linears], sizes))

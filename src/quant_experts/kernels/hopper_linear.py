@@ -62,7 +62,7 @@ class Config:
     SORTED: Constant
     """Whether tokens were sorted by expert, so that rows of y must be put back."""
     FP8: Constant = False
-    """Whether tokens are e4m3 numbers and weights signs and magnitudes."""
+    """Whether tokens are e4m3 numbers and weights zigzag codes."""
     LATER: Constant = False
     """Whether codes are complete at the start, hidden values only once the previous kernel has ended."""
     PAIRS: Constant = False
@@ -302,7 +302,7 @@ def to_float(acc, row_tile, scale_ptr, N, headroom, WG: gl.constexpr, C: gl.cons
     ROWS: gl.constexpr = C.BN // 2
     rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
     scale = gl.load(scale_ptr + rows, mask=rows < N, other=0.0)
-    UNIT: gl.constexpr = 512.0 if C.FP8 else 0.0625
+    UNIT: gl.constexpr = 256.0 if C.FP8 else 0.0625
     return acc.to(gl.float32) * (scale * (UNIT / headroom))[:, None]
 
 

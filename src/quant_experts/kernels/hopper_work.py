@@ -35,17 +35,17 @@ def unpack_int8(packed):
 
 @gluon.jit
 def unpack_fp8(packed):
-    """Bytes of two signs and magnitudes -> (low code, high code) / 2^9 as e4m3: the factor 2^9 goes into the scale.
+    """Bytes of two zigzag codes u -> (low code, high code) / 2^8 as e4m3: the factor 2^8 goes into the scale.
 
-    e4m3 bits are linear up to 16 / 2^9, so a magnitude is its own bits. The low code's bits are where they belong; the
-    high code's sign comes to bit 3, and the addition of 0x78 carries it on to bit 7 (a shift and an addition are one
-    instruction).
+    e4m3 bits are linear up to 16 / 2^9: u = 2 c is itself the number c / 2^8, and an odd u = -2 c - 1 lacks one and the
+    sign.
     """
     return gl.inline_asm_elementwise(
         """{
-        .reg .b32 other;
-        and.b32 $0, $2, 0x87878787; and.b32 other, $2, 0x78787878;
-        shr.u32 other, other, 3; add.u32 other, other, 0x78787878; and.b32 $1, other, 0x87878787;
+        .reg .b32 code, odd;
+        and.b32 code, $2, 0x0F0F0F0F; and.b32 odd, $2, 0x01010101; mad.lo.u32 $0, odd, 0x81, code;
+        shr.u32 odd, $2, 4; and.b32 code, odd, 0x0F0F0F0F; and.b32 odd, odd, 0x01010101;
+        mad.lo.u32 $1, odd, 0x81, code;
         }""",
         "=&r,=r,r",
         [packed],

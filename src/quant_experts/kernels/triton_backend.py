@@ -23,7 +23,7 @@ from quant_experts.kernels.gpu_layout import (
     pack_linear,
     padded_experts,
     unpack_codes,
-    unpack_fp8_codes,
+    unzigzag,
 )
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 from quant_experts.kernels.triton_launch import (
@@ -104,8 +104,8 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
     """(N, K) int8 codes of some rows of a stacked layout."""
-    unpack = unpack_fp8_codes if packed.group.activation_format == "fp8" else unpack_codes
-    return unpack(packed.linear.weight[:, rows], columns)
+    stored = unpack_codes(packed.linear.weight[:, rows], columns)
+    return unzigzag(stored) if packed.group.activation_format == "fp8" else stored
 
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:

@@ -18,13 +18,14 @@ from quant_experts.kernels.triton_tokens import add_product, bitwise_or, wait_fo
 
 @triton.jit
 def unpack_fp8(packed, ASSEMBLY: tl.constexpr):
-    """As `hopper_work.unpack_fp8`: bytes of two signs and magnitudes -> (low code, high code) / 512 as e4m3."""
+    """As `hopper_work.unpack_fp8`: bytes of two zigzag codes -> (low code, high code) / 256 as e4m3."""
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             """{
-            .reg .b32 other;
-            and.b32 $0, $2, 0x87878787; and.b32 other, $2, 0x78787878;
-            shr.u32 other, other, 3; add.u32 other, other, 0x78787878; and.b32 $1, other, 0x87878787;
+            .reg .b32 code, odd;
+            and.b32 code, $2, 0x0F0F0F0F; and.b32 odd, $2, 0x01010101; mad.lo.u32 $0, odd, 0x81, code;
+            shr.u32 odd, $2, 4; and.b32 code, odd, 0x0F0F0F0F; and.b32 odd, odd, 0x01010101;
+            mad.lo.u32 $1, odd, 0x81, code;
             }""",
             "=&r,=r,r",
             [packed],
@@ -33,14 +34,14 @@ def unpack_fp8(packed, ASSEMBLY: tl.constexpr):
             pack=4,
         )
     else:
-        low = packed & -121
-        high = ((packed >> 3) & 7) | ((packed << 1) & -128)
+        low = (packed & 15) + (packed & 1) * -127
+        high = ((packed >> 4) & 15) + ((packed >> 4) & 1) * -127
     return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
 def unpack(packed, FP8: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Bytes of two codes -> (16 * low code, 16 * high code) as int8, or FP8: codes / 512 as e4m3. The factor goes into
+    """Bytes of two codes -> (16 * low code, 16 * high code) as int8, or FP8: codes / 256 as e4m3. The factor goes into
     the scale.
 
     In assembly four bytes at a time: the compiler takes the plain form byte by byte.
@@ -67,7 +68,7 @@ def sums(
     weight_ptr, codes_ptr, rows, tokens, N, Kp, first, last,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """16 * sum of code products over blocks [first, last) of 128 channels: (BN, BM) int32; of fp8 tokens 1 / 512 of it,
+    """16 * sum of code products over blocks [first, last) of 128 channels: (BN, BM) int32; of fp8 tokens 1 / 256 of it,
     float32."""
     FP8: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
     byte = tl.arange(0, 64)
@@ -95,7 +96,7 @@ def finish(
     """Scales, experts, bias; write (tokens, rows) of y in the order of the input."""
     row = tl.minimum(rows, N - 1)
     token = tl.minimum(tokens, M - 1)
-    UNIT: tl.constexpr = 0.0625 if total.dtype == tl.int32 else 512.0
+    UNIT: tl.constexpr = 0.0625 if total.dtype == tl.int32 else 256.0
     y = total.to(tl.float32) * (tl.load(scale_ptr + row) * (UNIT * inverse_headroom))[:, None]
     if F > 0:
         block = token_tile * (BM // 16) + tl.arange(0, BM // 16)

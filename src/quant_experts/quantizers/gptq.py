@@ -48,7 +48,7 @@ def quantize_gptq(
                 ahead = torch.cat([block[i:].T, values[:, end:]], dim=1)[:, : grids.size]
                 grids.find(k, ahead)
             scale, zero = grids.at(k)
-            code = round_to_grid(block[i], scale, zero, scheme)
+            code = round_to_grid(block[i], scale, zero, scheme.weight_bits)
             codes[:, k] = code
             errors[i] = (block[i] - from_grid(code, scale, zero)) / factor[start + i, start + i]
             block[i + 1 :].addr_(factor[start + i, start + i + 1 : end], errors[i], alpha=-1)

@@ -51,7 +51,7 @@ def clipped_grid(part: Tensor, energy: Tensor, scheme: Scheme) -> tuple[Tensor, 
     least = torch.full_like(best_scale, torch.inf)
     for step in range(CLIP_STEPS + 1):
         scale, zero = group_grid(part, scheme, 1 - step / (2 * CLIP_STEPS))
-        error = (from_grid(round_to_grid(part, scale, zero, scheme), scale, zero) - part).square_()
+        error = (from_grid(round_to_grid(part, scale, zero, scheme.weight_bits), scale, zero) - part).square_()
         loss = (error @ energy.to(error))[:, None]
         better = loss < least
         least = torch.where(better, loss, least)
@@ -59,10 +59,10 @@ def clipped_grid(part: Tensor, energy: Tensor, scheme: Scheme) -> tuple[Tensor, 
     return best_scale, best_zero
 
 
-def round_to_grid(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """Nearest signed codes of values (N, G) that the scheme has -> (N, G) int8."""
-    highest = 2 ** (scheme.weight_bits - 1) - 1
-    return (torch.round(values / scale) + zero).clamp(scheme.lowest_code, highest).to(torch.int8)
+def round_to_grid(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Nearest signed codes of values (N, G) -> (N, G) int8."""
+    half = 2 ** (bits - 1)
+    return (torch.round(values / scale) + zero).clamp(-half, half - 1).to(torch.int8)
 
 
 def from_grid(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def quantize_rtn(weight: Tensor, scheme: Scheme, energy: Tensor | None = None) -
             scale, zero = group_grid(part, scheme)
         else:
             scale, zero = clipped_grid(part, energy[start : start + size], scheme)
-        codes[:, start : start + size] = round_to_grid(part, scale, zero, scheme)
+        codes[:, start : start + size] = round_to_grid(part, scale, zero, scheme.weight_bits)
         scales.append(scale)
         zeros.append(zero)
     return QuantizedWeight(
