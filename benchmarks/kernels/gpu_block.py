@@ -13,6 +13,7 @@ laying out the weights takes once.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from itertools import product
@@ -88,6 +89,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each setting."""
     config, rows = text_config(model), list[dict[str, Any]]()
+    gc.collect()  # what the kind before left would be counted, or taken off when it goes
     before = memory(device)
     blocks = [random_block(config, i, name, device, dtype) for i in range(COPIES)]
     for setting, sizes in settings.items():
@@ -129,7 +131,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             ratio = f"{plain[0]['microseconds']['median'] / time['median']:.2f}" if plain else "-"
             text += f"| {row['setting']} | {title(row['kind'])} | {row['backend']} "
             text += f"| {time['median']:.0f} ({time['p10']:.0f}-{time['p90']:.0f}) | {ratio} "
-            text += f"| {row['block_bytes'] / 1e6:.0f} | {row['peak_bytes'] / 1e6:.0f} |\n"
+            sizes = (row["block_bytes"], row["peak_bytes"])
+            text += "| " + " | ".join("-" if size is None else f"{size / 1e6:.0f}" for size in sizes) + " |\n"
     return text
 
 

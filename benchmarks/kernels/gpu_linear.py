@@ -179,9 +179,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one table a model."""
     text = ""
     for model in dict.fromkeys(row["model"] for row in rows):
-        text += f"\n**{model}**, W4A{rows[0]['bits']} and W4Afp8, microseconds for the four groups of a block\n\n"
         mine = [row for row in rows if row["model"] == model]
         kinds = [kind for kind in KINDS if any(kind in row for row in mine)]
+        schemes = f"W4A{rows[0]['bits']}" + (" and W4Afp8" if any(kind.startswith("fp8") for kind in kinds) else "")
+        text += f"\n**{model}**, {schemes}, microseconds for the four groups of a block\n\n"
         ours = [kind for kind in kinds if kind in OURS]
         heads = ["tokens", *(HEADS[kind] for kind in kinds), "bound", *(f"bf16 / {HEADS[kind]}" for kind in ours)]
         text += f"| {' | '.join(heads)} |\n" + "| ---: " * len(heads) + "|\n"
@@ -199,13 +200,16 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(LAYERS), figsize=(15, 4), sharey=True)
-    for axis, (layers, title) in zip(axes, LAYERS.items(), strict=True):
+    shown = {layers: title for layers, title in LAYERS.items() if any({layers, f"fp8_{layers}"} & set(r) for r in rows)}
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), sharey=True, squeeze=False)
+    axes = axes[0]
+    for axis, (layers, title) in zip(axes, shown.items(), strict=True):
         for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-            for kind, style, label in ((layers, "-", model), (f"fp8_{layers}", "--", None)):
+            for kind, style, label in ((layers, "-", model), (f"fp8_{layers}", "--", f"{model}, fp8")):
                 mine = [row for row in rows if row["model"] == model and kind in row]
-                ratios = [row["bf16"] / row[kind] for row in mine]
-                axis.plot([row["tokens"] for row in mine], ratios, style, marker="o", color=f"C{i}", label=label)
+                if mine:
+                    ratios = [row["bf16"] / row[kind] for row in mine]
+                    axis.plot([row["tokens"] for row in mine], ratios, style, marker="o", color=f"C{i}", label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel="tokens")
         axis.set_title(title, fontsize=9)
