@@ -56,3 +56,16 @@ def test_a_timeline_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert all(row["length"] == 7.5 for row in rows)
     assert gpu_parts.table([{"tokens": 1, "kind": "default"} | row for row in rows]).count("\n|") == 1 + len(rows)
+
+
+def test_a_table_and_a_picture_of_some_kinds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kinds and sizes may be chosen: what was not timed has no column and no panel."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_linear = import_module("gpu_linear")
+    row = {"model": "Qwen2-VL-7B", "bits": 8, "bound": 1.0, "bf16": 4.0}
+    rows = [row | {"tokens": 2048, "fp8_default": 2.0}, row | {"tokens": 8192, "fp8_default": 3.0}]
+    text = gpu_linear.table(rows)
+    assert text.count("\n|") == 2 + len(rows) and "| 2048 | 4 | 2 | 1 | 2.00 |" in text
+    gpu_linear.picture(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "fp8" not in gpu_linear.table([row | {"tokens": 1, "default": 2.0}])
