@@ -12,6 +12,7 @@ quantized models share vision tower, embedding and head with the bf16 one; nothi
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from typing import Any
@@ -227,7 +228,8 @@ def table(model: str, rows: list[dict[str, Any]]) -> str:
         text += f"| {row['batch']} | {title(row['kind'])} | {row['backend']} "
         text += f"| {row['prefill_seconds']['median'] * 1e3:.1f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {rate:.0f} "
         text += f"| {ratio} | {row['graph_tokens_per_second']:.0f} | {row['eager_tokens_per_second']:.0f} "
-        text += f"| {row['loaded_bytes'] / 1e9:.1f} | {row['peak_bytes'] / 1e9:.1f} |\n"
+        sizes = (row["loaded_bytes"], row["peak_bytes"])
+        text += "| " + " | ".join("-" if size is None else f"{size / 1e9:.1f}" for size in sizes) + " |\n"
     return text
 
 
@@ -253,6 +255,7 @@ def main() -> None:
     layers = model.model.language_model.layers
     for name in kinds:
         start = synchronize(device)
+        gc.collect()  # what the kind before left would be counted
         for i in range(len(layers)):
             layers[i] = random_block(model.config.text_config, i, name, device, dtype)
         print(f"{name}: blocks made in {synchronize(device) - start:.1f} s", flush=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -258,7 +259,7 @@ def main() -> None:
         return
     compile_ahead(arguments.tokens, arguments.models, kinds)
     limits = chip_limits()
-    facts = about(f"python benchmarks/kernels/gpu_linear.py --bits {arguments.bits}") | {"limits": limits}
+    facts = about(shlex.join(["python", "benchmarks/kernels/gpu_linear.py", *sys.argv[1:]])) | {"limits": limits}
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for model in arguments.models:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import gpu_layout, reference
-from quant_experts.kernels.gpu_layout import pack_group, router_rows
-from quant_experts.kernels.operands import Factor, GroupOperands
+from quant_experts.kernels.gpu_layout import MAX_CHANNELS, pack_group, pack_linear, router_rows
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 CPU = torch.device("cpu")
 
@@ -75,3 +76,10 @@ def test_hidden_values_of_any_token_fit_float16(bits: int) -> None:
     for factor in (operands.shared_down, *operands.routed_down):
         worst = factor.float().abs().sum(dim=1).max() * (2 ** (bits - 1) - 1)  # in units of the token's scale
         assert 2.0**10 <= worst / layout.headroom <= 2.0**15 * 1.001
+
+
+def test_more_channels_than_sums_hold_are_refused() -> None:
+    assert 16 * 8 * 127 * MAX_CHANNELS < 2**31 <= 16 * 8 * 127 * (MAX_CHANNELS + 1)
+    codes = torch.zeros(1, MAX_CHANNELS + 1, dtype=torch.int8)
+    with pytest.raises(QuantExpertsError, match=f"up to {MAX_CHANNELS} .*reference"):
+        pack_linear([LinearOperands(codes, torch.ones(1, 1), None, None, None, None, None)])

@@ -22,7 +22,7 @@ def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
     from quant_experts.kernels.triton_launch import LARGEST_TILE
 
     n, k = shape
-    c = config(tokens, n, -(-k // 128) * 128, 9, 32, BIAS=True, SORTED=tokens > 256, LATER=tokens <= 256)
+    c = config(tokens, n, -(-k // 128) * 128, 9, 32, BIAS=True, SORTED=tokens > 256)
     assert c.STAGES.value * (c.BN.value + 2 * c.BM.value) * 64 <= 200 * 1024
     assert c.BN.value * c.BM.value <= LARGEST_TILE
     assert 12 * 32 * c.LAUNCH_REGISTERS.value <= 65536

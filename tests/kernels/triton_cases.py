@@ -298,16 +298,20 @@ def non_finite_tokens() -> None:
 
 def inputs_follow_one_another(activation_format: ActivationFormat = "int") -> None:
     """Kernels overlap: whatever a buffer or a cache held before, an input's outputs are its own, in graphs as well."""
-    n, k = (40, 300) if INTERPRETED else (4096, 18944)
-    for m in (1, 17) if INTERPRETED else (1, 12, 40, 200, 300):
+    n = 40 if INTERPRETED else 4096
+    sizes = [(1, 300, torch.float32), (17, 300, torch.float32)]
+    if not INTERPRETED:
+        sizes = [(m, 18944, torch.float32) for m in (1, 12, 40, 200, 300)]
+        sizes += [(m, 3584, torch.bfloat16) for m in (1, 8, 9, 16, 17, 256, 257)]
+    for m, k, dtype in sizes:
         for integer_factors in (False, True):
             parts = ("smooth", "shared") if integer_factors else ALL
             group, linears = operands(
                 k, (n,), 8, parts, integer_factors=integer_factors, reads_codes=integer_factors, rank=32,
                 activation_format=activation_format,
             )  # fmt: skip
-            packed = triton_backend.pack(group, linears, torch.float32)
-            inputs = [tokens(m, k) * factor for factor in (1, -3, 0.01, 1)]
+            packed = triton_backend.pack(group, linears, dtype)
+            inputs = [tokens(m, k, dtype) * factor for factor in (1, -3, 0.01, 1)]
             expected = []
             for x in inputs:
                 expected.append(triton_backend.apply(x, packed))

@@ -28,6 +28,8 @@ from quant_experts.kernels.triton_launch import INTERPRETED
 
 BLOCK = 128
 """Input channels are padded to a multiple of this."""
+MAX_CHANNELS = (2**31 - 1) // (16 * 8 * 127)
+"""Input channels whose products, 16 times those of codes, an int32 sum holds whatever the codes."""
 MAX_FACTORS = 31
 """The factors that serve a block of tokens are bits of an int32."""
 MASK_TOKENS = 16
@@ -108,7 +110,7 @@ class Tokens(Prepared):
     order: Tensor | None = None
     """(M,) int32"""
     hidden_comes_later: bool = False
-    """Whether a kernel that starts while the last one of `prepare` still runs finds its codes complete, and must wait
+    """Whether a kernel that starts while the last one of `prepare` still runs finds its codes complete, and need wait
     for `hidden` and `present` only."""
     dtype: torch.dtype = torch.float32
     """Of the input, and so of the output."""
@@ -227,7 +229,16 @@ def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -
 
 
 def pack_linear(linears: list[LinearOperands], activation_format: ActivationFormat = "int") -> LinearLayout:
-    """Stack the linears of one group along their output channels, for tokens of a format."""
+    """Stack the linears of one group along their output channels, for tokens of a format.
+
+    Raises `QuantExpertsError` for more input channels than integer sums hold.
+    """
+    columns = linears[0].codes.shape[1]
+    if columns > MAX_CHANNELS:
+        raise QuantExpertsError(
+            f"The GPU kernels take up to {MAX_CHANNELS} input channels, whose sums fit 32 bits, and here are "
+            f"{columns}: load the model with backend='reference'."
+        )
 
     def column(values: list[Tensor | None], sizes: list[int]) -> Tensor | None:
         if all(v is None for v in values):

@@ -63,8 +63,6 @@ class Config:
     """Whether tokens were sorted by expert, so that rows of y must be put back."""
     FP8: Constant = False
     """Whether tokens are e4m3 numbers and weights zigzag codes."""
-    LATER: Constant = False
-    """Whether codes are complete at the start, hidden values only once the previous kernel has ended."""
     PAIRS: Constant = False
     """Whether ring steps are multiplied two at a time."""
     REGISTERS: Constant = 232
@@ -120,8 +118,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
     for index in range(total):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        if not C.LATER:
-            present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
+        present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
         for k in range(gl.where(index == 0, first + ahead, first), last):
             slot = i % C.STAGES
             mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
@@ -133,9 +130,6 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
                 tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(2 * slot + half))
             i += 1
         if C.FACTORS > 0 and first == 0:
-            if C.LATER:
-                wait_for_previous_kernel()
-                present = factors_present(mask_ptr, token_tile, M, C)
             for j in range(C.FACTORS):
                 if (present >> j) & 1 != 0:
                     for c in gl.static_range(CHUNKS):
@@ -335,15 +329,13 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
     y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
     M, N, steps, tiles_n, tiles_m, headroom = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
-    if not C.LATER:
-        wait_for_previous_kernel()
+    wait_for_previous_kernel()
     start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
     i = 0
     for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        if not C.LATER:
-            present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
+        present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
         if C.FP8:
             acc, i = multiply_fp8(i, last - first, rings, WG, C)
         else:
@@ -356,9 +348,6 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
                 shares = ((tile + 1) * steps - 1) // per - gl.program_id(0)
                 acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
             y = to_float(acc, row_tile, scale_ptr, N, headroom, WG, C)
-            if C.LATER:
-                wait_for_previous_kernel()
-                present = factors_present(mask_ptr, token_tile, M, C)
             if C.FACTORS > 0:
                 y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
             store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)

@@ -91,8 +91,13 @@ class Packed:
 
 
 def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype = torch.float32) -> Packed:
-    """Lay a group out for inputs of a dtype; see `gpu_layout`."""
+    """Lay a group out for inputs of a dtype; see `gpu_layout`.
+
+    Raises `QuantExpertsError` for what the kernels do not take.
+    """
     device = linears[0].codes.device
+    if group.activation_format == "fp8" and device.type == "cuda" and not overlapped(device):
+        raise QuantExpertsError(f"{device} is older than Hopper, which fp8 needs: load with backend='reference'.")
     reserve(device)
     return Packed(pack_group(group, dtype, device), pack_linear(linears, group.activation_format))
 

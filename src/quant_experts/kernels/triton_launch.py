@@ -32,7 +32,7 @@ _outgrown: list[Tensor] = []
 
 
 def zeros(name: str, size: int, device: torch.device) -> Tensor:
-    """An int32 workspace that is zero between launches, each of which leaves it so.
+    """An int32 workspace that is zero between launches, each of which leaves it so, if it needs that.
 
     One a device, so quantized layers must not run on two streams of one GPU at the same time. `reserve` makes those
     that kernels always need before a CUDA graph may be captured: inside, clearing would be part of that graph alone.

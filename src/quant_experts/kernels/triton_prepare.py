@@ -7,9 +7,9 @@ each token's own. Hidden values of all experts are computed: tokens need no sort
 routing and projecting.
 
 The linear kernel after them needs codes at once and hidden values only at its end. `project` lets the next kernel start
-once codes are complete, and `settle` at once: so the linear multiplies codes while `settle` runs, and `project` of
-codes, and waits for them before it adds experts (`Tokens.hidden_comes_later`). What was written before the previous
-kernel is read past the first-level cache (".cg"), which may hold what was there before.
+once codes are complete, and `settle` at once: so the linear may multiply codes while `settle` runs, and `project` of
+codes, and wait for them before it adds experts (`Tokens.hidden_comes_later`); `triton_linear_few` does. What was
+written before the previous kernel is read past the first-level cache (".cg"), which may hold what was there before.
 
 In decode a kernel runs once through cold instruction caches, so the code is short loops. Exactness: see
 `triton_prepare_many`.
