@@ -1,6 +1,6 @@
 """The final test, put together from rows that calls of `benchmarks/scoreboard.py` finished one by one.
 
-Calls were stopped by time limits, and on two machines. Their rows, one number a question, are kept in
+Calls were stopped by time limits. Their rows, one number a question, are kept in
 benchmarks/results/scoreboard_test_MACHINE_rows.json; this reads them (a row of a later machine in the list replaces an
 earlier one of the same method and scheme), adds intervals and paired differences, writes
 benchmarks/results/scoreboard_test.json and prints tables.
@@ -24,7 +24,7 @@ from quant_experts.evaluation.comparison import FULL_PRECISION
 from quant_experts.evaluation.questions_file import demo_items
 
 RESULTS = Path(__file__).parent / "results"
-MACHINES = ("h200", "cpu")
+MACHINES = ("cpu",)
 SCHEMES = ("", "W4A6", "W4A8", "W3A16", "W4A4")
 METHODS = (FULL_PRECISION, "rtn", "gptq", "aser", "paper", "quant-experts")
 QUESTIONS = 2000
