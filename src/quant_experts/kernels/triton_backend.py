@@ -52,7 +52,7 @@ BLOCK_TOKENS = 16 if INTERPRETED else 64
 PROJECT_TILES = (
     (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4), 20),
     (16, dict(RC=32, BM=16, WAYS=1), 10),
-    (256, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1), 24),
+    (FEW_TOKENS, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1), 24),
 )
 """Up to so many tokens: rows of the projection, tokens and warps with channels of their own of a program that projects;
 and how many programs share the input channels, at most."""
