@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
+from quant_experts.config import RECIPES
 from quant_experts.kernels import triton_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
@@ -35,19 +37,24 @@ SHAPES = {  # (N, K) of each group
     "Qwen2-VL-72B": ((10240, 8192), (8192, 8192), (59136, 8192), (8192, 29568)),
 }
 TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
-RANK, EXPERTS, ROTATION = 32, 8, 64
+RANK, EXPERTS = 32, 8
+RECIPE = RECIPES["quant-experts"]
 COLD_BYTES = 200_000_000
-BASELINES = ("bf16", "cublas_int8", "cublas_fp8")
+FEW_TOKENS, FEW_BLOCKS = 128, 4
+"""Up to so many tokens a graph has at least so many blocks."""
+BASELINES = ("bf16", "cublas_int8", "cublas_fp8", "reading")
+STORED_BYTES = {"bf16": 2.0, "cublas_int8": 1.0, "cublas_fp8": 1.0}
+"""Of a weight, where it is not half a byte."""
 LAYERS = {
     "without_experts": "no experts",
     "with_experts": f"{EXPERTS} routed experts and a shared one, rank {RANK} + {RANK}",
-    "default": f"default recipe: static expert of rank {RANK} that reads codes, rotation",
+    "default": f"default recipe: rotation {RECIPE.rotation}, static expert of rank {RECIPE.shared_rank}, reads codes",
 }
 OURS = LAYERS | {f"fp8_{kind}": f"{title}; fp8 activations" for kind, title in LAYERS.items()}
 FP8_TOKENS = 512
 """Below, products wait for memory, and kinds of activations differ little."""
 KINDS = (*BASELINES, *OURS)
-HEADS = dict(bf16="bf16", cublas_int8="`_int_mm`", cublas_fp8="`_scaled_mm`") | {
+HEADS = dict(bf16="bf16", cublas_int8="`_int_mm`", cublas_fp8="`_scaled_mm`", reading="reading") | {
     f"{prefix}{kind}": f"{prefix.replace('_', ' ')}{head}"
     for prefix in ("", "fp8_")
     for kind, head in dict(without_experts="no experts", with_experts="experts", default="default").items()
@@ -58,6 +65,7 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
     """A random group with one stacked linear; kind is one of OURS; bits are those of integer activations."""
     fp8, kind = kind.startswith("fp8_"), kind.removeprefix("fp8_")
     experts, default = kind == "with_experts", kind == "default"
+    rank = RECIPE.shared_rank if default else RANK
     generator = torch.Generator(device="cuda").manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -73,8 +81,8 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
     group = GroupOperands(
         8 if fp8 else bits,
         normal(k).abs() + 0.5,
-        ROTATION if default else 0,
-        integer_factor(RANK, k) if default else factor(RANK, k),
+        RECIPE.rotation if default else 0,
+        integer_factor(rank, k) if default else factor(rank, k),
         factor(EXPERTS, RANK, k),
         normal(EXPERTS, k).half() if experts else None,
         normal(EXPERTS).half() if experts else None,
@@ -82,7 +90,7 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
         "fp8" if fp8 else "int",
     )
     codes = torch.randint(-8, 8, (n, k), generator=generator, device="cuda", dtype=torch.int8)
-    up, routed_up = integer_factor(n, RANK) if default else factor(n, RANK), factor(EXPERTS, n, RANK)
+    up, routed_up = integer_factor(n, rank) if default else factor(n, rank), factor(EXPERTS, n, RANK)
     linear = LinearOperands(codes, normal(n, 1).abs() * 0.01 + 0.001, None, None, up, routed_up, None)
     return triton_backend.pack(group, [linear], torch.bfloat16)
 
@@ -129,50 +137,87 @@ def bound(shapes: tuple[tuple[int, int], ...], m: int, limits: dict[str, float])
     return total
 
 
-def works(shapes: tuple[tuple[int, int], ...], m: int, bits: int, kind: str) -> Callable[[], object] | None:
-    """All groups of one block, one after another, on as many copies of the weights as the cache demands."""
-    if kind.startswith("fp8_") and m < FP8_TOKENS:
-        return None
-    stored = {"bf16": 2.0, "cublas_int8": 1.0, "cublas_fp8": 1.0}.get(kind, 0.5) * sum(n * k for n, k in shapes)
-    copies = max(1, -(-COLD_BYTES // int(stored)))
+@triton.jit  # type: ignore[untyped-decorator]
+def read_weights(weight_ptr, sum_ptr, size, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Read int32 words; a sum that is never met keeps the compiler from leaving them out."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    at = tl.program_id(0).to(tl.int64) * words + tl.arange(0, words)
+    total = tl.sum(tl.load(weight_ptr + at, mask=at < size, other=0))
+    if total == 0x12345678:
+        tl.store(sum_ptr, total)
+
+
+def read(weight: torch.Tensor) -> torch.Tensor:
+    """-> the weight. As an overlapped launch, like ours."""
+    size = weight.numel()
+    read_weights[(-(-size // 4096),)](weight, weight, size, words=4096, num_warps=4, launch_pdl=True)
+    return weight
+
+
+def blocks(shapes: tuple[tuple[int, int], ...], m: int, kind: str) -> int:
+    """Blocks in a graph: more than the cache holds."""
+    stored = STORED_BYTES.get(kind, 0.5) * sum(n * k for n, k in shapes)
+    return max(FEW_BLOCKS if m <= FEW_TOKENS else 1, -(-COLD_BYTES // int(stored)))
+
+
+def weights(shapes: tuple[tuple[int, int], ...], count: int, bits: int, kind: str) -> list[Any]:
+    """Random weights of all groups of so many blocks, as a kind wants them."""
+    groups = [(i, n, k) for _ in range(count) for i, (n, k) in enumerate(shapes)]
+    if kind in OURS:
+        return [layer(n, k, bits, kind, i) for i, n, k in groups]
+    if kind == "reading":
+        return [torch.randint(0, 100, (n * k // 8,), dtype=torch.int32, device="cuda") for _, n, k in groups]
+    types = {"bf16": torch.bfloat16, "cublas_int8": torch.int8, "cublas_fp8": torch.float8_e4m3fn}
+    scale = 30 if kind == "cublas_int8" else 1
+    return [(torch.randn(n, k, device="cuda") * scale).to(types[kind]) for _, n, k in groups]
+
+
+def timed(kind: str, m: int) -> bool:
+    """Whether a kind is timed at a size."""
+    if kind in OURS:
+        return not kind.startswith("fp8_") or m >= FP8_TOKENS
+    return kind == "bf16" or (m <= FEW_TOKENS if kind == "reading" else m > 16)
+
+
+def work(shapes: tuple[tuple[int, int], ...], m: int, kind: str, made: list[Any]) -> Callable[[], object]:
+    """All groups of the blocks made, one after another."""
     xs = [torch.randn(m, k, device="cuda").bfloat16() for _, k in shapes]
     if kind in OURS:
-        packed = [layer(n, k, bits, kind, i) for _ in range(copies) for i, (n, k) in enumerate(shapes)]
-        return lambda: [triton_backend.apply(xs[i % 4], p) for i, p in enumerate(packed)] and copies
-    weights = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(copies) for n, k in shapes]
+        return lambda: [triton_backend.apply(xs[i % 4], p) for i, p in enumerate(made)]
+    if kind == "reading":
+        return lambda: [read(w) for w in made]
     if kind == "bf16":
-        return lambda: [torch.nn.functional.linear(xs[i % 4], w) for i, w in enumerate(weights)] and copies
-    if m <= 16:
-        return None
+        return lambda: [torch.nn.functional.linear(xs[i % 4], w) for i, w in enumerate(made)]
     if kind == "cublas_int8":
-        xi, wi = [(x * 30).to(torch.int8) for x in xs], [(w * 30).to(torch.int8) for w in weights]
-        return lambda: [torch._int_mm(xi[i % 4], w.T) for i, w in enumerate(wi)] and copies
-    x8, w8 = [x.to(torch.float8_e4m3fn) for x in xs], [w.to(torch.float8_e4m3fn) for w in weights]
-    sx, sw = torch.ones(m, 1, device="cuda"), [torch.ones(1, len(w), device="cuda") for w in weights]
+        xi = [(x * 30).to(torch.int8) for x in xs]
+        return lambda: [torch._int_mm(xi[i % 4], w.T) for i, w in enumerate(made)]
+    x8, sx = [x.to(torch.float8_e4m3fn) for x in xs], torch.ones(m, 1, device="cuda")
+    sw = [torch.ones(1, n, device="cuda") for n, _ in shapes]
     product = torch._scaled_mm
-    return lambda: (
-        [product(x8[i % 4], w.T, sx, sw[i], out_dtype=torch.bfloat16, use_fast_accum=True) for i, w in enumerate(w8)]
-        and copies
-    )
+    return lambda: [
+        product(x8[i % 4], w.T, sx, sw[i % 4], out_dtype=torch.bfloat16, use_fast_accum=True)
+        for i, w in enumerate(made)
+    ]
 
 
 def measure(
-    models: list[str], tokens: list[int], bits: int, limits: dict[str, float], kinds: list[str]
+    model: str, tokens: list[int], bits: int, limits: dict[str, float], kinds: list[str]
 ) -> list[dict[str, Any]]:
-    """One row for each model and number of tokens."""
-    rows = []
-    for model in models:
-        for m in tokens:
-            row: dict[str, Any] = {"model": model, "tokens": m, "bits": bits, "bound": bound(SHAPES[model], m, limits)}
-            for kind in kinds:
-                work = works(SHAPES[model], m, bits, kind)
-                if work is not None:
-                    copies = work()
-                    assert isinstance(copies, int)
-                    row[kind] = median_time(work) / copies
-                del work
-            rows.append(row)
-            print(json.dumps({key: round(v, 1) if isinstance(v, float) else v for key, v in row.items()}), flush=True)
+    """One row for each number of tokens."""
+    shapes = SHAPES[model]
+    rows: list[dict[str, Any]] = [
+        {"model": model, "tokens": m, "bits": bits, "bound": bound(shapes, m, limits)} for m in tokens
+    ]
+    for kind in kinds:
+        made = weights(shapes, max(blocks(shapes, m, kind) for m in tokens), bits, kind)
+        for row in rows:
+            if timed(kind, row["tokens"]):
+                count = blocks(shapes, row["tokens"], kind)
+                row[kind] = median_time(work(shapes, row["tokens"], kind, made[: 4 * count])) / count
+        del made
+        done = {row["tokens"]: round(row[kind], 1) for row in rows if kind in row}
+        print(f"{model} {kind}, us by tokens: {done}", flush=True)
     return rows
 
 
@@ -252,7 +297,7 @@ def main() -> None:
         for model in arguments.models:
             for i, (n, k) in enumerate(SHAPES[model]):
                 for kind in kinds:
-                    if kind in BASELINES or (kind.startswith("fp8_") and arguments.tokens[0] < FP8_TOKENS):
+                    if kind in BASELINES or not timed(kind, arguments.tokens[0]):
                         continue
                     x = torch.randn(arguments.tokens[0], k, device="cuda").bfloat16()
                     triton_backend.apply(x, layer(n, k, arguments.bits, kind, i))
@@ -263,7 +308,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
-        rows += measure([model], arguments.tokens, arguments.bits, limits, kinds)
+        rows += measure(model, arguments.tokens, arguments.bits, limits, kinds)
         (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
     (arguments.out / "gpu_linear.md").write_text(table(rows).lstrip())
     picture(rows, arguments.out / "gpu_linear.png")

@@ -296,7 +296,7 @@ def non_finite_tokens() -> None:
             torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
 
 
-def inputs_follow_one_another(activation_format: ActivationFormat = "int") -> None:
+def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads_codes: bool = False) -> None:
     """Kernels overlap: whatever a buffer or a cache held before, an input's outputs are its own, in graphs as well."""
     n = 40 if INTERPRETED else 4096
     sizes = [(1, 300, torch.float32), (17, 300, torch.float32)]
@@ -304,31 +304,28 @@ def inputs_follow_one_another(activation_format: ActivationFormat = "int") -> No
         sizes = [(m, 18944, torch.float32) for m in (1, 12, 40, 200, 300)]
         sizes += [(m, 3584, torch.bfloat16) for m in (1, 8, 9, 16, 17, 256, 257)]
     for m, k, dtype in sizes:
-        for integer_factors in (False, True):
-            parts = ("smooth", "shared") if integer_factors else ALL
-            group, linears = operands(
-                k, (n,), 8, parts, integer_factors=integer_factors, reads_codes=integer_factors, rank=32,
-                activation_format=activation_format,
-            )  # fmt: skip
-            packed = triton_backend.pack(group, linears, dtype)
-            inputs = [tokens(m, k, dtype) * factor for factor in (1, -3, 0.01, 1)]
-            expected = []
-            for x in inputs:
-                expected.append(triton_backend.apply(x, packed))
-                synchronize()
-            buffer = torch.empty_like(inputs[0])
-            found = [triton_backend.apply(buffer.copy_(x), packed) for x in inputs]
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-            if not INTERPRETED:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    y = triton_backend.apply(buffer, packed)
-                found = []
-                for x in inputs * 5:
-                    buffer.copy_(x)
-                    graph.replay()
-                    found.append(y.clone())
-                assert all(torch.equal(a, b) for a, b in zip(found, expected * 5, strict=True))
+        parts = ("smooth", "shared") if reads_codes else ALL
+        group, linears = operands(
+            k, (n,), 8, parts, integer_factors=reads_codes, reads_codes=reads_codes, rank=32,
+            activation_format=activation_format,
+        )  # fmt: skip
+        packed = triton_backend.pack(group, linears, dtype)
+        inputs = [tokens(m, k, dtype) * factor for factor in (1, -3, 0.01, 1)]
+        expected = []
+        for x in inputs:
+            expected.append(triton_backend.apply(x, packed))
+            synchronize()
+        buffer = torch.empty_like(inputs[0])
+        found = [triton_backend.apply(buffer.copy_(x), packed) for x in inputs]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        if not INTERPRETED:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                ys = [triton_backend.apply(buffer, packed) for _ in range(3)]
+            for x, y in zip(inputs * 5, expected * 5, strict=True):
+                buffer.copy_(x)
+                graph.replay()
+                assert all(torch.equal(found, y) for found in ys)
 
 
 def synchronize() -> None:
@@ -417,8 +414,16 @@ def fp8_non_finite_tokens() -> None:
         torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
 
 
+def inputs_of_codes_follow_one_another() -> None:
+    inputs_follow_one_another("int", reads_codes=True)
+
+
 def fp8_inputs_follow_one_another() -> None:
     inputs_follow_one_another("fp8")
+
+
+def fp8_inputs_of_codes_follow_one_another() -> None:
+    inputs_follow_one_another("fp8", reads_codes=True)
 
 
 def large_layers() -> None:
@@ -475,9 +480,11 @@ def fp8_model_runs_stacked() -> None:
 CASES: list[Callable[[], None]] = [
     sizes, parts, uncommon_layouts, stacked_linears, sums_are_exact, activation_widths, input_types,
     rotation_and_integer_factors, shared_expert_that_reads_codes, all_tokens_to_one_expert, experts_without_tokens,
-    ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens, inputs_follow_one_another, no_tokens, packing,
+    ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens, inputs_follow_one_another,
+    inputs_of_codes_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
-    fp8_non_finite_tokens, fp8_inputs_follow_one_another, large_layers, a_model_runs_stacked, fp8_model_runs_stacked,
+    fp8_non_finite_tokens, fp8_inputs_follow_one_another,
+    fp8_inputs_of_codes_follow_one_another, large_layers, a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":

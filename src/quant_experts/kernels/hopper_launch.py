@@ -47,6 +47,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     factors, rank = (0, 32) if up is None or hidden is None else (up.shape[0], up.shape[2])
     fp8 = tokens.codes.dtype == torch.float8_e4m3fn
     flags = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
+    flags["LATER"] = factors > 0 and tokens.hidden_comes_later
     c = chosen or config(m, n, k, factors, rank, **flags)
     bn, bm = c.BN.value, c.BM.value
     weight_rows = descriptor(layout.weight.view(-1, BLOCK // 2), bn, BLOCK // 2)

@@ -71,6 +71,8 @@ class Config:
     """Of each thread at the start, before they are shared out anew: 64 Ki over the threads that share a processor."""
     SHARES: Constant = True
     """Whether more programs than tiles start, so that tiles are cut into shares."""
+    LATER: Constant = False
+    """Whether codes are complete when the kernel starts, and hidden values only when the previous one has ended."""
     STEP: Constant = 128
     """Input channels in one step of the ring: 64 bytes of a packed weight row."""
     CHUNK: Constant = 32
@@ -94,6 +96,29 @@ def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
 
 
 @gluon.jit
+def early_factors(mask_ptr, token_tile, index, M, C: gl.constexpr):
+    """`factors_present` of a program's index-th piece of work, asked for early because it is needed after the last
+    step; of the first one only where hidden values are there when the kernel starts."""
+    present = 0
+    if C.LATER:
+        if index > 0:  # nor need an earlier piece have waited: a share of a tile has no use for factors
+            wait_for_previous_kernel()
+            present = factors_present(mask_ptr, token_tile, M, C)
+    else:
+        present = factors_present(mask_ptr, token_tile, M, C)
+    return present
+
+
+@gluon.jit
+def late_factors(present, mask_ptr, token_tile, index, M, C: gl.constexpr):
+    """`early_factors` where that did not ask."""
+    if C.LATER and index == 0:
+        wait_for_previous_kernel()
+        present = factors_present(mask_ptr, token_tile, M, C)
+    return present
+
+
+@gluon.jit
 def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr):
     """The copying warp. Weights of the first steps are asked for before the previous kernel has ended."""
     w_ring, x_ring, ready, empty = rings
@@ -109,7 +134,8 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
         mbarrier.expect(ready.index(i), (C.BN + 2 * C.BM) * 64)
         at = (first + i) * N + row_tile * C.BN
         tma.async_copy_global_to_shared(w_desc, [at, 0], ready.index(i), w_ring.index(i))
-    wait_for_previous_kernel()
+    if not C.LATER:
+        wait_for_previous_kernel()
     for i in range(ahead):
         for half in gl.static_range(2):
             at = [token_tile * C.BM, (first + i) * C.STEP + half * 64]
@@ -118,7 +144,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
     for index in range(total):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
+        present = early_factors(mask_ptr, token_tile, index, M, C)
         for k in range(gl.where(index == 0, first + ahead, first), last):
             slot = i % C.STAGES
             mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
@@ -130,6 +156,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
                 tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(2 * slot + half))
             i += 1
         if C.FACTORS > 0 and first == 0:
+            present = late_factors(present, mask_ptr, token_tile, index, M, C)
             for j in range(C.FACTORS):
                 if (present >> j) & 1 != 0:
                     for c in gl.static_range(CHUNKS):
@@ -329,13 +356,14 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
     y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
     M, N, steps, tiles_n, tiles_m, headroom = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
-    wait_for_previous_kernel()
+    if not C.LATER:
+        wait_for_previous_kernel()
     start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
     i = 0
     for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        present = factors_present(mask_ptr, token_tile, M, C)  # asked for early: needed after the last step
+        present = early_factors(mask_ptr, token_tile, index, M, C)
         if C.FP8:
             acc, i = multiply_fp8(i, last - first, rings, WG, C)
         else:
@@ -349,6 +377,7 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
                 acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
             y = to_float(acc, row_tile, scale_ptr, N, headroom, WG, C)
             if C.FACTORS > 0:
+                present = late_factors(present, mask_ptr, token_tile, index, M, C)
                 y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
             store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)
 

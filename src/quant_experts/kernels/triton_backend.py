@@ -43,8 +43,10 @@ FEW_TOKENS = 17 if INTERPRETED else 256
 """Up to here `triton_prepare` prepares, above `triton_prepare_many`."""
 LINEAR_FEW = 8
 """Up to here `triton_linear_few` multiplies."""
-FEW_TILE = dict(BN=32, WAYS=4, STAGES=4)
+FEW_TILE = dict(BN=32, WAYS=4)
 """Its tile."""
+FEW_STAGES, ALONE_STAGES = 4, 6
+"""Steps that it copies ahead, and where a multiprocessor has one tile at most, so that nothing else is under way."""
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels that one program quantizes of a token when tokens are few."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
@@ -170,44 +172,73 @@ def _inputs(x: Tensor, layout: GroupLayout) -> tuple[tuple[Tensor, ...], dict[st
     return (x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x)), flags
 
 
+@dataclass(frozen=True)
+class _Projection:
+    """How `triton_prepare` cuts the projection of some tokens over programs."""
+
+    slices: int
+    programs: int
+    sums: Tensor
+    """(slices, M, TOTAL)"""
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(cls, x: Tensor, layout: GroupLayout, steps: int) -> _Projection:
+        """steps: blocks of 128 input channels."""
+        if layout.projection is None:
+            constants = dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, STAGES=1)
+            return cls(0, 0, torch.empty(0, device=x.device), constants)
+        total = layout.projection.shape[1]
+        tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if len(x) <= limit)
+        tiles = -(-len(x) // tile["BM"]) * (total // tile["RC"])
+        slices = min(-(-steps // tile["WAYS"]), most_slices, max(1, 3 * programs(x.device) // tiles))
+        exact = layout.code_scale is not None and layout.code_type == torch.int8
+        sums = torch.empty(slices, len(x), total, dtype=torch.int32 if exact else torch.float32, device=x.device)
+        stages = _stages(x, layout, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
+        constants = dict(FACTOR_ROWS=layout.factors * layout.rank, TOTAL=total, **tile, STAGES=stages)
+        return cls(slices, tiles * slices, sums, constants)
+
+
 def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare import largest, project, quantize, settle
+    from quant_experts.kernels.triton_prepare import largest, project, quantize
 
     tokens = _allocate(x, layout)
     assert tokens.codes is not None
     (m, k), padded, device = x.shape, tokens.codes.shape[1], x.device
     inputs, flags = _inputs(x, layout)
+    launch = dict(PDL=flags["PDL"], num_warps=4, **options(device))
     chunk = min(CHUNK, 1 << (padded - 1).bit_length())
     parts = -(-padded // chunk)
-    part = dict(CHUNK=chunk, num_warps=4, enable_fp_fusion=False, **flags, **options(device))
+    part = dict(CHUNK=chunk, enable_fp_fusion=False) | flags | launch
     most = torch.empty(m, parts, device=device)
     if parts > 1:
-        largest[(m, parts)](*inputs, most, k, **part)
-    quantize[(m, parts)](
-        *inputs, most, tokens.codes, tokens.token_scale, k, padded, LARGEST=layout.largest_code,
-        PARTS=1 << (parts - 1).bit_length(), **part,
+        largest[(m * parts,)](*inputs, most, k, parts, **part)
+    cut = _Projection.of(x, layout, padded // BLOCK)
+    reads_codes = layout.code_scale is not None
+    beside = _Projection.of(x, replace(layout, projection=None), 0) if reads_codes else cut
+    quantize[(m * parts + beside.programs,)](
+        *inputs, most, tokens.codes, tokens.token_scale, ptr(layout.projection, x), beside.sums, m, k, padded, parts,
+        beside.slices, LARGEST=layout.largest_code, PARTS=1 << (parts - 1).bit_length(), **beside.constants, **part,
     )  # fmt: skip
-    if layout.projection is None:
-        return tokens
-    reads_codes, total = layout.code_scale is not None, layout.projection.shape[1]
-    tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if m <= limit)
-    tiles = -(-m // tile["BM"]) * (total // tile["RC"])
-    slices = min(-(-padded // BLOCK // tile["WAYS"]), most_slices, max(1, 3 * programs(device) // tiles))
-    stages = _stages(x, layout, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
-    exact = reads_codes and tokens.codes.dtype == torch.int8
-    sums = torch.empty(slices, m, total, dtype=torch.int32 if exact else torch.float32, device=device)
-    project[(tiles * slices,)](
-        tokens.codes if reads_codes else x, layout.projection, sums, slices, m, padded if reads_codes else k, padded,
-        FACTOR_ROWS=layout.factors * layout.rank, TOTAL=total, **tile, STAGES=stages, PDL=flags["PDL"],
-        num_warps=4, **options(device),
-    )  # fmt: skip
+    if reads_codes:
+        project[(cut.programs,)](
+            tokens.codes, layout.projection, cut.sums, cut.slices, m, padded, **cut.constants, **launch
+        )
+    return _settle(tokens, layout, cut, launch) if cut.programs else tokens
+
+
+def _settle(tokens: Tokens, layout: GroupLayout, cut: _Projection, launch: dict[str, Any]) -> Tokens:
+    """Tokens with experts and hidden values."""
+    from quant_experts.kernels.triton_prepare import settle
+
+    assert tokens.codes is not None
+    m, sums = len(tokens.codes), cut.sums
     tokens = replace(_with_hidden(tokens, layout), hidden_comes_later=True)
     settle[(layout.factors, -(-m // MASK_TOKENS))](
         sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.token_scale, tokens.hidden,
-        tokens.present, ptr(tokens.expert, sums), m, slices, 1.0 / layout.headroom, F=layout.factors, E=layout.experts,
-        EP=padded_experts(layout.experts), R=layout.rank, TOTAL=total,
-        SLICES=1 << (slices - 1).bit_length(), CODES=reads_codes,
-        PDL=flags["PDL"], num_warps=4, **options(device),
+        tokens.present, ptr(tokens.expert, sums), m, cut.slices, 1.0 / layout.headroom, F=layout.factors,
+        E=layout.experts, EP=padded_experts(layout.experts), R=layout.rank, TOTAL=sums.shape[2],
+        SLICES=1 << (cut.slices - 1).bit_length(), CODES=layout.code_scale is not None, **launch,
     )  # fmt: skip
     return tokens
 
@@ -291,12 +322,14 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     up = linear.up if tokens.hidden is not None else None
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
     experts = 0 if up is None or tokens.expert is None else tokens.experts
-    linear_few[(-(-n // FEW_TILE["BN"]),)](
+    tiles = -(-n // FEW_TILE["BN"])
+    stages = ALONE_STAGES if tiles <= programs(device) else FEW_STAGES
+    linear_few[(tiles,)](
         linear.weight, tokens.codes, ptr(up, linear.weight), ptr(tokens.hidden, linear.scale),
         ptr(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, ptr(linear.bias, linear.scale),
         m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts, R=rank,
         BIAS=linear.bias is not None, LATER=tokens.hidden_comes_later, ASSEMBLY=not INTERPRETED,
-        PDL=overlapped(device), **FEW_TILE, num_warps=FEW_TILE["WAYS"], **options(device),
+        PDL=overlapped(device), **FEW_TILE, STAGES=stages, num_warps=FEW_TILE["WAYS"], **options(device),
     )  # fmt: skip
 
 

@@ -37,31 +37,52 @@ from quant_experts.kernels.triton_tokens import (
 
 @triton.jit
 def largest(
-    x_ptr, inverse_ptr, signs_ptr, largest_ptr, K, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    x_ptr, inverse_ptr, signs_ptr, largest_ptr, K, parts, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitude of CHUNK channels of a token: (M, parts). Programs: tokens x parts."""
     wait_for_previous_kernel(PDL)
-    row, part = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1)
+    row, part = tl.program_id(0) // parts + tl.arange(0, 1), tl.program_id(0) % parts
     columns = part * CHUNK + tl.arange(0, CHUNK)
     z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
-    tl.store(largest_ptr + row * tl.num_programs(1) + part, tl.reduce(tl.abs(z), 1, nan_max))
+    tl.store(largest_ptr + row * parts + part, tl.reduce(tl.abs(z), 1, nan_max))
 
 
 @triton.jit
 def quantize(
-    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, K, Kp, LARGEST: tl.constexpr,
-    CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, M, K, Kp, parts,
+    slices, LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Programs: tokens x parts, then, for experts that read values, those of `project`."""
+    program = tl.program_id(0)
+    if program < M * parts:
+        wait_for_previous_kernel(PDL)
+        quantize_part(
+            x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts, LARGEST,
+            CHUNK, PARTS, SMOOTH, ROT,
+        )  # fmt: skip
+    elif TOTAL > 0:
+        project_part(
+            x_ptr, projection_ptr, sums_ptr, program - M * parts, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS,
+            STAGES, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def quantize_part(
+    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts,
+    LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
 ):  # fmt: skip
     """CHUNK codes of a token, and its scale. PARTS: of a token, padded to a power of two; if there are several, their
-    largest magnitudes are there. Programs: tokens x parts."""
-    wait_for_previous_kernel(PDL)
-    row, part = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1)
+    largest magnitudes are there."""
+    row, part = program // parts + tl.arange(0, 1), program % parts
     columns = part * CHUNK + tl.arange(0, CHUNK)
     z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
     most = tl.abs(z)
     if PARTS > 1:
-        parts, others = tl.num_programs(1), tl.arange(0, PARTS)[None, :]
+        others = tl.arange(0, PARTS)[None, :]
         most = tl.load(largest_ptr + row[:, None] * parts + others, mask=others < parts, other=0.0)
     scale = token_scale(tl.reduce(most, 1, nan_max), LARGEST)
     finite = scale == scale
@@ -74,55 +95,60 @@ def quantize(
 
 @triton.jit
 def project(
-    x_ptr, projection_ptr, sums_ptr, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
+    codes_ptr, projection_ptr, sums_ptr, slices, M, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
     RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums (slices, M, TOTAL): RC rows of the projection for BM tokens over one slice of the input channels. Programs:
-    blocks of tokens x TOTAL / RC x slices.
+    """For experts that read codes. Programs: blocks of tokens x TOTAL / RC x slices."""
+    project_part(
+        codes_ptr, projection_ptr, sums_ptr, tl.program_id(0), slices, M, Kp, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS,
+        STAGES, PDL,
+    )  # fmt: skip
 
-    Codes come from the previous kernel. Values were there before it and are read while it runs; its end is waited for
-    all the same, because the linear kernel relies on it.
-    """
-    program = tl.program_id(0)
+
+@triton.jit
+def project_part(
+    x_ptr, projection_ptr, sums_ptr, program, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Sums (slices, M, TOTAL): RC rows of the projection for BM tokens over one slice of the input channels, of values
+    or of codes. Where loops are not pipelined, the first weights are asked for before the previous kernel has ended."""
     piece, chunk = program % slices, program // slices % (TOTAL // RC)
     token = program // (slices * (TOTAL // RC)) * BM + tl.arange(0, BM)
     rank = chunk * RC + tl.arange(0, RC)
     steps = Kp // 128
     begin, end = piece * steps // slices, (piece + 1) * steps // slices
-    CODES: tl.constexpr = projection_ptr.dtype.element_ty == tl.int8
     SUMS: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
     rows_at = projection_ptr + rank * 128
-    if CODES:
-        wait_for_previous_kernel(PDL)
     if WAYS > 1:  # tokens are too few to fill a product: a block of 128 channels for each warp
         way = tl.arange(0, WAYS)
         column = tl.arange(0, 128)
         total = tl.zeros((WAYS, RC, BM), SUMS)
         for start in tl.range(begin, end, WAYS, num_stages=STAGES):
             block = (start + way)[:, None, None]
+            weight_at = rows_at[None, :, None] + block.to(tl.int64) * (TOTAL * 128) + column[None, None, :]
+            weight = tl.load(weight_at, mask=block < end, other=0)
+            if start == begin:
+                wait_for_previous_kernel(PDL)
             columns = block * 128 + column[None, :, None]
             there = (block < end) & (token < M)[None, None, :] & (columns < K)
             at = x_ptr + token[None, None, :].to(tl.int64) * K + columns
             x = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
-            at = rows_at[None, :, None] + block.to(tl.int64) * (TOTAL * 128) + column[None, None, :]
-            weight = tl.load(at, mask=block < end, other=0)
             if FACTOR_ROWS < TOTAL:
                 x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)  # the router's rows
             total = add_product(total, weight, x)
-        total = tl.trans(tl.sum(total, axis=0))
+        sums = tl.trans(tl.sum(total, axis=0))
     else:
-        total = tl.zeros((BM, RC), SUMS)
+        wait_for_previous_kernel(PDL)
+        sums = tl.zeros((BM, RC), SUMS)
         for step in tl.range(begin, end, num_stages=STAGES):
             columns = step * 128 + tl.arange(0, 128)
             x = load_raw(x_ptr, token, token < M, columns, K)
             if FACTOR_ROWS < TOTAL:
                 x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)
             at = rows_at[None, :] + tl.cast(step, tl.int64) * (TOTAL * 128) + tl.arange(0, 128)[:, None]
-            total = add_product(total, x, tl.load(at))
-    if not CODES:
-        wait_for_previous_kernel(PDL)
+            sums = add_product(sums, x, tl.load(at))
     at = sums_ptr + (piece * M + token[:, None]) * TOTAL + rank[None, :]
-    tl.store(at, total, mask=(token < M)[:, None])
+    tl.store(at, sums, mask=(token < M)[:, None])
 
 
 @triton.jit
@@ -133,9 +159,9 @@ def settle(
 ):  # fmt: skip
     """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. SLICES:
     slices, padded. Programs: F, one for each factor, x blocks of 16 tokens."""
-    if PDL:
+    if CODES and PDL:  # codes were complete when `project` began
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous_kernel(PDL)
     factor, block = tl.program_id(0), tl.program_id(1)
     token = block * 16 + tl.arange(0, 16)
     rank = tl.arange(0, R)
