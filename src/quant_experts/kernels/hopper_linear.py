@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quant_experts.kernels.hopper_work import (
     allow_next_kernel,
+    barrier,
     segment,
     share,
     tile_place,
@@ -289,7 +290,7 @@ def add_factors(y, i, present, w_ring, x_ring, ready, empty, WG: gl.constexpr, C
 def hand_over(acc, owner, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr):
     """Write this program's share of a tile, of which it has one at most, and tell the owner."""
     gl.store(sums_ptr + workspace(gl.program_id(0), acc, WG, C), acc)
-    gl.thread_barrier()
+    barrier()
     gl.atomic_add(count_ptr + owner * 2 + WG, 1, sem="release")
 
 
@@ -300,7 +301,7 @@ def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr)
     seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
     while seen != shares:
         seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
-    gl.thread_barrier()
+    barrier()
     for other in range(owner + 1, owner + 1 + shares):
         acc += gl.load(sums_ptr + workspace(other, acc, WG, C), cache_modifier=".cg")
     gl.store(count_ptr + owner * 2 + WG, 0)
@@ -397,7 +398,7 @@ def kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     allow_next_kernel()
     tiles_n = gl.cdiv(N, C.BN)
     tiles_m = gl.cdiv(M, C.BM)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+"""Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
+
 
 @gluon.jit
 def wait_for_previous_kernel():

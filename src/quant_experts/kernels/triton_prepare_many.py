@@ -24,6 +24,7 @@ from quant_experts.kernels.triton_tokens import (
     add_product,
     choose,
     factors_used,
+    finished,
     load_raw,
     nan_max,
     reciprocal,
@@ -138,6 +139,8 @@ def convert_slice(
         if E > 0:
             own = add_product(own, left, tl.load(factor_at(projection_ptr, F - E + first, step, TOTAL, R)))
             others = add_product(others, left, tl.load(factor_at(projection_ptr, F - E + second, step, TOTAL, R)))
+        if not CODES:
+            shared, own, others = finished(shared), finished(own), finished(others)
     if E > 0:
         own = tl.where((expert == first)[:, None], own, others)
         for e in range(second + 1, last + 1):  # three experts and more in one block: few tokens, or rare ones

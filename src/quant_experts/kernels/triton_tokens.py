@@ -144,6 +144,20 @@ def add_product(total, left, right):
 
 
 @triton.jit
+def finished(total):
+    """Float32 sums of products that have been computed to the end.
+
+    In a pipelined loop Triton (3.6) lets `wgmma` run on into the next iteration, while the copy for the one after that
+    is started. An operand that the loop reads in another way too has one buffer too few for that: the copy overwrites
+    what is still multiplied. A use of the sums makes the loop wait.
+    """
+    if INTERPRETED:
+        return total
+    else:
+        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def choose(scores, bias_ptr, E: tl.constexpr, EP: tl.constexpr):
     """scores (rows, EP) -> (rows,) the first least sum of score and bias; NaN counts as least."""
     column = tl.arange(0, EP)

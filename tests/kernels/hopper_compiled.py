@@ -1,0 +1,150 @@
+"""Compiles every GPU kernel for Hopper, as the backends would launch it, on a machine without a GPU.
+
+The interpreter checks neither types in branches that it does not take, nor layouts, nor what the compiler makes of a
+loop. `python hopper_compiled.py` prints a line for each kernel compiled and fails where `overwritten` finds a buffer.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from quant_experts.config import ActivationFormat
+from quant_experts.kernels import hopper_launch, triton_backend, triton_launch, weight_only_backend
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
+
+N = 512
+HOPPER: dict[str, Callable[..., Any]] = dict(
+    overlapped=lambda device: True,
+    hopper=lambda device: True,
+    programs=lambda device: 132,
+    shared_memory=lambda device: 232_448,
+    options=lambda device: {"launch_pdl": True},
+    reserve=lambda device: None,
+    zeros=lambda name, size, device: torch.zeros(size, dtype=torch.int32),
+)
+"""What the backends ask of a GPU."""
+
+
+class NoGpu:
+    """A driver that knows its target and launches nothing."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def overwritten(ir: str) -> list[str]:
+    """Buffers of pipelined loops that a loop reads both as values and as operands of matrix products that may be
+    unfinished when the iteration ends: Triton 3.6 gives them one buffer too few, and the next copy overwrites what is
+    still multiplied. `triton_tokens.finished` mends it."""
+    found = []
+    for function in ir.split("tt.func ")[1:]:
+        views = dict(re.findall(r"(%\S+) = ttg\.memdesc_\w+ (%\w+)", function))
+
+        def buffer(name: str, views: dict[str, str] = views) -> str:
+            while name in views:
+                name = views[name]
+            return name
+
+        for loop in loops(function):
+            waits = [int(count) for count in re.findall(r"warp_group_dot_wait.*pendings = (\d+)", loop)]
+            values = {buffer(name) for name in re.findall(r"ttg\.local_load (%\w+)", loop)}
+            operands = re.findall(r"warp_group_dot (%\w+), (%\w+).*isAsync = true", loop)
+            multiplied = {buffer(name) for pair in operands for name in pair if name in views}
+            if waits and waits[-1] > 0:
+                found += sorted(values & multiplied)
+    return found
+
+
+def loops(function: str) -> list[str]:
+    """Bodies of the innermost loops, by indentation."""
+    lines, found = function.splitlines(), []
+    for i, line in enumerate(lines):
+        if "scf.for" in line:
+            depth = len(line) - len(line.lstrip())
+            end = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(" " * depth + "}"))
+            body = "\n".join(lines[i + 1 : end])
+            if "scf.for" not in body:
+                found.append(body)
+    return found
+
+
+def compile_launches() -> dict[str, CompiledKernel]:
+    """From here on launches compile, and what they compile is in the dictionary that is returned."""
+    compiled: dict[str, CompiledKernel] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[f"{self.fn.__name__} {kernel.hash[:8]}"] = kernel
+        return kernel
+
+    triton.runtime.driver.set_active(NoGpu())
+    CompiledKernel._init_handles = lambda self: None
+    JITFunction.run = compile_only
+    for module in (triton_launch, triton_backend, weight_only_backend, hopper_launch):
+        for name, value in HOPPER.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
+    return compiled
+
+
+def operands(
+    kind: str, bits: int, activation_format: ActivationFormat, k: int
+) -> tuple[GroupOperands, list[LinearOperands]]:
+    """A group and a linear of zeros and ones. kind: "none", "experts", or "codes", as the default recipe."""
+
+    def factor(*shape: int) -> Factor | None:
+        if kind == "none" or (kind == "codes" and len(shape) == 3):
+            return None
+        if kind == "codes":
+            return Factor(torch.ones(shape, dtype=torch.int8), torch.ones(shape[:-1]))
+        return Factor(torch.ones(shape).half(), None)
+
+    router = (torch.ones(8, k), torch.ones(8)) if kind == "experts" else (None, None)
+    group = GroupOperands(
+        bits, torch.ones(k), 64 if kind == "codes" else 0, factor(32, k), factor(8, 32, k), *router,
+        kind == "codes" and bits < 16, activation_format,
+    )  # fmt: skip
+    size = None if bits < 16 else 128
+    scale = torch.ones(N, 1 if size is None else k // size)
+    codes = torch.zeros(N, k, dtype=torch.int8)
+    return group, [LinearOperands(codes, scale, None, size, factor(N, 32), factor(8, N, 32), None)]
+
+
+CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, tuple[int, ...]]] = [
+    (triton_backend, 8, "int", torch.bfloat16, 3584, (1, 9, 100, 300)),
+    (triton_backend, 8, "int", torch.float32, 300, (3,)),
+    (triton_backend, 8, "fp8", torch.float16, 8192, (5, 600)),
+    (weight_only_backend, 16, "int", torch.bfloat16, 3584, (1, 40, 600)),
+]
+"""Backend, bits and format of activations, type of inputs, input channels, tokens."""
+
+
+def main() -> None:
+    compiled = compile_launches()
+    for backend, bits, activation_format, dtype, k, sizes in CASES:
+        for kind in ("none", "experts", "codes"):
+            packed = backend.pack(*operands(kind, bits, activation_format, k), dtype)
+            for m in sizes:
+                backend.apply(torch.ones(m, k, dtype=dtype), packed)
+    problems = {name: overwritten(kernel.asm["ttgir"]) for name, kernel in compiled.items()}
+    for name, buffers in problems.items():
+        print(name, *buffers)
+    sys.exit(any(problems.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""GPU kernels as the compiler for Hopper leaves them, without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "hopper_compiled.py"
+KERNELS = set(
+    [
+        "convert",
+        "dequantize_rows",
+        "drop_unused",
+        "kernel",
+        "largest",
+        "linear",
+        "linear_few",
+        "measure",
+        "place",
+        "project",
+        "quantize",
+        "rescale",
+        "scale_tokens",
+        "settle",
+    ]
+)
+LOOP = """
+  tt.func public @some() {
+    %a = ttg.local_alloc : () -> !ttg.memdesc<2x64x128xbf16>
+    %b = ttg.local_alloc : () -> !ttg.memdesc<3x128x32xbf16>
+    %r:2 = scf.for %i = %c0 to %c8 step %c1 iter_args(%sum = %zero) -> (tensor<64x32xf32>) {
+      %left = ttg.memdesc_index %a[%i] : !ttg.memdesc<2x64x128xbf16> -> !ttg.memdesc<64x128xbf16>
+      READ
+      %right = ttg.memdesc_index %b[%i] : !ttg.memdesc<3x128x32xbf16> -> !ttg.memdesc<128x32xbf16>
+      %next = ttng.warp_group_dot %left, %right, %sum {isAsync = true} : !ttg.memdesc<64x128xbf16>
+      %done = ttng.warp_group_dot_wait %next {pendings = PENDING : i32} : tensor<64x32xf32>
+    }
+    %last = ttng.warp_group_dot_wait %r {pendings = 0 : i32} : tensor<64x32xf32>
+  }
+"""
+
+
+def test_every_kernel_compiles_and_overwrites_nothing() -> None:
+    """In a process of its own, which has another driver and where kernels are not interpreted."""
+    compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", str(PROGRAM)]
+    run = subprocess.run(command, env=compiled, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert {line.split()[0] for line in run.stdout.splitlines()} == KERNELS
+
+
+@pytest.mark.parametrize(
+    ("read", "pending", "found"),
+    [("%x = ttg.local_load %left : tensor", 1, ["%a"]), ("%x = ttg.local_load %left : tensor", 0, []), ("", 1, [])],
+)
+def test_a_buffer_that_is_overwritten_is_found(read: str, pending: int, found: list[str]) -> None:
+    from kernels.hopper_compiled import overwritten
+
+    assert overwritten(LOOP.replace("READ", read).replace("PENDING", str(pending))) == found
