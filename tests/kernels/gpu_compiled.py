@@ -1,7 +1,10 @@
-"""Compiles every GPU kernel for Hopper, as the backends would launch it, on a machine without a GPU.
+"""Compiles every GPU kernel, as the backends would launch it, on a machine without a GPU.
+
+`python gpu_compiled.py [80|86|89|90|100|120]`, a compute capability (90, Hopper, by default), prints a line for each
+kernel compiled, and fails where one needs more shared memory than such a GPU has, or where `overwritten` finds a buffer.
 
 The interpreter checks neither types in branches that it does not take, nor layouts, nor what the compiler makes of a
-loop. `python hopper_compiled.py` prints a line for each kernel compiled and fails where `overwritten` finds a buffer.
+loop.
 """
 
 import re
@@ -20,20 +23,29 @@ from quant_experts.kernels import hopper_launch, triton_backend, triton_launch, 
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 N = 512
-HOPPER: dict[str, Callable[..., Any]] = dict(
-    overlapped=lambda device: True,
-    hopper=lambda device: True,
-    programs=lambda device: 132,
-    shared_memory=lambda device: 232_448,
-    options=lambda device: {"launch_pdl": True},
-    reserve=lambda device: None,
-    zeros=lambda name, size, device: torch.zeros(size, dtype=torch.int32),
-)
-"""What the backends ask of a GPU."""
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes that a program may use, by compute capability."""
+
+
+def gpu(capability: int) -> dict[str, Callable[..., Any]]:
+    """What the backends ask of a GPU."""
+    overlapped = capability >= 90
+    return dict(
+        overlapped=lambda device: overlapped,
+        hopper=lambda device: capability == 90,
+        programs=lambda device: 132,
+        shared_memory=lambda device: SHARED_MEMORY[capability],
+        options=lambda device: {"launch_pdl": True} if overlapped else {},
+        reserve=lambda device: None,
+        zeros=lambda name, size, device: torch.zeros(size, dtype=torch.int32),
+    )
 
 
 class NoGpu:
     """A driver that knows its target and launches nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -42,7 +54,7 @@ class NoGpu:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
 
 def overwritten(ir: str) -> list[str]:
@@ -81,7 +93,7 @@ def loops(function: str) -> list[str]:
     return found
 
 
-def compile_launches() -> dict[str, CompiledKernel]:
+def compile_launches(capability: int) -> dict[str, CompiledKernel]:
     """From here on launches compile, and what they compile is in the dictionary that is returned."""
     compiled: dict[str, CompiledKernel] = {}
     run = JITFunction.run
@@ -91,11 +103,11 @@ def compile_launches() -> dict[str, CompiledKernel]:
         compiled[f"{self.fn.__name__} {kernel.hash[:8]}"] = kernel
         return kernel
 
-    triton.runtime.driver.set_active(NoGpu())
+    triton.runtime.driver.set_active(NoGpu(capability))
     CompiledKernel._init_handles = lambda self: None
     JITFunction.run = compile_only
     for module in (triton_launch, triton_backend, weight_only_backend, hopper_launch):
-        for name, value in HOPPER.items():
+        for name, value in gpu(capability).items():
             if hasattr(module, name):
                 setattr(module, name, value)
     return compiled
@@ -133,18 +145,22 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, tuple[int, ...]]
 """Backend, bits and format of activations, type of inputs, input channels, tokens."""
 
 
-def main() -> None:
-    compiled = compile_launches()
+def main(capability: int) -> None:
+    compiled = compile_launches(capability)
     for backend, bits, activation_format, dtype, k, sizes in CASES:
+        if activation_format == "fp8" and capability < 90:  # runs on the reference
+            continue
         for kind in ("none", "experts", "codes"):
             packed = backend.pack(*operands(kind, bits, activation_format, k), dtype)
             for m in sizes:
                 backend.apply(torch.ones(m, k, dtype=dtype), packed)
     problems = {name: overwritten(kernel.asm["ttgir"]) for name, kernel in compiled.items()}
-    for name, buffers in problems.items():
-        print(name, *buffers)
+    for name, kernel in compiled.items():
+        if kernel.metadata.shared > SHARED_MEMORY[capability]:
+            problems[name].append(f"needs {kernel.metadata.shared} bytes of shared memory")
+        print(name, *problems[name])
     sys.exit(any(problems.values()))
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if sys.argv[1:] else 90)

@@ -1,4 +1,4 @@
-"""GPU kernels as the compiler for Hopper leaves them, without a GPU."""
+"""GPU kernels as the compiler leaves them, without a GPU."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parent / "hopper_compiled.py"
+PROGRAM = Path(__file__).parent / "gpu_compiled.py"
 KERNELS = set(
     [
         "convert",
@@ -42,7 +42,7 @@ LOOP = """
 """
 
 
-def test_every_kernel_compiles_and_overwrites_nothing() -> None:
+def test_every_kernel_compiles_for_hopper_and_overwrites_nothing() -> None:
     """In a process of its own, which has another driver and where kernels are not interpreted."""
     compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", str(PROGRAM)]
@@ -56,6 +56,6 @@ def test_every_kernel_compiles_and_overwrites_nothing() -> None:
     [("%x = ttg.local_load %left : tensor", 1, ["%a"]), ("%x = ttg.local_load %left : tensor", 0, []), ("", 1, [])],
 )
 def test_a_buffer_that_is_overwritten_is_found(read: str, pending: int, found: list[str]) -> None:
-    from kernels.hopper_compiled import overwritten
+    from kernels.gpu_compiled import overwritten
 
     assert overwritten(LOOP.replace("READ", read).replace("PENDING", str(pending))) == found
