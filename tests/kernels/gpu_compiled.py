@@ -1,7 +1,7 @@
 """Compiles every GPU kernel, as the backends would launch it, on a machine without a GPU.
 
 `python gpu_compiled.py [80|86|89|90|100|120]`, a compute capability (90, Hopper, by default), prints a line for each
-kernel compiled, and fails where one needs more shared memory than such a GPU has, or where `overwritten` finds a buffer.
+kernel compiled, and fails where one needs more shared memory than such a GPU has, or where `overwritten` finds one.
 
 The interpreter checks neither types in branches that it does not take, nor layouts, nor what the compiler makes of a
 loop.
