@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_experts.kernels import reference, triton_backend
+from quant_experts.kernels import reference
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.operands import GroupOperands, LinearOperands
 
 TOKENS, OUTPUTS = 24, 24

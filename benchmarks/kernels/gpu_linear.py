@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from quant_experts.config import RECIPES
-from quant_experts.kernels import triton_backend
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 GROUPS = ("qkv", "o", "gate+up", "down")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from gpu_linear import COLD_BYTES, GROUPS, LAYERS, OURS, SHAPES, about, compile_ahead, layer
 
-from quant_experts.kernels import triton_backend
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 
 REPLAYS = 15
 

@@ -29,7 +29,7 @@ from random_blocks import about, replay_times, spread, write
 from torch import Tensor
 
 from quant_experts.config import RECIPES
-from quant_experts.kernels import weight_only_backend
+from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 TINY = ((40, 128), (24, 128), (56, 128), (24, 256))

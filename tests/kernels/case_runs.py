@@ -9,19 +9,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def run_in_the_interpreter(module: str) -> None:
-    """Warnings are errors; every case must have been run."""
+def run_in_the_interpreter(room: str) -> None:
+    """`cases.py` of a folder beside this file. Warnings are errors; every case must have been run."""
     assert find_spec("triton") is not None, "the dev extra brings triton"
     run = subprocess.run(
-        [sys.executable, "-W", "error", str(Path(__file__).parent / f"{module}.py")],
+        [sys.executable, "-W", "error", str(Path(__file__).parent / room / "cases.py")],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.split() == [case.__name__ for case in import_module(f"kernels.{module}").CASES]
+    assert run.stdout.split() == [case.__name__ for case in import_module(f"kernels.{room}.cases").CASES]
 
 
-def run_on_the_gpu(module: str) -> None:
-    for case in import_module(f"kernels.{module}").CASES:
+def run_on_the_gpu(room: str) -> None:
+    for case in import_module(f"kernels.{room}.cases").CASES:
         case()

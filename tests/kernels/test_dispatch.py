@@ -12,8 +12,9 @@ import torch
 from naive_e4m3 import nearest
 
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import dispatch, triton_backend
+from quant_experts.kernels import dispatch
 from quant_experts.kernels.dispatch import BACKENDS, Backend, select
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 TOLERANCE = 1e-5

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import cpu_int8, reference, triton_backend, weight_only_backend
+from quant_experts.kernels import cpu_int8, reference
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
 P = ParamSpec("P")

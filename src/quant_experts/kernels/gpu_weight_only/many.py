@@ -4,7 +4,7 @@ multiplied by the GPU's library, which is faster then than any unpacking on the 
 and up factors behind a row's weights; `drop_unused` makes hidden values of experts that a token does not use zero.
 
 Outputs of the product are float16, in units of their row and token in which they fit: see
-`weight_only_layout.output_units`.
+`gpu_weight_only.layout.output_units`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_tokens import wait_for_previous_kernel
-from quant_experts.kernels.triton_weight_only_codes import scale_and_offset, unpack3, unpack4
+from quant_experts.kernels.gpu.tokens import wait_for_previous_kernel
+from quant_experts.kernels.gpu_weight_only.codes import scale_and_offset, unpack3, unpack4
 
 PIECE = tl.constexpr(32)
-"""Input channels of a word: `weight_only_layout.PIECE`."""
+"""Input channels of a word: `gpu_weight_only.layout.PIECE`."""
 
 
 @triton.jit

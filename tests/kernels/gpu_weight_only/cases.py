@@ -1,6 +1,6 @@
 """Runs the weight-only kernels against the formula in float64: on a GPU, or, with TRITON_INTERPRET=1, on the CPU.
 
-`python weight_only_cases.py [CASE ...]` prints the name of each case that passed; `test_weight_only.py` starts it in a
+`python cases.py [CASE ...]` prints the name of each case that passed; `test_cases.py` starts it in a
 process of its own, because the switch is read when kernels are defined. Cases have no near ties between experts.
 
 Tolerance: activations, hidden values and up factors are rounded to float16, relative to the largest of a token where
@@ -18,11 +18,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from quant_experts.kernels import reference, weight_only_backend
+from quant_experts.kernels import reference
+from quant_experts.kernels.gpu.launch import programs
+from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
+from quant_experts.kernels.gpu_weight_only.backend import MANY_TOKENS, SLAB_ROWS
+from quant_experts.kernels.gpu_weight_only.layout import pack_codes, unpack_codes
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
-from quant_experts.kernels.triton_launch import programs
-from quant_experts.kernels.weight_only_backend import MANY_TOKENS, SLAB_ROWS
-from quant_experts.kernels.weight_only_layout import pack_codes, unpack_codes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -325,7 +326,7 @@ def large_sizes() -> None:
 
 def a_model_runs_stacked() -> None:
     """Three linears of one input in a model: one launch, packed memory, and the file's content in the state dict."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from runtime.test_modules import K, install, normal
 
     from quant_experts.kernels import dispatch

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant_experts.kernels.gpu_factors import ROTATIONS, headroom_of, stack_factors
+from quant_experts.kernels.gpu.factors import ROTATIONS, headroom_of, stack_factors
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 from quant_experts.kernels.reference import hadamard
 

@@ -1,5 +1,5 @@
 """Tokens for weight-only linears: `scale_tokens` smooths and rotates each token and writes it in float16 in units of a
-power of two; `project` computes the experts' hidden values and chooses experts. See `weight_only_layout` for what lies
+power of two; `project` computes the experts' hidden values and chooses experts. See `layout` for what lies
 where."""
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_shares import add_shares, share_of
-from quant_experts.kernels.triton_tokens import choose, nan_max, wait_for_previous_kernel
+from quant_experts.kernels.gpu.shares import add_shares, share_of
+from quant_experts.kernels.gpu.tokens import choose, nan_max, wait_for_previous_kernel
 
 LOW_PART = tl.constexpr(2048.0)
 """2^11: what float16 leaves of a number is at most 2^-12 of it; scaled by this it is a float16 number again."""

@@ -1,7 +1,7 @@
 """Weight-only linears in Triton: 3- and 4-bit weights times activations in half precision. Runs on any GPU with matrix
 units for float16, and in the interpreter.
 
-Weights are the left operand, dequantized in registers, so few tokens are few columns. See `weight_only_layout` for what
+Weights are the left operand, dequantized in registers, so few tokens are few columns. See `layout` for what
 lies where.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_shares import add_shares, share_of
-from quant_experts.kernels.triton_tokens import wait_for_previous_kernel
-from quant_experts.kernels.triton_weight_only_codes import dequantize, in_order
+from quant_experts.kernels.gpu.shares import add_shares, share_of
+from quant_experts.kernels.gpu.tokens import wait_for_previous_kernel
+from quant_experts.kernels.gpu_weight_only.codes import dequantize, in_order
 
 PIECE = tl.constexpr(32)
-"""Input channels of one matrix product: `weight_only_layout.PIECE`."""
+"""Input channels of one matrix product: `gpu_weight_only.layout.PIECE`."""
 
 
 @triton.jit

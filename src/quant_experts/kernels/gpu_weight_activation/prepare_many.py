@@ -7,7 +7,7 @@ adds them up in order, so that results do not depend on timing.
 
 Exactness. Codes and scales are the oracle's bit for bit, the same float32 products; a rotation's sums come in another
 order, so that its codes may differ by one where a value lies on a tie. Routers and experts that read values read the
-input as it is: smoothing and rotation are folded into their weights (`gpu_layout`). Router scores are float32 sums of
+input as it is: smoothing and rotation are folded into their weights (`layout`). Router scores are float32 sums of
 exact products with weights of 24 bits, in another order than the oracle's: scores that differ by less than about 1e-6
 of their terms may choose otherwise; equal scores go to the first. Down factors are rounded to bfloat16, as weights of
 such models are (for float32 inputs they are float32), and hidden values to float16. Those of an expert that reads codes
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_tokens import (
+from quant_experts.kernels.gpu.tokens import (
     ROUTER_PARTS,
     add_product,
     choose,

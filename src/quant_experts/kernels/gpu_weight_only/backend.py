@@ -1,4 +1,4 @@
-"""The GPU backend of weight-only schemes: allocations and launches around `triton_weight_only_*`, tiles by size."""
+"""The GPU backend of weight-only schemes: allocations and launches around `gpu_weight_only`, tiles by size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from quant_experts.kernels import reference
-from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
-from quant_experts.kernels.triton_launch import INTERPRETED, options, overlapped, programs, ptr, zeros
-from quant_experts.kernels.weight_only_layout import (
+from quant_experts.kernels.gpu.launch import INTERPRETED, options, overlapped, programs, ptr, zeros
+from quant_experts.kernels.gpu_weight_only.layout import (
     BLOCK,
     GroupLayout,
     LinearLayout,
@@ -23,6 +22,7 @@ from quant_experts.kernels.weight_only_layout import (
     pack_linear,
     unpack_codes,
 )
+from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
 CHUNK = 4096
 """Input channels that one program scales at a time."""
@@ -79,7 +79,7 @@ class Packed:
 
 
 def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtype = torch.float32) -> Packed:
-    """Lay a group out; see `weight_only_layout`."""
+    """Lay a group out; see `gpu_weight_only.layout`."""
     _counters(linears[0].codes.device)  # made before a CUDA graph may be captured
     layout = pack_group(group, linears[0].codes.shape[1], linears[0].codes.device)
     return Packed(layout, pack_linear(linears, layout.headroom))
@@ -99,7 +99,7 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`: values and hidden values are rounded to float16 in units of each
     token's largest value, experts chosen in float32."""
-    from quant_experts.kernels.triton_weight_only_prepare import scale_tokens
+    from quant_experts.kernels.gpu_weight_only.prepare import scale_tokens
 
     layout = group if isinstance(group, GroupLayout) else pack_group(group, x.shape[1], x.device)
     (m, k), device, dtype = x.shape, x.device, x.dtype
@@ -155,7 +155,7 @@ def _factors(tokens: Tokens, layout: LinearLayout) -> tuple[Tensor | None, dict[
 
 
 def _linear_in_registers(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    from quant_experts.kernels.triton_weight_only_linear import linear as kernel
+    from quant_experts.kernels.gpu_weight_only.linear import linear as kernel
 
     assert tokens.values is not None
     (m, n), padded, width, device = y.shape, tokens.padded, tokens.values.shape[1], y.device
@@ -174,7 +174,7 @@ def _linear_in_registers(tokens: Tokens, layout: LinearLayout, y: Tensor) -> Non
 
 
 def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    from quant_experts.kernels.triton_weight_only_many import dequantize_rows, rescale
+    from quant_experts.kernels.gpu_weight_only.many import dequantize_rows, rescale
 
     assert tokens.values is not None
     (m, n), padded, device = y.shape, tokens.padded, y.device
@@ -207,8 +207,8 @@ def slab_rows(n: int, width: int, programs: int) -> int:
 
 
 def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLayout) -> None:
-    from quant_experts.kernels.triton_weight_only_many import drop_unused
-    from quant_experts.kernels.triton_weight_only_prepare import project
+    from quant_experts.kernels.gpu_weight_only.many import drop_unused
+    from quant_experts.kernels.gpu_weight_only.prepare import project
 
     assert tokens.values is not None and layout.down is not None
     (m, width), padded, device, router = tokens.values.shape, tokens.padded, x.device, layout.router_weight

@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels.gpu_factors import RANK_MULTIPLE, ROTATIONS, headroom_of, stack_factors
+from quant_experts.kernels.gpu.factors import RANK_MULTIPLE, ROTATIONS, headroom_of, stack_factors
+from quant_experts.kernels.gpu.launch import INTERPRETED
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 from quant_experts.kernels.reference import FP8_LARGEST, hadamard, rotate
-from quant_experts.kernels.triton_launch import INTERPRETED
 
 BLOCK = 128
 """Input channels are padded to a multiple of this."""

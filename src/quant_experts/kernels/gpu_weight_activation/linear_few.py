@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_linear import unpack
-from quant_experts.kernels.triton_tokens import add_product, wait_for_previous_kernel
+from quant_experts.kernels.gpu.tokens import add_product, wait_for_previous_kernel
+from quant_experts.kernels.gpu_weight_activation.linear import unpack
 
 
 @triton.jit

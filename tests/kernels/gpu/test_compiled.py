@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parent / "gpu_compiled.py"
+PROGRAM = Path(__file__).parent / "compiled.py"
 KERNELS = set(
     [
         "convert",
@@ -56,6 +56,6 @@ def test_every_kernel_compiles_for_hopper_and_overwrites_nothing() -> None:
     [("%x = ttg.local_load %left : tensor", 1, ["%a"]), ("%x = ttg.local_load %left : tensor", 0, []), ("", 1, [])],
 )
 def test_a_buffer_that_is_overwritten_is_found(read: str, pending: int, found: list[str]) -> None:
-    from kernels.gpu_compiled import overwritten
+    from kernels.gpu.compiled import overwritten
 
     assert overwritten(LOOP.replace("READ", read).replace("PENDING", str(pending))) == found

@@ -6,12 +6,12 @@ from kernels.case_runs import run_in_the_interpreter, run_on_the_gpu
 
 
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("weight_only_cases")
+    run_in_the_interpreter("gpu_weight_only")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu() -> None:
-    run_on_the_gpu("weight_only_cases")
+    run_on_the_gpu("gpu_weight_only")
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 40, 64, 100, 2048])
@@ -19,7 +19,7 @@ def test_on_the_gpu() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_tiles_fit_the_chip(tokens: int, bits: int, rows: int) -> None:
     """The copies ahead of each tile stay inside a Hopper multiprocessor's shared memory; its sizes fit matrix units."""
-    from quant_experts.kernels.weight_only_backend import STEP, tile_for
+    from quant_experts.kernels.gpu_weight_only.backend import STEP, tile_for
 
     tile = tile_for(tokens, rows, bits, 132)
     codes, values = tile.rows * STEP[bits] * bits // 8, 2 * STEP[bits] * tile.tokens
@@ -34,7 +34,7 @@ def test_tiles_fit_the_chip(tokens: int, bits: int, rows: int) -> None:
 )
 def test_slabs_fill_the_chip_and_fit_the_workspace(n: int, width: int, rows: int) -> None:
     """Groups of 7B and 72B models: whole waves of 132 multiprocessors, or equal parts."""
-    from quant_experts.kernels.weight_only_backend import WORKSPACE, slab_rows
+    from quant_experts.kernels.gpu_weight_only.backend import WORKSPACE, slab_rows
 
     assert slab_rows(n, width, 132) == rows and 2 * rows * width <= WORKSPACE
 

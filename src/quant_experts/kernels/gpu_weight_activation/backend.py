@@ -12,8 +12,20 @@ from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
-from quant_experts.kernels.gpu_factors import RANK_MULTIPLE
-from quant_experts.kernels.gpu_layout import (
+from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
+from quant_experts.kernels.gpu.launch import (
+    INTERPRETED,
+    MAX_BLOCKS,
+    hopper,
+    options,
+    overlapped,
+    programs,
+    ptr,
+    reserve,
+    shared_memory,
+    zeros,
+)
+from quant_experts.kernels.gpu_weight_activation.layout import (
     BLOCK,
     MASK_TOKENS,
     GroupLayout,
@@ -26,23 +38,11 @@ from quant_experts.kernels.gpu_layout import (
     unzigzag,
 )
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
-from quant_experts.kernels.triton_launch import (
-    INTERPRETED,
-    MAX_BLOCKS,
-    hopper,
-    options,
-    overlapped,
-    programs,
-    ptr,
-    reserve,
-    shared_memory,
-    zeros,
-)
 
 FEW_TOKENS = 17 if INTERPRETED else 256
-"""Up to here `triton_prepare` prepares, above `triton_prepare_many`."""
+"""Up to here `prepare` prepares, above `prepare_many`."""
 LINEAR_FEW = 8
-"""Up to here `triton_linear_few` multiplies."""
+"""Up to here `linear_few` multiplies."""
 FEW_TILE = dict(BN=32, WAYS=4)
 """Its tile."""
 FEW_STAGES, ALONE_STAGES = 4, 6
@@ -93,7 +93,7 @@ class Packed:
 
 
 def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype = torch.float32) -> Packed:
-    """Lay a group out for inputs of a dtype; see `gpu_layout`.
+    """Lay a group out for inputs of a dtype; see `layout`.
 
     Raises `QuantExpertsError` for what the kernels do not take.
     """
@@ -142,7 +142,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     if len(y) <= LINEAR_FEW:
         _linear_few(prepared, layout, y)
     elif hopper(y.device):
-        from quant_experts.kernels import hopper_launch
+        from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
         hopper_launch.linear(prepared, layout, y)
     else:
@@ -174,7 +174,7 @@ def _inputs(x: Tensor, layout: GroupLayout) -> tuple[tuple[Tensor, ...], dict[st
 
 @dataclass(frozen=True)
 class _Projection:
-    """How `triton_prepare` cuts the projection of some tokens over programs."""
+    """How `prepare` cuts the projection of some tokens over programs."""
 
     slices: int
     programs: int
@@ -200,7 +200,7 @@ class _Projection:
 
 
 def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare import largest, project, quantize
+    from quant_experts.kernels.gpu_weight_activation.prepare import largest, project, quantize
 
     tokens = _allocate(x, layout)
     assert tokens.codes is not None
@@ -229,7 +229,7 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
 
 def _settle(tokens: Tokens, layout: GroupLayout, cut: _Projection, launch: dict[str, Any]) -> Tokens:
     """Tokens with experts and hidden values."""
-    from quant_experts.kernels.triton_prepare import settle
+    from quant_experts.kernels.gpu_weight_activation.prepare import settle
 
     assert tokens.codes is not None
     m, sums = len(tokens.codes), cut.sums
@@ -273,7 +273,7 @@ def _with_hidden(tokens: Tokens, layout: GroupLayout) -> Tokens:
 
 
 def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.triton_prepare_many import convert, measure, place
+    from quant_experts.kernels.gpu_weight_activation.prepare_many import convert, measure, place
 
     tokens = _allocate(x, layout)
     assert tokens.codes is not None
@@ -315,7 +315,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
 
 
 def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
-    from quant_experts.kernels.triton_linear_few import linear_few
+    from quant_experts.kernels.gpu_weight_activation.linear_few import linear_few
 
     assert tokens.codes is not None
     (m, padded), n, device = tokens.codes.shape, linear.out_features, y.device
@@ -334,7 +334,7 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
 
 
 def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    from quant_experts.kernels.triton_linear import linear as kernel
+    from quant_experts.kernels.gpu_weight_activation.linear import linear as kernel
 
     assert tokens.codes is not None
     (m, padded), n, device = tokens.codes.shape, layout.out_features, y.device

@@ -6,20 +6,20 @@ from kernels.case_runs import run_in_the_interpreter, run_on_the_gpu
 
 
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("triton_cases")
+    run_in_the_interpreter("gpu_weight_activation")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu() -> None:
-    run_on_the_gpu("triton_cases")
+    run_on_the_gpu("gpu_weight_activation")
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 40, 64, 100, 128, 200, 512, 2048, 100_000])
 @pytest.mark.parametrize("shape", [(11, 128), (4608, 3584), (37888, 3584), (3584, 18944)])
 def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
     """Ring and registers of each configuration stay inside a Hopper multiprocessor's shared memory and registers."""
-    from quant_experts.kernels.hopper_launch import config
-    from quant_experts.kernels.triton_launch import LARGEST_TILE
+    from quant_experts.kernels.gpu.launch import LARGEST_TILE
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import config
 
     n, k = shape
     c = config(tokens, n, -(-k // 128) * 128, 9, 32, BIAS=True, SORTED=tokens > 256)
@@ -35,8 +35,8 @@ def test_steps_fit_the_chip(
 ) -> None:
     """As many steps as a Hopper multiprocessor's shared memory holds; where it holds none, that is said."""
     from quant_experts.errors import QuantExpertsError
-    from quant_experts.kernels import triton_backend
-    from quant_experts.kernels.gpu_layout import pack_group
+    from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+    from quant_experts.kernels.gpu_weight_activation.layout import pack_group
     from quant_experts.kernels.operands import Factor, GroupOperands
 
     monkeypatch.setattr(triton_backend, "shared_memory", lambda device: 232_448)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_tokens import add_product, bitwise_or, wait_for_previous_kernel
+from quant_experts.kernels.gpu.tokens import add_product, bitwise_or, wait_for_previous_kernel
 
 
 @triton.jit

@@ -5,15 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels import triton_launch
+from quant_experts.kernels.gpu import launch
 
-INTERPRETED = tl.constexpr(triton_launch.INTERPRETED)
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 ROUNDING = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, halves to even, and leaves that in the low bits."""
 SMALLEST = tl.constexpr(2.0**-100)
 """As `reference.SMALLEST`."""
 ROUTER_PARTS = tl.constexpr(4)
-"""Blocks of rows of router weights: the parts of `gpu_layout.router_rows`, one of zeros to make a power of two."""
+"""Blocks of rows of router weights: the parts of `router_rows` in a layout, one of zeros for a power of two."""
 
 
 @triton.jit

@@ -9,7 +9,7 @@ the other shares, always in the same order. Expert factors pass through the same
 int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of one or two
 steps are added up in float32 outside.
 
-Layouts are those of `gpu_layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
+Layouts are those of `layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
 figures are in docs/performance.md.
 """
 
@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from quant_experts.kernels.hopper_work import (
+from quant_experts.kernels.gpu_weight_activation.hopper_work import (
     allow_next_kernel,
     barrier,
     segment,

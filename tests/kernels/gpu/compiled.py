@@ -1,6 +1,6 @@
 """Compiles every GPU kernel, as the backends would launch it, on a machine without a GPU.
 
-`python gpu_compiled.py [80|86|89|90|100|120]`, a compute capability (90, Hopper, by default), prints a line for each
+`python compiled.py [80|86|89|90|100|120]`, a compute capability (90, Hopper, by default), prints a line for each
 kernel compiled, and fails where one needs more shared memory than such a GPU has, or where `overwritten` finds one.
 
 The interpreter checks neither types in branches that it does not take, nor layouts, nor what the compiler makes of a
@@ -19,7 +19,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from quant_experts.config import ActivationFormat
-from quant_experts.kernels import hopper_launch, triton_backend, triton_launch, weight_only_backend
+from quant_experts.kernels.gpu import launch
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+from quant_experts.kernels.gpu_weight_activation import hopper_launch
+from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 N = 512
@@ -60,7 +63,7 @@ class NoGpu:
 def overwritten(ir: str) -> list[str]:
     """Buffers of pipelined loops that a loop reads both as values and as operands of matrix products that may be
     unfinished when the iteration ends: Triton 3.6 gives them one buffer too few, and the next copy overwrites what is
-    still multiplied. `triton_tokens.finished` mends it."""
+    still multiplied. `gpu.tokens.finished` mends it."""
     found = []
     for function in ir.split("tt.func ")[1:]:
         views = dict(re.findall(r"(%\S+) = ttg\.memdesc_\w+ (%\w+)", function))
@@ -106,7 +109,7 @@ def compile_launches(capability: int) -> dict[str, CompiledKernel]:
     triton.runtime.driver.set_active(NoGpu(capability))
     CompiledKernel._init_handles = lambda self: None
     JITFunction.run = compile_only
-    for module in (triton_launch, triton_backend, weight_only_backend, hopper_launch):
+    for module in (launch, triton_backend, weight_only_backend, hopper_launch):
         for name, value in gpu(capability).items():
             if hasattr(module, name):
                 setattr(module, name, value)

@@ -10,9 +10,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quant_experts.kernels.gpu_layout import BLOCK, LinearLayout, Tokens
-from quant_experts.kernels.hopper_linear import Config, kernel
-from quant_experts.kernels.triton_launch import LARGEST_TILE, options, programs, zeros
+from quant_experts.kernels.gpu.launch import LARGEST_TILE, options, programs, zeros
+from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
+from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, LinearLayout, Tokens
 
 BYTES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)

@@ -1,11 +1,12 @@
-"""How operands are laid out for a GPU, against float64: what kernels then compute is in `triton_cases`."""
+"""How operands are laid out for a GPU, against float64: what kernels then compute is in `cases`."""
 
 import pytest
 import torch
 
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import gpu_layout, reference
-from quant_experts.kernels.gpu_layout import MAX_CHANNELS, pack_group, pack_linear, router_rows
+from quant_experts.kernels import reference
+from quant_experts.kernels.gpu_weight_activation import layout as group_layout
+from quant_experts.kernels.gpu_weight_activation.layout import MAX_CHANNELS, pack_group, pack_linear, router_rows
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def group(k: int, experts: int, rotation: int = 0, bits: int = 8) -> GroupOperan
 def test_parts_of_router_weights_add_up_to_24_bits(experts: int) -> None:
     weight = normal(experts, 70).double() * torch.logspace(-6, 6, 70, dtype=torch.float64)
     rows = router_rows(weight, torch.bfloat16)
-    padded = gpu_layout.padded_experts(experts)
+    padded = group_layout.padded_experts(experts)
     assert rows.shape == (4 * padded, 70) and torch.equal(rows, rows.bfloat16().float())
     parts = rows.unflatten(0, (4, padded)).double()
     torch.testing.assert_close(parts.sum(dim=0)[:experts], weight, rtol=2.0**-23, atol=0)

@@ -1,4 +1,4 @@
-"""Weights of 3 and 4 bits from the words of `weight_only_layout` to float16, in registers."""
+"""Weights of 3 and 4 bits from the words of `gpu_weight_only.layout` to float16, in registers."""
 
 from __future__ import annotations
 

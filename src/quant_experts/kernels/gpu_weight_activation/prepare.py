@@ -8,11 +8,11 @@ routing and projecting.
 
 The linear kernel after them needs codes at once and hidden values only at its end. `project` lets the next kernel start
 once codes are complete, and `settle` at once: so the linear may multiply codes while `settle` runs, and `project` of
-codes, and wait for them before it adds experts (`Tokens.hidden_comes_later`); `triton_linear_few` does. What was
+codes, and wait for them before it adds experts (`Tokens.hidden_comes_later`); `linear_few` does. What was
 written before the previous kernel is read past the first-level cache (".cg"), which may hold what was there before.
 
 In decode a kernel runs once through cold instruction caches, so the code is short loops. Exactness: see
-`triton_prepare_many`.
+`prepare_many`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.triton_tokens import (
+from quant_experts.kernels.gpu.tokens import (
     ROUTER_PARTS,
     add_product,
     choose,

@@ -1,6 +1,6 @@
 """Runs the Triton kernels against the oracle: on a GPU, or, with TRITON_INTERPRET=1 in the environment, on the CPU.
 
-`python triton_cases.py [CASE ...]` prints the name of each case that passed; `test_triton.py` starts it in a
+`python cases.py [CASE ...]` prints the name of each case that passed; `test_cases.py` starts it in a
 process of its own, because the switch is read when kernels are defined. Cases have no near ties between experts.
 """
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import reference, triton_backend
-from quant_experts.kernels.gpu_layout import Tokens, pack_codes, unpack_codes, unzigzag, zigzag
+from quant_experts.kernels import reference
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+from quant_experts.kernels.gpu_weight_activation.layout import Tokens, pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -444,7 +445,7 @@ def large_layers() -> None:
 
 def a_model_runs_stacked(scheme: str = "W4A6") -> None:
     """Three linears of one input in a model: one launch, packed memory, and the file's content in the state dict."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from runtime.test_modules import K, install, normal
 
     from quant_experts.kernels import dispatch
