@@ -69,3 +69,21 @@ def test_a_table_and_a_picture_of_some_kinds(monkeypatch: pytest.MonkeyPatch, tm
     gpu_linear.picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "fp8" not in gpu_linear.table([row | {"tokens": 1, "default": 2.0}])
+
+
+def test_what_is_timed_and_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many blocks for every kind, more than the cache holds; factors of as many experts as tokens may use."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_linear = import_module("gpu_linear")
+    for shapes in gpu_linear.SHAPES.values():
+        for m in gpu_linear.TOKENS:
+            count = gpu_linear.blocks(shapes, m)
+            assert count * sum(n * k for n, k in shapes) / 2 >= gpu_linear.COLD_BYTES
+            assert count >= (4 if m <= 128 else 1)
+    assert gpu_linear.timed("bf16", 1) and gpu_linear.timed("default", 1) and gpu_linear.timed("reading", 128)
+    assert not (gpu_linear.timed("reading", 512) or gpu_linear.timed("cublas_int8", 16))
+    assert not gpu_linear.timed("fp8_default", 128) and gpu_linear.timed("fp8_default", 512)
+    limits = {"copy_tb_per_s": 1.0, "matrix_top_per_s": 1e9}
+    (n, k), one = (256, 128), gpu_linear.bound(((256, 128),), 1, limits)
+    assert one == pytest.approx((n * k / 2 + 2 * 32 * 2 * (n + k) + 2 * 8 * k + 2 * (n + k)) * 1e-6)
+    assert gpu_linear.bound(((n, k),), 64, limits) > gpu_linear.bound(((n, k),), 8, limits) > one

@@ -164,6 +164,7 @@ def uncommon_layouts() -> None:
     check(tokens(20, 192), *operands(192, (33,), parts=(), rotation=64))
     for m in (3, 20):
         check(tokens(m, 140), *operands(140, (33,), rank=70, experts=2))
+        check(tokens(m, 45), *operands(45, (11,), experts=12))
         group, linears = operands(45, (11,))
         assert group.shared_down is not None and group.routed_down is not None
         for factor in (group.shared_down, group.routed_down):

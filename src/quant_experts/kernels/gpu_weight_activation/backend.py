@@ -183,11 +183,14 @@ class _Projection:
     constants: dict[str, Any]
 
     @classmethod
+    def none(cls, x: Tensor) -> _Projection:
+        return cls(0, 0, x, dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, STAGES=1))
+
+    @classmethod
     def of(cls, x: Tensor, layout: GroupLayout, steps: int) -> _Projection:
         """steps: blocks of 128 input channels."""
         if layout.projection is None:
-            constants = dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, STAGES=1)
-            return cls(0, 0, torch.empty(0, device=x.device), constants)
+            return cls.none(x)
         total = layout.projection.shape[1]
         tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if len(x) <= limit)
         tiles = -(-len(x) // tile["BM"]) * (total // tile["RC"])
@@ -215,7 +218,7 @@ def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
         largest[(m * parts,)](*inputs, most, k, parts, **part)
     cut = _Projection.of(x, layout, padded // BLOCK)
     reads_codes = layout.code_scale is not None
-    beside = _Projection.of(x, replace(layout, projection=None), 0) if reads_codes else cut
+    beside = _Projection.none(x) if reads_codes else cut
     quantize[(m * parts + beside.programs,)](
         *inputs, most, tokens.codes, tokens.token_scale, ptr(layout.projection, x), beside.sums, m, k, padded, parts,
         beside.slices, LARGEST=layout.largest_code, PARTS=1 << (parts - 1).bit_length(), **beside.constants, **part,

@@ -99,20 +99,17 @@ def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
 @gluon.jit
 def early_factors(mask_ptr, token_tile, index, M, C: gl.constexpr):
     """`factors_present` of a program's index-th piece of work, asked for early because it is needed after the last
-    step; of the first one only where hidden values are there when the kernel starts."""
+    step; but of the first piece where hidden values come later."""
     present = 0
-    if C.LATER:
-        if index > 0:  # nor need an earlier piece have waited: a share of a tile has no use for factors
-            wait_for_previous_kernel()
-            present = factors_present(mask_ptr, token_tile, M, C)
-    else:
+    if not C.LATER or index > 0:
         present = factors_present(mask_ptr, token_tile, M, C)
     return present
 
 
 @gluon.jit
 def late_factors(present, mask_ptr, token_tile, index, M, C: gl.constexpr):
-    """`early_factors` where that did not ask."""
+    """Where hidden values come later, wait for them after the steps of the first piece of work, whether or not it needs
+    them: what follows also writes to workspaces that an earlier kernel may have used."""
     if C.LATER and index == 0:
         wait_for_previous_kernel()
         present = factors_present(mask_ptr, token_tile, M, C)
@@ -156,8 +153,8 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
                 at = [token_tile * C.BM, k * C.STEP + half * 64]
                 tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(2 * slot + half))
             i += 1
+        present = late_factors(present, mask_ptr, token_tile, index, M, C)
         if C.FACTORS > 0 and first == 0:
-            present = late_factors(present, mask_ptr, token_tile, index, M, C)
             for j in range(C.FACTORS):
                 if (present >> j) & 1 != 0:
                     for c in gl.static_range(CHUNKS):
@@ -370,6 +367,7 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
         else:
             acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
             acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
+        present = late_factors(present, mask_ptr, token_tile, index, M, C)
         if first > 0:
             hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG, C)
         else:
@@ -378,7 +376,6 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
                 acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
             y = to_float(acc, row_tile, scale_ptr, N, headroom, WG, C)
             if C.FACTORS > 0:
-                present = late_factors(present, mask_ptr, token_tile, index, M, C)
                 y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
             store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)
 

@@ -1,15 +1,15 @@
-"""`prepare` for up to a few hundred tokens: `quantize` (after `largest` where tokens are long), `project` and `settle`;
-without experts no more than the first.
+"""`prepare` for up to a few hundred tokens: `quantize` (after `largest` where tokens are long); for experts that read
+codes `project`, while the projection of values is further programs of `quantize`; and `settle`.
 
-A program of `project` owns rows of the stacked down factors and router weights and a slice of the input channels, and
+A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
 writes its sums; `settle` adds the slices, always in the same order, chooses experts, and keeps the hidden values of
 each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
 routing and projecting.
 
-The linear kernel after them needs codes at once and hidden values only at its end. `project` lets the next kernel start
-once codes are complete, and `settle` at once: so the linear may multiply codes while `settle` runs, and `project` of
-codes, and wait for them before it adds experts (`Tokens.hidden_comes_later`); `linear_few` does. What was
-written before the previous kernel is read past the first-level cache (".cg"), which may hold what was there before.
+The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`). So
+`settle` lets it start when codes are complete, which is before its own wait where `project` had waited for them, and
+after it where `quantize` comes just before. What was written before the previous kernel is read past the first-level
+cache (".cg"), which may hold what was there before.
 
 In decode a kernel runs once through cold instruction caches, so the code is short loops. Exactness: see
 `prepare_many`.
@@ -111,7 +111,8 @@ def project_part(
     RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums (slices, M, TOTAL): RC rows of the projection for BM tokens over one slice of the input channels, of values
-    or of codes. Where loops are not pipelined, the first weights are asked for before the previous kernel has ended."""
+    or of codes. Where loops are not pipelined, the first weights are asked for before the previous kernel has ended:
+    none of the kernels that prepare or multiply writes them."""
     piece, chunk = program % slices, program // slices % (TOTAL // RC)
     token = program // (slices * (TOTAL // RC)) * BM + tl.arange(0, BM)
     rank = chunk * RC + tl.arange(0, RC)
