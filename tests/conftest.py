@@ -19,6 +19,11 @@ from typing import Any
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels first: they take longest, and last of all would keep one process busy when the others have ended."""
+    items.sort(key=lambda item: "kernels" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny(family, **options of build_tiny) -> folder of a random model, built once a session."""
