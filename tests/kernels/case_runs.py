@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 
 def run_in_the_interpreter(room: str) -> None:
     """`cases.py` of a folder beside this file. Warnings are errors; every case must have been run."""
@@ -25,3 +27,34 @@ def run_in_the_interpreter(room: str) -> None:
 def run_on_the_gpu(room: str) -> None:
     for case in import_module(f"kernels.{room}.cases").CASES:
         case()
+
+
+def check_a_stacked_model(backend: str, scheme: str, device: str, tolerance: float) -> None:
+    """Three linears of one input in a model: one launch, packed memory, the file's content in the state dict, before
+    and after it is loaded again and moved. tolerance: of the norm of a token's output."""
+    from runtime.test_modules import K, install, normal
+
+    from quant_experts.kernels import dispatch
+    from quant_experts.runtime import modules
+
+    chosen = next(b for b in dispatch.BACKENDS if b.name == backend)
+    quantized, _ = install(scheme)
+    quantized.to(device)
+    linears = list(quantized.attn.values())
+    x = normal(2, 3, K, seed=8).to(device)
+    with torch.no_grad():
+        linears[0].group.backend = "reference"
+        expected, stored = quantized(x), {k: v.clone() for k, v in quantized.state_dict().items()}
+        select, modules.select = modules.select, lambda *choice: chosen
+        try:
+            y = quantized(x)
+            assert all(linear.weight_codes is None for linear in linears), "int8 codes were not let go"
+            assert ((y - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all()
+            assert all(torch.equal(value, stored[key]) for key, value in quantized.state_dict().items())
+            quantized.load_state_dict(stored)
+            assert torch.equal(quantized(x), y)
+            quantized.half().float()
+            assert all(linear.weight_codes is not None for linear in linears), "a move needs the codes back"
+            assert quantized(x).shape == y.shape
+        finally:
+            modules.select = select

@@ -445,34 +445,10 @@ def large_layers() -> None:
 
 
 def a_model_runs_stacked(scheme: str = "W4A6") -> None:
-    """Three linears of one input in a model: one launch, packed memory, and the file's content in the state dict."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from runtime.test_modules import K, install, normal
+    from kernels.case_runs import check_a_stacked_model
 
-    from quant_experts.kernels import dispatch
-    from quant_experts.runtime import modules
-
-    backend = next(b for b in dispatch.BACKENDS if b.name == "triton")
-    quantized, _ = install(scheme)
-    quantized.to(DEVICE)
-    linears = list(quantized.attn.values())
-    x = normal(2, 3, K, seed=8).to(DEVICE)
-    with torch.no_grad():
-        linears[0].group.backend = "reference"
-        expected, stored = quantized(x), {k: v.clone() for k, v in quantized.state_dict().items()}
-        select, modules.select = modules.select, lambda *choice: backend
-        try:
-            y = quantized(x)
-            assert all(linear.weight_codes is None for linear in linears), "int8 codes were not let go"
-            assert ((y - expected).norm(dim=-1) <= EXPERTS_TOLERANCE * expected.norm(dim=-1)).all()
-            assert all(torch.equal(value, stored[key]) for key, value in quantized.state_dict().items())
-            quantized.load_state_dict(stored)
-            assert torch.equal(quantized(x), y)
-            quantized.half().float()
-            assert all(linear.weight_codes is not None for linear in linears), "a move needs the codes back"
-            assert quantized(x).shape == y.shape
-        finally:
-            modules.select = select
+    check_a_stacked_model("triton", scheme, DEVICE, EXPERTS_TOLERANCE)
 
 
 def fp8_model_runs_stacked() -> None:

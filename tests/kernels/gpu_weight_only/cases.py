@@ -325,30 +325,11 @@ def large_sizes() -> None:
 
 
 def a_model_runs_stacked() -> None:
-    """Three linears of one input in a model: one launch, packed memory, and the file's content in the state dict."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from runtime.test_modules import K, install, normal
+    from kernels.case_runs import check_a_stacked_model
 
-    from quant_experts.kernels import dispatch
-    from quant_experts.runtime import modules
-
-    backend = next(b for b in dispatch.BACKENDS if b.name == "triton-weight-only")
     for scheme in ("W4A16", "W3A16g32"):
-        quantized, _ = install(scheme)
-        quantized.to(DEVICE)
-        linears = list(quantized.attn.values())
-        x = normal(2, 3, K, seed=8).to(DEVICE)
-        with torch.no_grad():
-            linears[0].group.backend = "reference"
-            expected, stored = quantized(x), {k: v.clone() for k, v in quantized.state_dict().items()}
-            select, modules.select = modules.select, lambda *choice: backend
-            try:
-                y = quantized(x)
-                assert all(linear.weight_codes is None for linear in linears), "int8 codes were not let go"
-                assert ((y - expected).norm(dim=-1) <= TOLERANCE * expected.norm(dim=-1)).all()
-                assert all(torch.equal(value, stored[key]) for key, value in quantized.state_dict().items())
-            finally:
-                modules.select = select
+        check_a_stacked_model("triton-weight-only", scheme, DEVICE, TOLERANCE)
 
 
 CASES: list[Callable[[], None]] = [
