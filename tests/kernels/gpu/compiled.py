@@ -142,6 +142,7 @@ def operands(
 
 CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, tuple[int, ...]]] = [
     (triton_backend, 8, "int", torch.bfloat16, 4608, 8192, (1, 12, 100, 600)),
+    (triton_backend, 8, "int", torch.bfloat16, 512, 3584, (1, 4, 8)),
     (triton_backend, 8, "int", torch.float32, 64, 300, (3,)),
     (triton_backend, 8, "fp8", torch.float16, 512, 3584, (5, 40, 300)),
     (triton_backend, 8, "fp8", torch.bfloat16, 64, 8192, (600,)),

@@ -39,10 +39,18 @@ from quant_experts.kernels.gpu_weight_activation.layout import (
 )
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
-FEW_TOKENS = 17 if INTERPRETED else 256
-"""Up to here `prepare` prepares, above `prepare_many`."""
+FEW_TOKENS, LONG_TOKENS = (17, 17) if INTERPRETED else (512, 256)
+"""Up to here `prepare` prepares, above `prepare_many`; the second for tokens of more than LONG channels, whose
+projection reads so much more than the factors of one expert that sorting pays earlier."""
+LONG = 8192
 LINEAR_FEW = 8
 """Up to here `linear_few` multiplies."""
+UNSETTLED = 4
+"""Up to here, and up to so many weights, the linear for Hopper GPUs settles experts itself; every program of it does, so
+that with more of either a launch of its own costs less."""
+UNSETTLED_WEIGHTS = 1 << 25
+UNSETTLED_SLICES = 8
+"""Programs that share the input channels then, at most."""
 FEW_TILE = dict(BN=32, WAYS=4)
 """Its tile."""
 FEW_STAGES, ALONE_STAGES = 4, 6
@@ -106,7 +114,17 @@ def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
-    return linear(prepare(x, packed.group), packed.linear)
+    return linear(_prepare(x, packed.group, settled=not _settles(len(x), packed)), packed.linear)
+
+
+def _settles(m: int, packed: Packed) -> bool:
+    """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
+    weight = packed.linear.weight
+    if not hopper(weight.device) or m > UNSETTLED or 2 * weight.numel() > UNSETTLED_WEIGHTS:
+        return False
+    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+
+    return hopper_launch.takes_few(packed.group.code_type, packed.linear)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -117,15 +135,19 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert."""
-    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.dtype, x.device)
+    return _prepare(x, group if isinstance(group, GroupLayout) else pack_group(group, x.dtype, x.device))
+
+
+def _prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
+    """As `prepare`; not settled, with sums instead of hidden values where tokens are few."""
     dtype = x.dtype
     if layout.before is not None:
         x = reference.transform(x, layout.before)
     x = x.contiguous()
     if not len(x):
         return replace(_allocate(x, layout), dtype=dtype)
-    if len(x) <= FEW_TOKENS:
-        tokens = _prepare_few(x, layout)
+    if len(x) <= (FEW_TOKENS if x.shape[1] <= LONG else LONG_TOKENS):
+        tokens = _prepare_few(x, layout, settled)
     else:
         tokens = _prepare_many(x, layout)
     return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
@@ -139,14 +161,16 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(len(prepared.codes), layout.out_features, dtype=prepared.dtype, device=prepared.codes.device)
     if not y.numel():
         return y
-    if len(y) <= LINEAR_FEW:
-        _linear_few(prepared, layout, y)
-    elif hopper(y.device):
+    few = len(y) <= LINEAR_FEW
+    multiply = _linear_few if few else _plain_linear
+    if hopper(y.device):
         from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-        hopper_launch.linear(prepared, layout, y)
-    else:
-        _plain_linear(prepared, layout, y)
+        if not few:
+            multiply = hopper_launch.linear
+        elif hopper_launch.takes_few(prepared.codes.dtype, layout):
+            multiply = hopper_launch.linear_few
+    multiply(prepared, layout, y)
     return y
 
 
@@ -187,14 +211,14 @@ class _Projection:
         return cls(0, 0, x, dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, STAGES=1))
 
     @classmethod
-    def of(cls, x: Tensor, layout: GroupLayout, steps: int) -> _Projection:
-        """steps: blocks of 128 input channels."""
+    def of(cls, x: Tensor, layout: GroupLayout, steps: int, most: int) -> _Projection:
+        """steps: blocks of 128 input channels. most: slices."""
         if layout.projection is None:
             return cls.none(x)
         total = layout.projection.shape[1]
         tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if len(x) <= limit)
         tiles = -(-len(x) // tile["BM"]) * (total // tile["RC"])
-        slices = min(-(-steps // tile["WAYS"]), most_slices, max(1, 3 * programs(x.device) // tiles))
+        slices = min(-(-steps // tile["WAYS"]), most, most_slices, max(1, 3 * programs(x.device) // tiles))
         exact = layout.code_scale is not None and layout.code_type == torch.int8
         sums = torch.empty(slices, len(x), total, dtype=torch.int32 if exact else torch.float32, device=x.device)
         stages = _stages(x, layout, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
@@ -202,48 +226,105 @@ class _Projection:
         return cls(slices, tiles * slices, sums, constants)
 
 
-def _prepare_few(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.gpu_weight_activation.prepare import largest, project, quantize
+def _prepare_few(x: Tensor, layout: GroupLayout, settled: bool) -> Tokens:
+    few = _Few.of(x, layout, settled)
+    few.begin()
+    if few.reads_codes:
+        if few.long:
+            few.end(quantize=True, settle=False)
+        few.project()
+    settle = settled and few.cut.programs > 0
+    quantize = few.long and not few.reads_codes
+    if settle or quantize:
+        few.end(quantize, settle)
+    return few.tokens
 
-    tokens = _allocate(x, layout)
-    assert tokens.codes is not None
-    (m, k), padded, device = x.shape, tokens.codes.shape[1], x.device
-    inputs, flags = _inputs(x, layout)
-    launch = dict(PDL=flags["PDL"], num_warps=4, **options(device))
-    chunk = min(CHUNK, 1 << (padded - 1).bit_length())
-    parts = -(-padded // chunk)
-    part = dict(CHUNK=chunk, enable_fp_fusion=False) | flags | launch
-    most = torch.empty(m, parts, device=device)
-    if parts > 1:
-        largest[(m * parts,)](*inputs, most, k, parts, **part)
-    cut = _Projection.of(x, layout, padded // BLOCK)
-    reads_codes = layout.code_scale is not None
-    beside = _Projection.none(x) if reads_codes else cut
-    quantize[(m * parts + beside.programs,)](
-        *inputs, most, tokens.codes, tokens.token_scale, ptr(layout.projection, x), beside.sums, m, k, padded, parts,
-        beside.slices, LARGEST=layout.largest_code, PARTS=1 << (parts - 1).bit_length(), **beside.constants, **part,
-    )  # fmt: skip
-    if reads_codes:
-        project[(cut.programs,)](
-            tokens.codes, layout.projection, cut.sums, cut.slices, m, padded, **cut.constants, **launch
+
+@dataclass(frozen=True)
+class _Few:
+    """Launches of `prepare` for some tokens, if they are few."""
+
+    tokens: Tokens
+    """What they write."""
+    layout: GroupLayout
+    cut: _Projection
+    nothing: _Projection
+    most: Tensor
+    """(M, parts) largest magnitudes"""
+    inputs: tuple[Any, ...]
+    """The first arguments of `begin` and `end`."""
+    sizes: tuple[int, ...]
+    """M, K, Kp, parts"""
+    constants: dict[str, Any]
+    """Of `begin` and `end`, launch options among them."""
+    launch: dict[str, Any]
+    """Options of any launch."""
+
+    @classmethod
+    def of(cls, x: Tensor, layout: GroupLayout, settled: bool) -> _Few:
+        """Cut the work and allocate what it writes."""
+        tokens = _allocate(x, layout)
+        assert tokens.codes is not None
+        (m, k), padded = x.shape, tokens.codes.shape[1]
+        chunk = min(CHUNK, 1 << (padded - 1).bit_length())
+        parts = -(-padded // chunk)
+        cut = _Projection.of(x, layout, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES)
+        if not cut.programs:
+            pass
+        elif settled:
+            later = layout.code_scale is not None or parts == 1
+            tokens = replace(_with_hidden(tokens, layout), hidden_comes_later=later)
+        else:
+            tokens = replace(tokens, experts=layout.experts, sums=cut.sums, group=layout)
+        most = torch.empty(m, parts, device=x.device)
+        inputs, flags = _inputs(x, layout)
+        launch = dict(PDL=flags["PDL"], num_warps=4, **options(x.device))
+        constants = dict(LARGEST=layout.largest_code, CHUNK=chunk, PARTS=1 << (parts - 1).bit_length())
+        constants |= dict(enable_fp_fusion=False) | flags | launch
+        first = (*inputs, most, tokens.codes, tokens.token_scale)
+        return cls(tokens, layout, cut, _Projection.none(x), most, first, (m, k, padded, parts), constants, launch)
+
+    @property
+    def long(self) -> bool:
+        """Whether a token has several parts."""
+        return self.sizes[3] > 1
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the expert does."""
+        return self.layout.code_scale is not None
+
+    def begin(self) -> None:
+        from quant_experts.kernels.gpu_weight_activation.prepare import begin
+
+        m, _, _, parts = self.sizes
+        beside = self.nothing if self.reads_codes else self.cut
+        projection = ptr(self.layout.projection, self.most)
+        begin[(m * parts + beside.programs,)](
+            *self.inputs, projection, beside.sums, *self.sizes, beside.slices, **beside.constants, **self.constants
         )
-    return _settle(tokens, layout, cut, launch) if cut.programs else tokens
 
+    def project(self) -> None:
+        from quant_experts.kernels.gpu_weight_activation.prepare import project
 
-def _settle(tokens: Tokens, layout: GroupLayout, cut: _Projection, launch: dict[str, Any]) -> Tokens:
-    """Tokens with experts and hidden values."""
-    from quant_experts.kernels.gpu_weight_activation.prepare import settle
+        (m, _, padded, _), cut = self.sizes, self.cut
+        project[(cut.programs,)](
+            self.tokens.codes, self.layout.projection, cut.sums, cut.slices, m, padded, **cut.constants, **self.launch
+        )
 
-    assert tokens.codes is not None
-    m, sums = len(tokens.codes), cut.sums
-    tokens = replace(_with_hidden(tokens, layout), hidden_comes_later=True)
-    settle[(layout.factors, -(-m // MASK_TOKENS))](
-        sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.token_scale, tokens.hidden,
-        tokens.present, ptr(tokens.expert, sums), m, cut.slices, 1.0 / layout.headroom, F=layout.factors,
-        E=layout.experts, EP=padded_experts(layout.experts), R=layout.rank, TOTAL=sums.shape[2],
-        SLICES=1 << (cut.slices - 1).bit_length(), CODES=layout.code_scale is not None, **launch,
-    )  # fmt: skip
-    return tokens
+    def end(self, quantize: bool, settle: bool) -> None:
+        from quant_experts.kernels.gpu_weight_activation.prepare import end
+
+        (m, _, _, parts), layout, tokens = self.sizes, self.layout, self.tokens
+        cut, other = self.cut if settle else self.nothing, self.most
+        settling = layout.factors * -(-m // MASK_TOKENS) if settle else 0
+        end[(m * parts * quantize + settling,)](
+            *self.inputs, cut.sums, ptr(layout.router_bias, other), ptr(layout.code_scale, other),
+            ptr(tokens.hidden, other), ptr(tokens.present, other), ptr(tokens.expert, other), *self.sizes, cut.slices,
+            1.0 / layout.headroom, QUANTIZE=quantize, F=layout.factors, E=layout.experts,
+            EP=padded_experts(layout.experts), R=layout.rank, TOTAL=cut.constants["TOTAL"],
+            SLICES=1 << max(0, cut.slices - 1).bit_length(), CODES=self.reads_codes and settle, **self.constants,
+        )  # fmt: skip
 
 
 def _stages(x: Tensor, layout: GroupLayout, rows: int, most: int, tokens: int = BLOCK_TOKENS) -> int:

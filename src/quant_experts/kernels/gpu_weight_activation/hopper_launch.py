@@ -10,12 +10,17 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quant_experts.kernels.gpu.launch import LARGEST_TILE, options, programs, zeros
+from quant_experts.kernels.gpu.launch import LARGEST_TILE, options, programs, ptr, zeros
+from quant_experts.kernels.gpu_weight_activation import hopper_few
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
-from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, LinearLayout, Tokens
+from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, LinearLayout, Tokens, padded_experts
 
 BYTES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+
+
+LEAST_ROWS = 32
+"""Rows of the largest tile of `linear_few`: a layout has as many."""
 
 
 @cache
@@ -67,4 +72,44 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         layout.scale, tokens.token_scale, layout.scale if layout.bias is None else layout.bias,
         done if tokens.order is None else tokens.order, sums, done, m, n,
         k // BLOCK, tokens.headroom, c, num_warps=4, maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
+    )  # fmt: skip
+
+
+def takes_few(codes: torch.dtype, layout: LinearLayout) -> bool:
+    """Whether `linear_few` here takes such tokens and rows."""
+    return codes == torch.int8 and layout.out_features >= LEAST_ROWS
+
+
+@cache
+def few_tile(n: int, steps: int, later: bool, multiprocessors: int) -> dict[str, int]:
+    """Rows and warps of a program, and blocks of 128 channels that a warp asks for at a time, as measured on an H200;
+    later: whether hidden values come later."""
+    if n >= 128 * multiprocessors:
+        return dict(BN=32, WAYS=2, AHEAD=8 if later else 2)
+    if steps > 64:
+        return dict(BN=16, WAYS=8, AHEAD=8)
+    each = -(-steps // 4)
+    return dict(BN=16, WAYS=4, AHEAD=min(each, 16)) if later else dict(BN=32, WAYS=4, AHEAD=min(each, 8))
+
+
+def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
+    """As `linear`, for up to eight int8 tokens and at least 32 rows; `tokens` may be unsettled."""
+    assert tokens.codes is not None
+    (m, k), n, steps = tokens.codes.shape, layout.out_features, tokens.codes.shape[1] // BLOCK
+    group, sums, nothing, later = tokens.group, tokens.sums, layout.scale, tokens.hidden_comes_later
+    tile = few_tile(n, steps, later, programs(y.device))
+    hidden = tokens.hidden if sums is None else sums
+    up = None if hidden is None else layout.up
+    factors, rank = (0, hopper_few.RUN.value) if up is None else (up.shape[0], up.shape[2])
+    experts = tokens.experts if factors else 0
+    used = factors - experts + min(experts, 1 << (m - 1).bit_length())
+    round_of_blocks = tile["WAYS"] * tile["AHEAD"]
+    hopper_few.kernel[(-(-n // tile["BN"]),)](
+        layout.weight, tokens.codes, ptr(up, nothing), ptr(hidden, nothing), ptr(tokens.present, nothing),
+        ptr(group and group.router_bias, nothing), ptr(group and group.code_scale, nothing), y, layout.scale,
+        tokens.token_scale, ptr(layout.bias, nothing), m, n, k, tokens.headroom, 1.0 / tokens.headroom, BM=8, **tile,
+        EVEN=steps % round_of_blocks == 0, ONCE=steps <= round_of_blocks, F=factors, E=experts, R=rank, USED=used,
+        TOTAL=0 if sums is None else sums.shape[2], EP=padded_experts(experts), SLICES=0 if sums is None else len(sums),
+        CODES=group is not None and group.code_scale is not None, BIAS=layout.bias is not None,
+        LATER=later, SOON=sums is not None, num_warps=tile["WAYS"], **options(y.device),
     )  # fmt: skip

@@ -112,6 +112,11 @@ class Tokens(Prepared):
     hidden_comes_later: bool = False
     """Whether a kernel that starts while the last one of `prepare` still runs finds its codes complete, and need wait
     for `hidden` and `present` only."""
+    sums: Tensor | None = None
+    """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for a linear that chooses
+    experts and finishes hidden values itself"""
+    group: GroupLayout | None = None
+    """What that linear needs for it."""
     dtype: torch.dtype = torch.float32
     """Of the input, and so of the output."""
 

@@ -1,15 +1,17 @@
-"""`prepare` for up to a few hundred tokens: `quantize` (after `largest` where tokens are long); for experts that read
-codes `project`, while the projection of values is further programs of `quantize`; and `settle`.
+"""`prepare` for up to a few hundred tokens, in launches whose programs play two parts: `begin`, in which some quantize
+tokens and others project them, and `end`, in which programs settle experts and hidden values. Of tokens too long for one
+program `begin` finds the largest value of each part, and `end` quantizes them too. For experts that read codes `project`
+comes between.
 
 A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
-writes its sums; `settle` adds the slices, always in the same order, chooses experts, and keeps the hidden values of
-each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
+writes its sums; one that settles adds the slices, always in the same order, chooses experts, and keeps the hidden values
+of each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
 routing and projecting.
 
-The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`). So
-`settle` lets it start when codes are complete, which is before its own wait where `project` had waited for them, and
-after it where `quantize` comes just before. What was written before the previous kernel is read past the first-level
-cache (".cg"), which may hold what was there before.
+The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`, where
+`end` does not quantize). So `end` lets it start when codes are complete, which is before its own wait where `project`
+had waited for them, and after it where `begin` comes just before. What was written before the previous kernel is read
+past the first-level cache (".cg"), which may hold what was there before.
 
 In decode a kernel runs once through cold instruction caches, so the code is short loops. Exactness: see
 `prepare_many`.
@@ -36,38 +38,40 @@ from quant_experts.kernels.gpu.tokens import (
 
 
 @triton.jit
-def largest(
-    x_ptr, inverse_ptr, signs_ptr, largest_ptr, K, parts, CHUNK: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Largest magnitude of CHUNK channels of a token: (M, parts). Programs: tokens x parts."""
-    wait_for_previous_kernel(PDL)
-    row, part = tl.program_id(0) // parts + tl.arange(0, 1), tl.program_id(0) % parts
-    columns = part * CHUNK + tl.arange(0, CHUNK)
-    z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
-    tl.store(largest_ptr + row * parts + part, tl.reduce(tl.abs(z), 1, nan_max))
-
-
-@triton.jit
-def quantize(
+def begin(
     x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, M, K, Kp, parts,
     slices, LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
     FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tokens x parts, then, for experts that read values, those of `project`."""
+    """Programs: tokens x parts, which quantize a token, or, if it has several PARTS, find their largest magnitudes;
+    then, for experts that read values, those of `project`."""
     program = tl.program_id(0)
     if program < M * parts:
         wait_for_previous_kernel(PDL)
-        quantize_part(
-            x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts, LARGEST,
-            CHUNK, PARTS, SMOOTH, ROT,
-        )  # fmt: skip
+        if PARTS > 1:
+            row, part = program // parts + tl.arange(0, 1), program % parts
+            columns = part * CHUNK + tl.arange(0, CHUNK)
+            z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
+            tl.store(largest_ptr + row * parts + part, tl.reduce(tl.abs(z), 1, nan_max))
+        else:
+            quantize_part(
+                x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts, LARGEST,
+                CHUNK, PARTS, SMOOTH, ROT,
+            )  # fmt: skip
     elif TOTAL > 0:
         project_part(
             x_ptr, projection_ptr, sums_ptr, program - M * parts, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS,
             STAGES, PDL,
         )  # fmt: skip
+
+
+@triton.jit
+def largest_of_parts(largest_ptr, row, there, parts, PARTS: tl.constexpr):
+    """(rows,) the largest magnitude of whole tokens, NaN where one is."""
+    others = tl.arange(0, PARTS)[None, :]
+    at = largest_ptr + row[:, None] * parts + others
+    return tl.reduce(tl.load(at, mask=there[:, None] & (others < parts), other=0.0), 1, nan_max)
 
 
 @triton.jit
@@ -80,11 +84,11 @@ def quantize_part(
     row, part = program // parts + tl.arange(0, 1), program % parts
     columns = part * CHUNK + tl.arange(0, CHUNK)
     z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
-    most = tl.abs(z)
     if PARTS > 1:
-        others = tl.arange(0, PARTS)[None, :]
-        most = tl.load(largest_ptr + row[:, None] * parts + others, mask=others < parts, other=0.0)
-    scale = token_scale(tl.reduce(most, 1, nan_max), LARGEST)
+        most = largest_of_parts(largest_ptr, row, row >= 0, parts, PARTS)
+    else:
+        most = tl.reduce(tl.abs(z), 1, nan_max)
+    scale = token_scale(most, LARGEST)
     finite = scale == scale
     steps = tl.where(finite[:, None], z * reciprocal(tl.where(finite, scale, 1.0))[:, None], 0.0)
     at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
@@ -153,17 +157,44 @@ def project_part(
 
 
 @triton.jit
-def settle(
-    sums_ptr, bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, present_ptr, expert_ptr, M, slices,
-    inverse_headroom, F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr,
-    SLICES: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
+def end(
+    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, sums_ptr, bias_ptr, code_scale_ptr,
+    hidden_ptr, present_ptr, expert_ptr, M, K, Kp, parts, slices, inverse_headroom, QUANTIZE: tl.constexpr,
+    LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr,
+    CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. SLICES:
-    slices, padded. Programs: F, one for each factor, x blocks of 16 tokens."""
+    """Programs: QUANTIZE, tokens x parts of several PARTS that quantize; then, if there are sums, one for each factor and
+    block of 16 tokens, which settles. SLICES: slices, padded."""
     if CODES and PDL:  # codes were complete when `project` began
         tl.extra.cuda.gdc_launch_dependents()
     wait_for_previous_kernel(PDL)
-    factor, block = tl.program_id(0), tl.program_id(1)
+    program = tl.program_id(0)
+    if QUANTIZE:
+        if program < M * parts:
+            quantize_part(
+                x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts, LARGEST,
+                CHUNK, PARTS, SMOOTH, ROT,
+            )  # fmt: skip
+        program -= M * parts
+    if TOTAL > 0:
+        if program >= 0:
+            settle_part(
+                sums_ptr, bias_ptr, code_scale_ptr, largest_ptr, token_scale_ptr, hidden_ptr, present_ptr, expert_ptr,
+                program, M, parts, slices, inverse_headroom, LARGEST, PARTS if QUANTIZE else 1, F, E, EP, R, TOTAL,
+                SLICES, CODES,
+            )  # fmt: skip
+
+
+@triton.jit
+def settle_part(
+    sums_ptr, bias_ptr, code_scale_ptr, largest_ptr, token_scale_ptr, hidden_ptr, present_ptr, expert_ptr, program, M,
+    parts, slices, inverse_headroom, LARGEST: tl.constexpr, PARTS: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. With several
+    PARTS a token's scale is not there yet, but their largest magnitudes are."""
+    factor, block = program % F, program // F
     token = block * 16 + tl.arange(0, 16)
     rank = tl.arange(0, R)
     used = (token < M)[:, None]
@@ -172,7 +203,10 @@ def settle(
     for piece in tl.static_range(1, SLICES):  # unrolled: all loads are under way at once
         there = used & (piece < slices)
         total += tl.load(at + piece * M * TOTAL + factor * R + rank[None, :], mask=there, other=0)
-    scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
+    if PARTS > 1:
+        scale = token_scale(largest_of_parts(largest_ptr, token, token < M, parts, PARTS), LARGEST)
+    else:
+        scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
     expert = token * 0
     uses = used
     if E > 0:
