@@ -117,9 +117,9 @@ def compile_launches(capability: int) -> dict[str, CompiledKernel]:
 
 
 def operands(
-    kind: str, bits: int, activation_format: ActivationFormat, n: int, k: int
+    kind: str, bits: int, activation_format: ActivationFormat, n: int, k: int, code: int
 ) -> tuple[GroupOperands, list[LinearOperands]]:
-    """A group and a linear of zeros and ones. kind: "none", "experts", or "codes", as the default recipe."""
+    """A group and a linear of ones and one code. kind: "none", "experts", or "codes", as the default recipe."""
 
     def factor(*shape: int) -> Factor | None:
         if kind == "none" or (kind == "codes" and len(shape) == 3):
@@ -135,29 +135,30 @@ def operands(
     )  # fmt: skip
     size = None if bits < 16 else 128
     scale = torch.ones(n, 1 if size is None else k // size)
-    codes = torch.zeros(n, k, dtype=torch.int8)
+    codes = torch.full((n, k), code, dtype=torch.int8)
     bias = torch.ones(n) if kind == "experts" else None
     return group, [LinearOperands(codes, scale, None, size, factor(n, 32), factor(8, n, 32), bias)]
 
 
-CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, tuple[int, ...]]] = [
-    (triton_backend, 8, "int", torch.bfloat16, 4608, 8192, (1, 12, 100, 600)),
-    (triton_backend, 8, "int", torch.bfloat16, 512, 3584, (1, 4, 8)),
-    (triton_backend, 8, "int", torch.float32, 64, 300, (3,)),
-    (triton_backend, 8, "fp8", torch.float16, 512, 3584, (5, 40, 300)),
-    (triton_backend, 8, "fp8", torch.bfloat16, 64, 8192, (600,)),
-    (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, (1, 40, 600)),
+CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[int, ...]]] = [
+    (triton_backend, 8, "int", torch.bfloat16, 4608, 8192, 0, (1, 12, 100, 600)),
+    (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (1, 4, 8)),
+    (triton_backend, 8, "int", torch.float32, 64, 300, 0, (3,)),
+    (triton_backend, 8, "fp8", torch.float16, 512, 3584, 0, (5, 40, 300)),
+    (triton_backend, 8, "fp8", torch.bfloat16, 64, 8192, 0, (600,)),
+    (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, 0, (1, 40, 600)),  # codes of 3 bits
+    (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, -8, (1, 8, 40, 600)),
 ]
-"""Backend, bits and format of activations, type of inputs, output and input channels, tokens."""
+"""Backend, bits and format of activations, type of inputs, output and input channels, codes, tokens."""
 
 
 def main(capability: int) -> None:
     compiled = compile_launches(capability)
-    for backend, bits, activation_format, dtype, n, k, sizes in CASES:
+    for backend, bits, activation_format, dtype, n, k, code, sizes in CASES:
         if activation_format == "fp8" and capability < 90:  # runs on the reference
             continue
         for kind in ("none", "experts", "codes"):
-            packed = backend.pack(*operands(kind, bits, activation_format, n, k), dtype)
+            packed = backend.pack(*operands(kind, bits, activation_format, n, k, code), dtype)
             for m in sizes:
                 backend.apply(torch.ones(m, k, dtype=dtype), packed)
     if capability == 90:

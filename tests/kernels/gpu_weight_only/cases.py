@@ -137,6 +137,17 @@ def group_sizes() -> None:
         assert not weight_only_backend.fits((4, size, True))
 
 
+def few_tokens() -> None:
+    """Tiles of each shape that few tokens have on Hopper; groups of whole blocks of 128 channels."""
+    large: list[tuple[int, int, int, int | None, tuple[str, ...]]] = [
+        (1, 3584, 4608, 128, ALL), (8, 1024, 17000, 256, ALL), (3, 9216, 96, None, ("shared", "bias")),
+        (5, 700, 40, 128, ("routed", "asymmetric")), (2, 512, 17000, 128, ()),
+    ]  # fmt: skip
+    for i, (m, k, n, size, chosen) in enumerate(large if not INTERPRETED else [(2, 300, 40, 128, ALL)]):
+        dtype = torch.float32 if INTERPRETED or i % 2 else torch.bfloat16
+        check(tokens(m, k, dtype), *operands(k, (n,), 4, chosen, size, experts=8, rank=40))
+
+
 def parts() -> None:
     for m, chosen in [(5, ("smooth", "shared")), (18, ("routed",)), (18, ("shared", "bias")), (5, ("bias",))]:
         check(tokens(m, 140), *operands(140, (33,), parts=chosen))
@@ -333,7 +344,8 @@ def a_model_runs_stacked() -> None:
 
 
 CASES: list[Callable[[], None]] = [
-    sizes, group_sizes, parts, without_rounding_of_weights, stacked_linears, input_types, rotation_and_integer_factors,
+    sizes, group_sizes, few_tokens,
+    parts, without_rounding_of_weights, stacked_linears, input_types, rotation_and_integer_factors,
     experts_are_the_oracles, one_expert_for_all_and_ties, zero_and_extreme_tokens, non_finite_tokens, no_tokens,
     packing, many_tokens, the_largest_outputs_of_many_tokens, a_graph_replays, large_sizes, a_model_runs_stacked,
 ]  # fmt: skip

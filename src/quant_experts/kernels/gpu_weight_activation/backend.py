@@ -46,8 +46,8 @@ LONG = 8192
 LINEAR_FEW = 8
 """Up to here `linear_few` multiplies."""
 UNSETTLED = 4
-"""Up to here, and up to so many weights, the linear for Hopper GPUs settles experts itself; every program of it does, so
-that with more of either a launch of its own costs less."""
+"""Up to here, and up to so many weights, the linear for Hopper GPUs settles experts itself. Every program of it does,
+so that with more of either a launch of its own costs less."""
 UNSETTLED_WEIGHTS = 1 << 25
 UNSETTLED_SLICES = 8
 """Programs that share the input channels then, at most."""
@@ -124,7 +124,7 @@ def _settles(m: int, packed: Packed) -> bool:
         return False
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-    return hopper_launch.takes_few(packed.group.code_type, packed.linear)
+    return hopper_launch.takes_few(m, packed.group.code_type, packed.linear, hidden=True)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -166,10 +166,11 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     if hopper(y.device):
         from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-        if not few:
-            multiply = hopper_launch.linear
-        elif hopper_launch.takes_few(prepared.codes.dtype, layout):
+        hidden = prepared.hidden is not None or prepared.sums is not None
+        if hopper_launch.takes_few(len(y), prepared.codes.dtype, layout, hidden):
             multiply = hopper_launch.linear_few
+        elif not few:
+            multiply = hopper_launch.linear
     multiply(prepared, layout, y)
     return y
 
@@ -275,7 +276,8 @@ class _Few:
             later = layout.code_scale is not None or parts == 1
             tokens = replace(_with_hidden(tokens, layout), hidden_comes_later=later)
         else:
-            tokens = replace(tokens, experts=layout.experts, sums=cut.sums, group=layout)
+            bias, scale = layout.router_bias, layout.code_scale
+            tokens = replace(tokens, experts=layout.experts, sums=cut.sums, router_bias=bias, code_scale=scale)
         most = torch.empty(m, parts, device=x.device)
         inputs, flags = _inputs(x, layout)
         launch = dict(PDL=flags["PDL"], num_warps=4, **options(x.device))

@@ -1,9 +1,7 @@
-"""The linear for up to eight int8 tokens on Hopper GPUs, in Gluon: weights go from memory to registers, as they lie.
+"""The linear for a few int8 tokens on Hopper GPUs, in Gluon: weights go from memory to registers, as they lie.
 
-A product of matrix units takes four bytes of a row from each of four threads. Which four channels those are is free, as
-long as weights and tokens agree; so each thread loads 16 consecutive bytes of a row, and its words are channels of four
-successive products. Nothing passes through shared memory, and a program asks for the weights of its first steps before
-it waits for the codes.
+Nothing passes through shared memory (`gpu.hopper`), and a program asks for the weights of its first steps before it
+waits for the codes.
 
 A program owns BN rows over all input channels. Its WAYS warps take every WAYS-th block of 128 channels each, and every
 WAYS-th run of 32 expert ranks; what they find is added up at the end, int32 sums exactly.
@@ -19,50 +17,17 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from quant_experts.kernels.gpu_weight_activation.hopper_work import (
+from quant_experts.kernels.gpu.hopper import (
+    RUN,
+    across,
     allow_next_kernel,
-    unpack_int8,
+    factor_of,
+    factors_of_experts,
+    multiply,
     wait_for_previous_kernel,
 )
-
-RUN = gl.constexpr(32)
-"""Expert ranks that a warp multiplies at a time."""
-
-
-@gluon.jit
-def across(size: gl.constexpr, axis: gl.constexpr, LAYOUT: gl.constexpr):
-    """0, 1, ... along one of three axes, the others 1."""
-    if axis == 0:
-        i = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-        i = gl.expand_dims(gl.expand_dims(i, 1), 2)
-    elif axis == 1:
-        i = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-        i = gl.expand_dims(gl.expand_dims(i, 0), 2)
-    else:
-        i = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-        i = gl.expand_dims(gl.expand_dims(i, 0), 1)
-    return i
-
-
-@gluon.jit
-def words(loaded, WORD: gl.constexpr):
-    """(ways, rows, four threads x four words x WORD) -> the same values in the order in which four products take them."""
-    SHAPE: gl.constexpr = loaded.shape
-    split = loaded.reshape([SHAPE[0], SHAPE[1], 4, 4, WORD])
-    return split.permute([0, 1, 3, 2, 4]).reshape([SHAPE[0], SHAPE[1], SHAPE[2]])
-
-
-@gluon.jit
-def multiply(weights, tokens, acc, WORD: gl.constexpr):
-    """acc (ways, rows, tokens) + weights (ways, rows, channels) times tokens (ways, tokens, channels), each as loaded;
-    no value moves between threads. WORD: values in four bytes."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, WORD)
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, acc.type.layout, WORD)
-    left = gl.convert_layout(words(weights, WORD), LEFT, assert_trivial=True)
-    right = gl.convert_layout(words(tokens, WORD).permute([0, 2, 1]), RIGHT, assert_trivial=True)
-    return mma_v2(left, right, acc)
+from quant_experts.kernels.gpu_weight_activation.hopper_work import unpack_int8
 
 
 @gluon.jit
@@ -146,7 +111,7 @@ def ask_for_experts(
         CHOICE: gl.constexpr = gl.BlockedLayout([1, EP // 4], [8, 4], [WAYS, 1], [1, 0])
         chosen = choose(hidden_ptr, router_bias_ptr, M, BM, F, E, R, TOTAL, EP, SLICES, CHOICE)
         used = gl.arange(0, BM, gl.SliceLayout(1, CHOICE)) < M
-        present = gl.reduce_or(gl.where(used, 1 << (chosen + SHARED), 0), axis=0) | SHARED
+        present = factors_of_experts(chosen, used, SHARED)
         expert = gl.expand_dims(gl.expand_dims(gl.convert_layout(chosen, OF_TOKEN, assert_trivial=True), 0), 2)
     if SLICES > 0:
         scale = gl.load(token_scale_ptr + token, mask=token < M, other=1.0, cache_modifier=".cg")
@@ -156,13 +121,8 @@ def ask_for_experts(
     for start in gl.static_range(0, USED * (R // RUN), WAYS):
         run = start + across(WAYS, 0, HALVES)
         slot, column = run // (R // RUN), run % (R // RUN) * RUN + rank
-        factor, left = slot * 0, present
-        for i in gl.static_range(USED):  # the factor of a slot: the place of the slot-th bit
-            lowest = left & -left
-            place = (lowest.to(gl.float32).to(gl.int32, bitcast=True) >> 23) - 127
-            factor = gl.where(slot == i, gl.where(lowest != 0, place, F), factor)
-            left ^= lowest
-        there = (slot < USED) & (factor < F)
+        factor = factor_of(slot, present, F, USED)
+        there = factor < F
         row = first.to(gl.int64) + across(BN, 1, HALVES)
         ups = ups + (gl.load(up_ptr + (row + factor * N) * R + column, mask=there, other=0.0),)
         here = there & (token < M)
@@ -193,8 +153,8 @@ def kernel(
     R: gl.constexpr, USED: gl.constexpr, TOTAL: gl.constexpr, EP: gl.constexpr, SLICES: gl.constexpr,
     CODES: gl.constexpr, BIAS: gl.constexpr, LATER: gl.constexpr, SOON: gl.constexpr,
 ):  # fmt: skip
-    """y (M, N), M <= BM, N >= BN, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: tiles of BN rows; the last
-    one ends with the last row."""
+    """y (M, N), M <= BM, N >= BN, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: tiles of BN rows; the
+    last one ends with the last row."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WAYS, 1, 1], [1, 16, 8])
     TILE: gl.constexpr = gl.SliceLayout(0, MMA)
     BYTES: gl.constexpr = gl.BlockedLayout([1, 1, 16], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])

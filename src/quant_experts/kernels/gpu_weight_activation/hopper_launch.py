@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import LARGEST_TILE, options, programs, ptr, zeros
 from quant_experts.kernels.gpu_weight_activation import hopper_few
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
@@ -75,41 +76,52 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     )  # fmt: skip
 
 
-def takes_few(codes: torch.dtype, layout: LinearLayout) -> bool:
-    """Whether `linear_few` here takes such tokens and rows."""
-    return codes == torch.int8 and layout.out_features >= LEAST_ROWS
+def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, hidden: bool) -> bool:
+    """Whether `linear_few` is the fastest for so many tokens: up to 8, or up to 16 of small groups without experts."""
+    if codes != torch.int8 or layout.out_features < LEAST_ROWS:
+        return False
+    return m <= 8 or (m <= 16 and not hidden and not _wide(layout.out_features, layout.scale.device) and _short(layout))
 
 
-@cache
-def few_tile(n: int, steps: int, later: bool, multiprocessors: int) -> dict[str, int]:
+def _wide(n: int, device: torch.device) -> bool:
+    """Whether there are many more tiles than multiprocessors."""
+    return n >= 128 * programs(device)
+
+
+def _short(layout: LinearLayout) -> bool:
+    """Whether four warps are enough for all input channels."""
+    return len(layout.weight) <= 64
+
+
+def few_tile(layout: LinearLayout, later: bool) -> dict[str, int]:
     """Rows and warps of a program, and blocks of 128 channels that a warp asks for at a time, as measured on an H200;
     later: whether hidden values come later."""
-    if n >= 128 * multiprocessors:
+    if _wide(layout.out_features, layout.scale.device):
         return dict(BN=32, WAYS=2, AHEAD=8 if later else 2)
-    if steps > 64:
+    if not _short(layout):
         return dict(BN=16, WAYS=8, AHEAD=8)
-    each = -(-steps // 4)
+    each = -(-len(layout.weight) // 4)
     return dict(BN=16, WAYS=4, AHEAD=min(each, 16)) if later else dict(BN=32, WAYS=4, AHEAD=min(each, 8))
 
 
 def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    """As `linear`, for up to eight int8 tokens and at least 32 rows; `tokens` may be unsettled."""
+    """As `linear`, for what `takes_few`; `tokens` may be unsettled."""
     assert tokens.codes is not None
-    (m, k), n, steps = tokens.codes.shape, layout.out_features, tokens.codes.shape[1] // BLOCK
-    group, sums, nothing, later = tokens.group, tokens.sums, layout.scale, tokens.hidden_comes_later
-    tile = few_tile(n, steps, later, programs(y.device))
+    (m, k), n, steps = tokens.codes.shape, layout.out_features, len(layout.weight)
+    sums, nothing, later = tokens.sums, layout.scale, tokens.hidden_comes_later
+    tile = few_tile(layout, later)
+    together = tile["WAYS"] * tile["AHEAD"]
     hidden = tokens.hidden if sums is None else sums
     up = None if hidden is None else layout.up
-    factors, rank = (0, hopper_few.RUN.value) if up is None else (up.shape[0], up.shape[2])
+    factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
     experts = tokens.experts if factors else 0
     used = factors - experts + min(experts, 1 << (m - 1).bit_length())
-    round_of_blocks = tile["WAYS"] * tile["AHEAD"]
     hopper_few.kernel[(-(-n // tile["BN"]),)](
         layout.weight, tokens.codes, ptr(up, nothing), ptr(hidden, nothing), ptr(tokens.present, nothing),
-        ptr(group and group.router_bias, nothing), ptr(group and group.code_scale, nothing), y, layout.scale,
-        tokens.token_scale, ptr(layout.bias, nothing), m, n, k, tokens.headroom, 1.0 / tokens.headroom, BM=8, **tile,
-        EVEN=steps % round_of_blocks == 0, ONCE=steps <= round_of_blocks, F=factors, E=experts, R=rank, USED=used,
+        ptr(tokens.router_bias, nothing), ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale,
+        ptr(layout.bias, nothing), m, n, k, tokens.headroom, 1.0 / tokens.headroom, BM=8 if m <= 8 else 16, **tile,
+        EVEN=steps % together == 0, ONCE=steps <= together, F=factors, E=experts, R=rank, USED=used,
         TOTAL=0 if sums is None else sums.shape[2], EP=padded_experts(experts), SLICES=0 if sums is None else len(sums),
-        CODES=group is not None and group.code_scale is not None, BIAS=layout.bias is not None,
-        LATER=later, SOON=sums is not None, num_warps=tile["WAYS"], **options(y.device),
+        CODES=tokens.code_scale is not None, BIAS=layout.bias is not None, LATER=later, SOON=sums is not None,
+        num_warps=tile["WAYS"], **options(y.device),
     )  # fmt: skip

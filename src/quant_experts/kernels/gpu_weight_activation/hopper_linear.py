@@ -28,15 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
 from quant_experts.kernels.gpu_weight_activation.hopper_work import (
-    allow_next_kernel,
     barrier,
     segment,
     share,
     tile_place,
     unpack_fp8,
     unpack_int8,
-    wait_for_previous_kernel,
 )
 
 Constant = Any

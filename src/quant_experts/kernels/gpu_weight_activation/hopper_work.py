@@ -1,4 +1,4 @@
-"""Pieces of `hopper_linear`: unpacking, programmatic launches, and how tiles and their steps are shared out."""
+"""Pieces of `hopper_linear`: unpacking, and how tiles and their steps are shared out."""
 
 from __future__ import annotations
 
@@ -7,20 +7,6 @@ from triton.experimental.gluon import language as gl
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
-
-
-@gluon.jit
-def wait_for_previous_kernel():
-    """Programmatic launch: what earlier kernels wrote may be read from here on."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def allow_next_kernel():
-    """Programmatic launch: the next kernel may start its own prologue."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit

@@ -115,8 +115,9 @@ class Tokens(Prepared):
     sums: Tensor | None = None
     """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for a linear that chooses
     experts and finishes hidden values itself"""
-    group: GroupLayout | None = None
-    """What that linear needs for it."""
+    router_bias: Tensor | None = None
+    code_scale: Tensor | None = None
+    """See `GroupLayout`: what that linear needs for it."""
     dtype: torch.dtype = torch.float32
     """Of the input, and so of the output."""
 

@@ -1,12 +1,11 @@
-"""`prepare` for up to a few hundred tokens, in launches whose programs play two parts: `begin`, in which some quantize
-tokens and others project them, and `end`, in which programs settle experts and hidden values. Of tokens too long for one
-program `begin` finds the largest value of each part, and `end` quantizes them too. For experts that read codes `project`
-comes between.
+"""`prepare` for up to a few hundred tokens, in two launches: `begin`, where some programs quantize tokens and others
+project them, and `end`, where programs settle experts and hidden values. Of tokens too long for one program `begin`
+finds the largest value of each part, and `end` quantizes them too. For experts that read codes `project` comes between.
 
 A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
-writes its sums; one that settles adds the slices, always in the same order, chooses experts, and keeps the hidden values
-of each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
-routing and projecting.
+writes its sums; one that settles adds the slices, always in the same order, chooses experts, and keeps the hidden
+values of each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands
+between routing and projecting.
 
 The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`, where
 `end` does not quantize). So `end` lets it start when codes are complete, which is before its own wait where `project`
@@ -164,8 +163,8 @@ def end(
     F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr,
     CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs: QUANTIZE, tokens x parts of several PARTS that quantize; then, if there are sums, one for each factor and
-    block of 16 tokens, which settles. SLICES: slices, padded."""
+    """Programs: QUANTIZE, tokens x parts of several PARTS that quantize; then, if there are sums, one for each factor
+    and block of 16 tokens, which settles. SLICES: slices, padded."""
     if CODES and PDL:  # codes were complete when `project` began
         tl.extra.cuda.gdc_launch_dependents()
     wait_for_previous_kernel(PDL)
@@ -192,8 +191,8 @@ def settle_part(
     parts, slices, inverse_headroom, LARGEST: tl.constexpr, PARTS: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. With several
-    PARTS a token's scale is not there yet, but their largest magnitudes are."""
+    """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. With
+    several PARTS a token's scale is not there yet, but their largest magnitudes are."""
     factor, block = program % F, program // F
     token = block * 16 + tl.arange(0, 16)
     rank = tl.arange(0, R)

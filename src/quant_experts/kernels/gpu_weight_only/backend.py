@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from quant_experts.kernels import reference
-from quant_experts.kernels.gpu.launch import INTERPRETED, options, overlapped, programs, ptr, zeros
+from quant_experts.kernels.gpu.launch import INTERPRETED, hopper, options, overlapped, programs, ptr, zeros
 from quant_experts.kernels.gpu_weight_only.layout import (
     BLOCK,
+    PIECE,
     GroupLayout,
     LinearLayout,
     Tokens,
@@ -30,6 +31,8 @@ MAX_TILES = 4096
 """Tiles of a launch that is cut along the input channels."""
 FEW_TOKENS = 32
 """Up to here a tile reads only the factors that its tokens use; more tokens use nearly all."""
+DECODE_TOKENS = 8
+"""Up to here Hopper GPUs have a kernel of its own."""
 MANY_TOKENS = 20 if INTERPRETED else 512
 """From here on weights are dequantized in memory and multiplied by the GPU's library, for inputs of 16 bits."""
 SLAB_ROWS = 64
@@ -138,8 +141,40 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
     if y.numel():
         multiply = _linear_in_memory if dequantizes(m, y.dtype) else _linear_in_registers
+        if m <= DECODE_TOKENS and _decodes(layout):
+            multiply = _linear_few
         multiply(prepared, layout, y)
     return y
+
+
+def _decodes(layout: LinearLayout) -> bool:
+    """Whether the kernel for few tokens takes a layout: on Hopper, 4 bits, a block of 128 channels in one group."""
+    whole = layout.pieces * PIECE % STEP[4] == 0
+    return hopper(layout.scale.device) and layout.bits == 4 and whole and layout.out_features >= 32
+
+
+def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
+    from quant_experts.kernels.gpu_weight_only.hopper_few import kernel
+
+    assert tokens.values is not None
+    (m, n), padded, width, device = y.shape, tokens.padded, tokens.values.shape[1], y.device
+    up, factors = _factors(tokens, layout)
+    experts = 0 if up is None else tokens.experts
+    used = factors["F"] - experts + min(experts, 1 << (m - 1).bit_length())
+    tile = decode_tile(n, padded // STEP[4], programs(device))
+    kernel[(-(-n // tile["BN"]),)](
+        layout.low, layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y), tokens.unit, layout.scale,
+        ptr(layout.bias, layout.scale), y, m, n, padded, width, layout.pieces * PIECE // STEP[4], tokens.headroom,
+        1.0 / tokens.headroom, BM=8, E=experts, **factors, USED=used, BIAS=layout.bias is not None, **tile,
+        num_warps=tile["WAYS"], **options(device),
+    )  # fmt: skip
+
+
+def decode_tile(n: int, steps: int, multiprocessors: int) -> dict[str, int]:
+    """Rows and warps of a program, and blocks of 128 channels that a warp asks for at a time."""
+    if n >= 128 * multiprocessors:
+        return dict(BN=32, WAYS=2, AHEAD=2)
+    return dict(BN=16, WAYS=8, AHEAD=4) if steps > 64 else dict(BN=16, WAYS=4, AHEAD=4)
 
 
 def dequantizes(m: int, dtype: torch.dtype) -> bool:
