@@ -174,7 +174,9 @@ def stacked_linears() -> None:
         for rows, linear in zip([slice(0, 33), slice(33, 40), slice(40, 60)], linears, strict=True):
             assert torch.equal(weight_only_backend.codes(packed, rows, 300), linear.codes)
             alone = weight_only_backend.linear(weight_only_backend.prepare(x, group), linear)
-            torch.testing.assert_close(alone, y[:, rows], rtol=1e-5, atol=1e-5)
+            # A GPU may take another kernel for few rows.
+            close = 1e-5 if INTERPRETED else TOLERANCE * float(y.abs().max())
+            torch.testing.assert_close(alone, y[:, rows], rtol=close, atol=close)
 
 
 def input_types() -> None:

@@ -58,7 +58,7 @@ def scale_tokens(
     token, part = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, CHUNK)
     most = tl.zeros((CHUNK,), tl.float32)
-    for start in range(0, Kp, CHUNK):
+    for start in tl.range(0, Kp, CHUNK, loop_unroll_factor=4):  # whose loads are then under way together
         columns = start + column
         most = nan_max(most, tl.abs(load_values(x_ptr, token, columns, columns < K, K, inverse_ptr, SMOOTH)))
     absmax = tl.reduce(most, 0, nan_max)
