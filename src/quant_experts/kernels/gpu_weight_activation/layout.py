@@ -14,6 +14,8 @@ over the columns of any factor is right for every token of a tile, whatever thei
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,26 @@ MAX_FACTORS = 31
 """The factors that serve a block of tokens are bits of an int32."""
 MASK_TOKENS = 16
 """Tokens per such int32."""
+
+
+class Kind(NamedTuple):
+    """What decides how kernels that prepare tokens are cut and compiled."""
+
+    largest_code: int
+    """By which a token's largest magnitude is divided."""
+    code_type: torch.dtype
+    """Of activation codes."""
+    smooths: bool
+    rotation: int
+    factors: int
+    experts: int
+    rank: int
+    rows: int
+    """Of the projection, 0 without one"""
+    row_bytes: int
+    """Of a number in it"""
+    reads_codes: bool
+    """Whether it multiplies codes, not values."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +88,22 @@ class GroupLayout:
     code_scale: Tensor | None = None
     """(R,) float32, the scales of int8 down factors; None unless codes are read."""
 
-    @property
-    def largest_code(self) -> int:
-        """By which a token's largest magnitude is divided."""
-        return FP8_LARGEST if self.activation_format == "fp8" else 2 ** (self.activation_bits - 1) - 1
-
-    @property
-    def code_type(self) -> torch.dtype:
-        """Of activation codes."""
-        return torch.float8_e4m3fn if self.activation_format == "fp8" else torch.int8
+    @cached_property
+    def kind(self) -> Kind:
+        """The numbers among all this."""
+        fp8, projection = self.activation_format == "fp8", self.projection
+        return Kind(
+            largest_code=FP8_LARGEST if fp8 else 2 ** (self.activation_bits - 1) - 1,
+            code_type=torch.float8_e4m3fn if fp8 else torch.int8,
+            smooths=self.inverse_smooth is not None,
+            rotation=self.rotation,
+            factors=self.factors,
+            experts=self.experts,
+            rank=self.rank,
+            rows=0 if projection is None else projection.shape[1],
+            row_bytes=0 if projection is None else projection.element_size(),
+            reads_codes=self.code_scale is not None,
+        )
 
 
 @dataclass(frozen=True)
