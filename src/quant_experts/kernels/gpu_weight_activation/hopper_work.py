@@ -5,6 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quant_experts.kernels.gpu.assembly import FP8_CODES, INT8_CODES
+
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
 
@@ -13,7 +15,7 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 def unpack_int8(packed):
     """Bytes of two codes -> (16 * low code, 16 * high code) as int8: the factor 16 goes into the scale."""
     return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 4; and.b32 $0, $0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0;",
+        INT8_CODES,
         "=r,=r,r",
         [packed],
         dtype=(gl.int8, gl.int8),
@@ -24,18 +26,9 @@ def unpack_int8(packed):
 
 @gluon.jit
 def unpack_fp8(packed):
-    """Bytes of two zigzag codes u -> (low code, high code) / 2^8 as e4m3: the factor 2^8 goes into the scale.
-
-    e4m3 bits are linear up to 16 / 2^9: u = 2 c is itself the number c / 2^8, and an odd u = -2 c - 1 lacks one and the
-    sign.
-    """
+    """Bytes of two zigzag codes -> (low code, high code) / 2^8 as e4m3: the factor 2^8 goes into the scale."""
     return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 code, odd;
-        and.b32 code, $2, 0x0F0F0F0F; and.b32 odd, $2, 0x01010101; mad.lo.u32 $0, odd, 0x81, code;
-        shr.u32 odd, $2, 4; and.b32 code, odd, 0x0F0F0F0F; and.b32 odd, odd, 0x01010101;
-        mad.lo.u32 $1, odd, 0x81, code;
-        }""",
+        FP8_CODES,
         "=&r,=r,r",
         [packed],
         dtype=(gl.float8e4nv, gl.float8e4nv),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_experts.kernels.gpu.assembly import FP8_CODES, INT8_CODES
 from quant_experts.kernels.gpu.tokens import add_product, bitwise_or, wait_for_previous_kernel
 
 
@@ -21,12 +22,7 @@ def unpack_fp8(packed, ASSEMBLY: tl.constexpr):
     """As `hopper_work.unpack_fp8`: bytes of two zigzag codes -> (low code, high code) / 256 as e4m3."""
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 code, odd;
-            and.b32 code, $2, 0x0F0F0F0F; and.b32 odd, $2, 0x01010101; mad.lo.u32 $0, odd, 0x81, code;
-            shr.u32 odd, $2, 4; and.b32 code, odd, 0x0F0F0F0F; and.b32 odd, odd, 0x01010101;
-            mad.lo.u32 $1, odd, 0x81, code;
-            }""",
+            FP8_CODES,
             "=&r,=r,r",
             [packed],
             dtype=(tl.int8, tl.int8),
@@ -50,7 +46,7 @@ def unpack(packed, FP8: tl.constexpr, ASSEMBLY: tl.constexpr):
         low, high = unpack_fp8(packed, ASSEMBLY)
     elif ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 4; and.b32 $0, $0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0;",
+            INT8_CODES,
             "=r,=r,r",
             [packed],
             dtype=(tl.int8, tl.int8),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_experts.kernels.gpu.assembly import FLOAT16_CODES
+
 
 @triton.jit
 def code4(words, PLACE: tl.constexpr):
@@ -26,15 +28,7 @@ def unpack4(words, ASSEMBLY: tl.constexpr):
     """
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            """
-            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 $3, $4, 4;
-            lop3.b32 $1, $3, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 $3, $4, 8;
-            lop3.b32 $2, $3, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 $3, $4, 12;
-            lop3.b32 $3, $3, 0x000F000F, 0x64006400, 0xEA;
-            """,
+            FLOAT16_CODES,
             "=&r,=&r,=&r,=&r,r",
             [words],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),

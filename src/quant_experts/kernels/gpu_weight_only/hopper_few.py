@@ -12,6 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quant_experts.kernels.gpu.assembly import FLOAT16_CODES
 from quant_experts.kernels.gpu.hopper import (
     RUN,
     across,
@@ -27,15 +28,7 @@ from quant_experts.kernels.gpu.hopper import (
 def unpack(words):
     """int16 words of four codes -> each code plus 1024 in float16, as `codes.unpack4`: four pieces of 32 channels."""
     return gl.inline_asm_elementwise(
-        """
-        lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-        shr.u32 $3, $4, 4;
-        lop3.b32 $1, $3, 0x000F000F, 0x64006400, 0xEA;
-        shr.u32 $3, $4, 8;
-        lop3.b32 $2, $3, 0x000F000F, 0x64006400, 0xEA;
-        shr.u32 $3, $4, 12;
-        lop3.b32 $3, $3, 0x000F000F, 0x64006400, 0xEA;
-        """,
+        FLOAT16_CODES,
         "=&r,=&r,=&r,=&r,r",
         [words],
         dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
