@@ -4,11 +4,13 @@ a GPU. A module of cases lists functions in `CASES` and, run as a program, print
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def run_in_the_interpreter(room: str) -> None:
@@ -27,6 +29,26 @@ def run_in_the_interpreter(room: str) -> None:
 def run_on_the_gpu(room: str) -> None:
     for case in import_module(f"kernels.{room}.cases").CASES:
         case()
+
+
+def check_inputs_that_follow_one_another(apply: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
+    """Inputs in one buffer, with nothing that waits between them, give what each gives alone; in a graph too."""
+    expected = []
+    for x in inputs:
+        expected.append(apply(x))
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    buffer = torch.empty_like(inputs[0])
+    found = [apply(buffer.copy_(x)) for x in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if buffer.is_cuda:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ys = [apply(buffer) for _ in range(3)]
+        for x, y in zip(inputs * 5, expected * 5, strict=True):
+            buffer.copy_(x)
+            graph.replay()
+            assert all(torch.equal(found, y) for found in ys)
 
 
 def check_a_stacked_model(backend: str, scheme: str, device: str, tolerance: float) -> None:

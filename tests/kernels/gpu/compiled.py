@@ -102,8 +102,8 @@ def compile_launches(capability: int) -> dict[str, CompiledKernel]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        room = self.fn.__module__.split(".")[-2]
-        compiled[f"{room}.{self.fn.__name__} {kernel.hash[:8]}"] = kernel
+        module = ".".join(self.fn.__module__.split(".")[-2:])
+        compiled[f"{module}.{self.fn.__name__} {kernel.hash[:8]}"] = kernel
         return kernel
 
     triton.runtime.driver.set_active(NoGpu(capability))
@@ -143,11 +143,14 @@ def operands(
 CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[int, ...]]] = [
     (triton_backend, 8, "int", torch.bfloat16, 4608, 8192, 0, (1, 12, 100, 600)),
     (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (1, 4, 8)),
+    (triton_backend, 8, "int", torch.bfloat16, 17920, 1536, 0, (1, 8)),
+    (triton_backend, 8, "int", torch.bfloat16, 64, 8960, 0, (2,)),
     (triton_backend, 8, "int", torch.float32, 64, 300, 0, (3,)),
     (triton_backend, 8, "fp8", torch.float16, 512, 3584, 0, (5, 40, 300)),
     (triton_backend, 8, "fp8", torch.bfloat16, 64, 8192, 0, (600,)),
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, 0, (1, 40, 600)),  # codes of 3 bits
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, -8, (1, 8, 40, 600)),
+    (weight_only_backend, 16, "int", torch.bfloat16, 17920, 512, -8, (1,)),
 ]
 """Backend, bits and format of activations, type of inputs, output and input channels, codes, tokens."""
 

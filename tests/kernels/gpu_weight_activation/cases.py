@@ -269,8 +269,8 @@ def shared_expert_that_reads_codes(activation_format: ActivationFormat = "int") 
 
 
 def all_tokens_to_one_expert() -> None:
-    for m in (6, 20):
-        group, linears = operands(45, (11,))
+    for m, n in ((6, 11), (4, 40), (20, 11)):
+        group, linears = operands(45, (n,))
         assert group.router_bias is not None
         for only in (0, 3)[: 2 if m == 6 else 1]:
             group.router_bias[:] = 1000
@@ -281,35 +281,37 @@ def all_tokens_to_one_expert() -> None:
 
 
 def experts_without_tokens() -> None:
-    for m in (6, 18):
-        group, linears = operands(45, (11,), experts=5)
+    for m, n in ((6, 11), (4, 40), (18, 11)):
+        group, linears = operands(45, (n,), experts=5)
         assert group.router_bias is not None
         group.router_bias[[0, 2]] = 1000
         check(tokens(m, 45), group, linears)
 
 
 def ties_go_to_the_first() -> None:
-    group, _ = operands(45, (11,))
+    group, linears = operands(45, (40,))
     assert group.router_weight is not None and group.router_bias is not None
     group.router_weight[:] = 1
     group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
-    for m in (6, 20):
+    for m in (4, 6, 20):
         ours, _ = prepared_like_the_oracle(tokens(m, 45), group)
         assert ours.expert is not None and ours.expert.tolist() == [1] * m
+        check(tokens(m, 45), group, linears)
 
 
 def zero_and_extreme_tokens() -> None:
-    x = tokens(6, 45)
-    x[1] = 0
-    x[2] *= 1e30
-    x[3] *= 1e-20
-    check(x, *operands(45, (11,)))
+    for m, n in ((6, 11), (4, 40)):
+        x = tokens(m, 45)
+        x[1] = 0
+        x[2] *= 1e30
+        x[3] *= 1e-20
+        check(x, *operands(45, (n,)))
 
 
 @numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
 def non_finite_tokens() -> None:
-    for m in (5, 20):
-        group, linears = operands(45, (11,))
+    for m, n in ((5, 11), (4, 40), (20, 11)):
+        group, linears = operands(45, (n,))
         packed = triton_backend.pack(group, linears)
         clean = triton_backend.apply(tokens(m, 45), packed)
         for bad in (torch.nan, torch.inf, -torch.inf)[: 3 if m == 5 else 1]:
@@ -319,20 +321,23 @@ def non_finite_tokens() -> None:
             assert prepared.codes is not None and prepared.token_scale is not None
             row = 2 if prepared.order is None else prepared.order.tolist().index(2)
             assert not prepared.codes[row].any() and prepared.token_scale[row].isnan()
-            y = triton_backend.linear(prepared, packed.linear)
-            assert y[2].isnan().all()
             others = [i for i in range(m) if i != 2]
-            torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
+            for y in (triton_backend.linear(prepared, packed.linear), triton_backend.apply(x, packed)):
+                assert y[2].isnan().all()
+                torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-5)
 
 
 def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads_codes: bool = False) -> None:
     """Kernels overlap: whatever a buffer or a cache held before, an input's outputs are its own, in graphs as well."""
-    n = 40 if INTERPRETED else 4096
-    sizes = [(1, 300, torch.float32), (17, 300, torch.float32)]
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from kernels.case_runs import check_inputs_that_follow_one_another
+
+    sizes = [(1, 300, 40, torch.float32), (17, 300, 40, torch.float32)]
     if not INTERPRETED:
-        sizes = [(m, 18944, torch.float32) for m in (1, 4, 12, 40, 200, 300)]
-        sizes += [(m, 3584, torch.bfloat16) for m in (1, 4, 8, 9, 16, 17, 256, 257, 512, 513)]
-    for m, k, dtype in sizes:
+        sizes = [(m, 18944, 4096, torch.float32) for m in (1, 4, 12, 40, 200, 300)]
+        sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9, 16, 17, 256, 257, 512, 513)]
+        sizes += [(2, 8960, 1536, torch.bfloat16), (2, 1536, 17920, torch.bfloat16), (8, 3584, 17920, torch.bfloat16)]
+    for m, k, n, dtype in sizes:
         parts = ("smooth", "shared") if reads_codes else ALL
         group, linears = operands(
             k, (n,), 8, parts, integer_factors=reads_codes, reads_codes=reads_codes, rank=32,
@@ -340,26 +345,7 @@ def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads
         )  # fmt: skip
         packed = triton_backend.pack(group, linears, dtype)
         inputs = [tokens(m, k, dtype) * factor for factor in (1, -3, 0.01, 1)]
-        expected = []
-        for x in inputs:
-            expected.append(triton_backend.apply(x, packed))
-            synchronize()
-        buffer = torch.empty_like(inputs[0])
-        found = [triton_backend.apply(buffer.copy_(x), packed) for x in inputs]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        if not INTERPRETED:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                ys = [triton_backend.apply(buffer, packed) for _ in range(3)]
-            for x, y in zip(inputs * 5, expected * 5, strict=True):
-                buffer.copy_(x)
-                graph.replay()
-                assert all(torch.equal(found, y) for found in ys)
-
-
-def synchronize() -> None:
-    if not INTERPRETED:
-        torch.cuda.synchronize()
+        check_inputs_that_follow_one_another(lambda x, packed=packed: triton_backend.apply(x, packed), inputs)
 
 
 def no_tokens() -> None:

@@ -175,7 +175,7 @@ def stacked_linears() -> None:
             assert torch.equal(weight_only_backend.codes(packed, rows, 300), linear.codes)
             alone = weight_only_backend.linear(weight_only_backend.prepare(x, group), linear)
             # A GPU may take another kernel for few rows.
-            close = 1e-5 if INTERPRETED else TOLERANCE * float(y.abs().max())
+            close = 1e-5 if INTERPRETED or bits == 3 else TOLERANCE * float(y.abs().max())
             torch.testing.assert_close(alone, y[:, rows], rtol=close, atol=close)
 
 
@@ -207,7 +207,7 @@ def experts_are_the_oracles() -> None:
 
 
 def one_expert_for_all_and_ties() -> None:
-    group, linears = operands(45, (11,))
+    group, linears = operands(45, (40,))
     assert group.router_weight is not None and group.router_bias is not None
     for only in (0, 3):
         group.router_bias[:] = 1000
@@ -230,7 +230,7 @@ def zero_and_extreme_tokens() -> None:
     x[5] *= 1e-42  # subnormal
     x[6] = x[6].clamp(-1, 1) * 1e-3
     x[6, 0] = 2.5e38
-    group, linears = operands(45, (11,), parts=("shared", "bias", "asymmetric"))
+    group, linears = operands(45, (40,), parts=("shared", "bias", "asymmetric"))
     up = linears[0].shared_up
     assert up is not None
     linears = [replace(linears[0], scale=linears[0].scale * 2**-8, shared_up=Factor(up.values * 2**-8, None))]
@@ -240,7 +240,7 @@ def zero_and_extreme_tokens() -> None:
 
 @numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
 def non_finite_tokens() -> None:
-    group, linears = operands(45, (11,))
+    group, linears = operands(45, (40,))
     packed = weight_only_backend.pack(group, linears)
     clean = weight_only_backend.apply(tokens(7, 45), packed)
     x = tokens(7, 45)
@@ -305,22 +305,19 @@ def the_largest_outputs_of_many_tokens() -> None:
         check(x, group, linears)
 
 
-def a_graph_replays() -> None:
-    """No host synchronisation: what a CUDA graph captured computes anew from what its input holds."""
-    if INTERPRETED:
-        return
-    for m, dtype in ((3, torch.float32), (40, torch.float32), (MANY_TOKENS, torch.bfloat16)):
-        group, linears = operands(700, (90,))
-        packed = weight_only_backend.pack(group, linears)
-        x = tokens(m, 700, dtype)
-        weight_only_backend.apply(x, packed)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = weight_only_backend.apply(x, packed)
-        for factor in (1, -3):
-            x.mul_(factor)
-            graph.replay()
-            assert torch.equal(y, weight_only_backend.apply(x, packed))
+def inputs_follow_one_another() -> None:
+    """Kernels overlap and wait for nobody: an input's outputs are its own, in graphs as well."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from kernels.case_runs import check_inputs_that_follow_one_another
+
+    sizes = [(2, 300, 40, torch.float32), (17, 300, 40, torch.float32)]
+    if not INTERPRETED:
+        sizes = [(3, 700, 90, torch.float32), (40, 700, 90, torch.float32), (MANY_TOKENS, 700, 90, torch.bfloat16)]
+        sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9)] + [(2, 512, 17920, torch.bfloat16)]
+    for m, k, n, dtype in sizes:
+        packed = weight_only_backend.pack(*operands(k, (n,)))
+        inputs = [tokens(m, k, dtype) * factor for factor in (1, -3, 0.01, 1)]
+        check_inputs_that_follow_one_another(lambda x, packed=packed: weight_only_backend.apply(x, packed), inputs)
 
 
 def large_sizes() -> None:
@@ -346,10 +343,10 @@ def a_model_runs_stacked() -> None:
 
 
 CASES: list[Callable[[], None]] = [
-    sizes, group_sizes, few_tokens,
-    parts, without_rounding_of_weights, stacked_linears, input_types, rotation_and_integer_factors,
-    experts_are_the_oracles, one_expert_for_all_and_ties, zero_and_extreme_tokens, non_finite_tokens, no_tokens,
-    packing, many_tokens, the_largest_outputs_of_many_tokens, a_graph_replays, large_sizes, a_model_runs_stacked,
+    sizes, group_sizes, few_tokens, parts, without_rounding_of_weights, stacked_linears, input_types,
+    rotation_and_integer_factors, experts_are_the_oracles, one_expert_for_all_and_ties, zero_and_extreme_tokens,
+    non_finite_tokens, no_tokens, packing, many_tokens, the_largest_outputs_of_many_tokens, inputs_follow_one_another,
+    large_sizes, a_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":

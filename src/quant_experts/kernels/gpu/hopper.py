@@ -1,8 +1,8 @@
 """Pieces of Gluon kernels for Hopper GPUs: programmatic launches, and products of what lies in registers as loaded.
 
-A product of matrix units takes four bytes of a row from each of four threads. Which channels those are is free, as long
-as weights and tokens agree; so each thread loads 16 consecutive bytes of a row, and its words are channels of four
-successive products.
+A product of matrix units takes two words of four bytes of a row from each of four threads. Which channels those are is
+free, as long as weights and tokens agree; so each thread loads 16 consecutive bytes of a row, and its words are
+channels of two successive products.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def multiply(weights, tokens, acc, WORD: gl.constexpr):
 
 @gluon.jit
 def factor_of(slot, present, F: gl.constexpr, USED: gl.constexpr):
-    """The slot-th of the factors whose bits are set in `present`, or F if there are fewer; slots are below USED."""
+    """The slot-th of the factors whose bits are set in `present`, USED at most, or F if there are fewer."""
     factor = slot * 0 + F
     for i in gl.static_range(USED):
         lowest = present & -present

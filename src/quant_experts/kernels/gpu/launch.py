@@ -20,6 +20,13 @@ def options(device: torch.device) -> dict[str, Any]:
     return {"launch_pdl": True} if overlapped(device) else {}
 
 
+def complete_writes(device: torch.device) -> None:
+    """Before a programmatic launch whose kernel reads, before it waits, what PyTorch wrote just now: a kernel that is
+    launched as usual begins when all that was written is in memory."""
+    if overlapped(device):
+        torch.zeros(1, device=device)
+
+
 @cache
 def overlapped(device: torch.device) -> bool:
     """Whether programmatic launches exist there."""

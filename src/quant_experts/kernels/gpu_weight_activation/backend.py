@@ -12,7 +12,17 @@ from torch import Tensor
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
-from quant_experts.kernels.gpu.launch import INTERPRETED, hopper, options, overlapped, programs, ptr, reserve, zeros
+from quant_experts.kernels.gpu.launch import (
+    INTERPRETED,
+    complete_writes,
+    hopper,
+    options,
+    overlapped,
+    programs,
+    ptr,
+    reserve,
+    zeros,
+)
 from quant_experts.kernels.gpu_weight_activation import prepare_launch
 from quant_experts.kernels.gpu_weight_activation.layout import (
     BLOCK,
@@ -32,6 +42,8 @@ UNSETTLED = 4
 """Up to here, and up to so many weights, the linear for Hopper GPUs settles experts itself. Every program of it does,
 so that with more of either a launch of its own costs less."""
 UNSETTLED_WEIGHTS = 1 << 25
+UNSETTLED_RANKS = 320
+"""Of the factors that so many tokens use, together: up factors wait in registers."""
 FEW_TILE = dict(BN=32, WAYS=4)
 """Its tile."""
 FEW_STAGES, ALONE_STAGES = 4, 6
@@ -85,12 +97,14 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 
 def _settles(m: int, packed: Packed) -> bool:
     """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
-    weight = packed.linear.weight
+    weight, kind = packed.linear.weight, packed.group.kind
     if not hopper(weight.device) or m > UNSETTLED or 2 * weight.numel() > UNSETTLED_WEIGHTS:
+        return False
+    if (kind.factors - kind.experts + min(kind.experts, m)) * kind.rank > UNSETTLED_RANKS:
         return False
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-    return hopper_launch.takes_few(m, packed.group.kind.code_type, packed.linear, hidden=True)
+    return hopper_launch.takes_few(m, kind.code_type, packed.linear, hidden=True)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -101,7 +115,11 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert."""
-    return _prepare(x, group if isinstance(group, GroupLayout) else pack_group(group, x.dtype, x.device))
+    if isinstance(group, GroupLayout):
+        return _prepare(x, group)
+    layout = pack_group(group, x.dtype, x.device)
+    complete_writes(x.device)
+    return _prepare(x, layout)
 
 
 def _prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
@@ -118,6 +136,8 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     assert isinstance(prepared, Tokens) and prepared.codes is not None
     fp8 = prepared.codes.dtype == torch.float8_e4m3fn
     layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight], "fp8" if fp8 else "int")
+    if layout is not weight:
+        complete_writes(layout.weight.device)
     y = torch.empty(len(prepared.codes), layout.out_features, dtype=prepared.dtype, device=prepared.codes.device)
     if not y.numel():
         return y
@@ -138,7 +158,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
 def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_activation.linear_few import linear_few
 
-    assert tokens.codes is not None
+    assert tokens.codes is not None and tokens.sums is None
     (m, padded), n, device = tokens.codes.shape, linear.out_features, y.device
     up = linear.up if tokens.hidden is not None else None
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
@@ -157,7 +177,7 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
 def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_activation.linear import linear as kernel
 
-    assert tokens.codes is not None
+    assert tokens.codes is not None and tokens.sums is None
     (m, padded), n, device = tokens.codes.shape, layout.out_features, y.device
     bm = min(128, max(16, 1 << (m - 1).bit_length()))
     bn = 64 if bm == 16 else 128

@@ -1,16 +1,17 @@
 """The linear for a few int8 tokens on Hopper GPUs, in Gluon: weights go from memory to registers, as they lie.
 
-Nothing passes through shared memory (`gpu.hopper`), and a program asks for the weights of its first steps before it
-waits for the codes.
+Neither weights nor codes pass through shared memory (`gpu.hopper`), and a program asks for the weights of its first
+steps before it waits for the codes.
 
 A program owns BN rows over all input channels. Its WAYS warps take every WAYS-th block of 128 channels each, and every
 WAYS-th run of 32 expert ranks; what they find is added up at the end, int32 sums exactly.
 
-With SLICES, hidden values come as `prepare.project` leaves them, and each program chooses experts and finishes the few
-hidden values that it needs: for so few tokens that costs less than the launch of `prepare.settle`.
+With SLICES, hidden values come as the programs that project leave them (`prepare`), and each program here chooses
+experts and finishes the few hidden values that it needs: for so few tokens that costs less than a launch of
+`prepare.end`.
 
-`linear_few` is the same for other GPUs, the interpreter and fp8 tokens. Rejected: passing weights through shared memory
-as it does, and whole rows or many warps a program (EXPERIMENTS.md).
+`linear_few` is the same for other GPUs, the interpreter, fp8 tokens and fewer rows than a tile has. Rejected: passing
+weights through shared memory as it does, and eight or sixteen warps a program (EXPERIMENTS.md).
 """
 
 from __future__ import annotations

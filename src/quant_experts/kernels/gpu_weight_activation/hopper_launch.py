@@ -47,7 +47,7 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
     """y (M, N) = tokens times layout, scales, bias and experts included."""
-    assert tokens.codes is not None and tokens.token_scale is not None
+    assert tokens.codes is not None and tokens.token_scale is not None and tokens.sums is None
     (m, k), n, device = tokens.codes.shape, layout.out_features, y.device
     up, hidden = layout.up, tokens.hidden
     factors, rank = (0, 32) if up is None or hidden is None else (up.shape[0], up.shape[2])

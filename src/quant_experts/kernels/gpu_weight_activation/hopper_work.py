@@ -1,4 +1,4 @@
-"""Pieces of `hopper_linear`: unpacking, and how tiles and their steps are shared out."""
+"""Pieces of the Hopper kernels: unpacking, and how tiles and their steps are shared out."""
 
 from __future__ import annotations
 

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from quant_experts.kernels import reference
-from quant_experts.kernels.gpu.launch import INTERPRETED, hopper, options, overlapped, programs, ptr, zeros
+from quant_experts.kernels.gpu.launch import (
+    INTERPRETED,
+    complete_writes,
+    hopper,
+    options,
+    overlapped,
+    programs,
+    ptr,
+    zeros,
+)
 from quant_experts.kernels.gpu_weight_only.layout import (
     BLOCK,
     PIECE,
@@ -137,6 +146,8 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     """All rows of a layout -> (M, N) in the dtype of the input."""
     assert isinstance(prepared, Tokens) and prepared.values is not None
     layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight], prepared.headroom)
+    if layout is not weight:
+        complete_writes(layout.scale.device)
     m, device = len(prepared.values), prepared.values.device
     y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
     if y.numel():

@@ -3,8 +3,8 @@ registers and are operands there as they lie (`gpu.hopper`).
 
 The design is that of `gpu_weight_activation.hopper_few`. A block of 128 input channels is 64 bytes of a row, and has
 one scale and zero point: a product of codes less their zero, which are exact in float16, is multiplied by the scale
-once, in float32. So groups have 128 input channels or more; `linear` is the same for others, 3 bits, other GPUs and
-the interpreter.
+once, in float32. So groups have 128 input channels or more; `linear` is the same for others, 3 bits, fewer rows than a
+tile has, other GPUs and the interpreter.
 """
 
 from __future__ import annotations
