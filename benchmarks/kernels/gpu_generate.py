@@ -255,9 +255,9 @@ def main() -> None:
     layers = model.model.language_model.layers
     for name in kinds:
         start = synchronize(device)
-        gc.collect()  # what the kind before left would be counted
         for i in range(len(layers)):
             layers[i] = random_block(model.config.text_config, i, name, device, dtype)
+        gc.collect()  # blocks of the kind before would be counted
         print(f"{name}: blocks made in {synchronize(device) - start:.1f} s", flush=True)
         for batch in BATCHES:
             rows.append(measure(model, name, batch, side, new_tokens))

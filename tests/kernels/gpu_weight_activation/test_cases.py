@@ -35,20 +35,35 @@ def test_steps_fit_the_chip(
 ) -> None:
     """As many steps as a Hopper multiprocessor's shared memory holds; where it holds none, that is said."""
     from quant_experts.errors import QuantExpertsError
-    from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+    from quant_experts.kernels.gpu_weight_activation import prepare_launch
     from quant_experts.kernels.gpu_weight_activation.layout import pack_group
     from quant_experts.kernels.operands import Factor, GroupOperands
 
-    monkeypatch.setattr(triton_backend, "shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(prepare_launch, "shared_memory", lambda device: 232_448)
     factor = Factor(torch.ones(experts, rank, 128).half(), None)
     group = GroupOperands(8, None, 0, factor[0], factor, torch.ones(experts, 128), torch.ones(experts))
-    layout = pack_group(group, dtype, torch.device("cpu"))
-    x = torch.ones(1, 128, dtype=dtype)
+    device = torch.device("cpu")
+    asked = (pack_group(group, dtype, device).kind, dtype, device, 3 * rank, 3, prepare_launch.BLOCK_TOKENS)
     if most:
-        assert triton_backend._stages(x, layout, 3 * rank, 3) == most
+        assert prepare_launch.stages(*asked) == most
     else:
         with pytest.raises(QuantExpertsError, match=f"rank {rank} .*reference"):
-            triton_backend._stages(x, layout, 3 * rank, 3)
+            prepare_launch.stages(*asked)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("shape", [(32, 128), (4608, 3584), (37888, 3584), (3584, 18944), (59136, 8192), (8192, 29568)])
+def test_what_few_tokens_ask_for_fits_registers(shape: tuple[int, int], later: bool) -> None:
+    """Weights that a thread asks for ahead leave it half of its registers, and programs of one tile cover all rows."""
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import LEAST_ROWS, few_tile
+    from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout
+
+    n, k = shape
+    weight = torch.empty(k // 128, n, 64, dtype=torch.int8, device="meta")
+    tile = few_tile(LinearLayout(weight, torch.empty(n, device="meta"), None, None), later)
+    assert tile["AHEAD"] * tile["BN"] * 64 // (32 * 4) <= 128
+    assert 32 * tile["WAYS"] * 255 <= 65536
+    assert 16 <= tile["BN"] <= LEAST_ROWS <= n
 
 
 def test_the_table_names_the_backend_for_gpus() -> None:

@@ -137,8 +137,8 @@ def _cut(kind: Kind, m: int, steps: int, most: int, dtype: torch.dtype, device: 
     tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if m <= limit)
     tiles = -(-m // tile["BM"]) * (kind.rows // tile["RC"])
     slices = min(-(-steps // tile["WAYS"]), most, most_slices, max(1, 3 * programs(device) // tiles))
-    stages = _stages(kind, dtype, device, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
-    constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=stages)
+    fitting = stages(kind, dtype, device, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
+    constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=fitting)
     return Cut(slices, tiles * slices, constants)
 
 
@@ -201,7 +201,7 @@ def _allocate(x: Tensor, layout: GroupLayout) -> Tokens:
     )
 
 
-def _stages(kind: Kind, dtype: torch.dtype, device: torch.device, rows: int, most: int, tokens: int) -> int:
+def stages(kind: Kind, dtype: torch.dtype, device: torch.device, rows: int, most: int, tokens: int) -> int:
     """How many steps of 128 channels, of so many tokens and rows of the projection, fit shared memory.
 
     Raises `QuantExpertsError` where none does.
@@ -252,7 +252,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     measure[(blocks, slices)](
         *inputs, ptr(layout.projection, x), ptr(layout.router_bias, absmax), expert, absmax, counts, part, done,
         m, k, padded, slices, FACTOR_ROWS=factors * rank, TOTAL=kind.rows, E=experts, EP=width, ROWS=rows, **flags,
-        STAGES=_stages(kind, x.dtype, device, 4 * width if experts else 0, 4, rows), num_warps=4, **options(device),
+        STAGES=stages(kind, x.dtype, device, 4 * width if experts else 0, 4, rows), num_warps=4, **options(device),
     )  # fmt: skip
     if experts:
         place[(blocks,)](
@@ -266,7 +266,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
         tokens.codes, tokens.token_scale, ptr(tokens.expert, expert), ptr(tokens.hidden, part),
         ptr(tokens.present, expert), part, done, m, k, padded, slices, 1.0 / layout.headroom,
         LARGEST=kind.largest_code, TOTAL=kind.rows, F=factors, E=experts, R=rank, CODES=kind.reads_codes, ROWS=rows,
-        **flags, STAGES=_stages(kind, x.dtype, device, read * rank, 3, rows), num_warps=4, enable_fp_fusion=False,
+        **flags, STAGES=stages(kind, x.dtype, device, read * rank, 3, rows), num_warps=4, enable_fp_fusion=False,
         **options(device),
     )  # fmt: skip
     return tokens
