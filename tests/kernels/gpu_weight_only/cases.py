@@ -316,7 +316,7 @@ def inputs_follow_one_another() -> None:
         sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9)] + [(2, 512, 17920, torch.bfloat16)]
     for m, k, n, dtype in sizes:
         packed = weight_only_backend.pack(*operands(k, (n,)))
-        inputs = [tokens(m, k, dtype) * factor for factor in (1, -3, 0.01, 1)]
+        inputs = [tokens(m, k, dtype) * factor for factor in ((1, -3) if INTERPRETED else (1, -3, 0.01, 1))]
         check_inputs_that_follow_one_another(lambda x, packed=packed: weight_only_backend.apply(x, packed), inputs)
 
 
