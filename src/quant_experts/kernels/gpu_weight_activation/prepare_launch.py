@@ -6,7 +6,7 @@ cutting takes longer than launching.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ MAX_SLICES = 32
 WAVES = 2
 """Programs for each multiprocessor when tokens are many."""
 UNSETTLED_SLICES = 8
-"""Programs that share the input channels then, at most."""
+"""The same, where the linear adds up."""
 PLANS = 4096
 """Plans that are kept."""
 
@@ -90,25 +90,10 @@ class Plan:
     sums_type: torch.dtype
     launch: dict[str, Any]
     """Options of any launch."""
-    shared: dict[str, Any]
-    """Constants of `begin` and `end`, launch options among them."""
-    begin: dict[str, Any] = field(init=False)
-    ends: dict[tuple[bool, bool], dict[str, Any]] = field(init=False)
-    """By whether it quantizes and whether it settles."""
-
-    def __post_init__(self) -> None:
-        beside = NO_PROJECTION if self.kind.reads_codes else self.cut
-        object.__setattr__(self, "begin", beside.constants | self.shared)
-        pairs = [(quantize, settle) for quantize in (False, True) for settle in (False, True)]
-        object.__setattr__(self, "ends", {pair: self._end(*pair) for pair in pairs})
-
-    def _end(self, quantize: bool, settle: bool) -> dict[str, Any]:
-        kind, cut = self.kind, self.cut if settle else NO_PROJECTION
-        return self.shared | dict(
-            QUANTIZE=quantize, F=kind.factors, E=kind.experts, EP=padded_experts(kind.experts), R=kind.rank,
-            TOTAL=cut.constants["TOTAL"], SLICES=1 << max(0, cut.slices - 1).bit_length(),
-            CODES=kind.reads_codes and settle,
-        )  # fmt: skip
+    begin: dict[str, Any]
+    """Constants of `begin`, launch options among them."""
+    ends: dict[tuple[bool, bool], dict[str, Any]]
+    """Those of `end`, by whether it quantizes and whether it settles."""
 
     @property
     def long(self) -> bool:
@@ -127,7 +112,19 @@ def plan(kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, s
     shared = dict(LARGEST=kind.largest_code, CHUNK=chunk, PARTS=1 << (parts - 1).bit_length())
     shared |= dict(SMOOTH=kind.smooths, ROT=kind.rotation, enable_fp_fusion=False) | launch
     sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
-    return Plan(kind, (m, k, padded, parts), settled and cut.programs > 0, cut, sums_type, launch, shared)
+    begin = (NO_PROJECTION if kind.reads_codes else cut).constants | shared
+    pairs = [(quantize, settle) for quantize in (False, True) for settle in (False, True)]
+    ends = {(quantize, settle): shared | _constants_of_end(kind, cut, quantize, settle) for quantize, settle in pairs}
+    return Plan(kind, (m, k, padded, parts), settled and cut.programs > 0, cut, sums_type, launch, begin, ends)
+
+
+def _constants_of_end(kind: Kind, cut: Cut, quantize: bool, settle: bool) -> dict[str, Any]:
+    cut = cut if settle else NO_PROJECTION
+    return dict(
+        QUANTIZE=quantize, F=kind.factors, E=kind.experts, EP=padded_experts(kind.experts), R=kind.rank,
+        TOTAL=cut.constants["TOTAL"], SLICES=1 << max(0, cut.slices - 1).bit_length(),
+        CODES=kind.reads_codes and settle,
+    )  # fmt: skip
 
 
 def _cut(kind: Kind, m: int, steps: int, most: int, dtype: torch.dtype, device: torch.device) -> Cut:
