@@ -1,5 +1,8 @@
 """The Triton kernels against the oracle, in Triton's interpreter on the CPU, and on a GPU where there is one."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from kernels.case_runs import run_in_the_interpreter, run_on_the_gpu
@@ -51,16 +54,52 @@ def test_steps_fit_the_chip(
             prepare_launch.stages(*asked)
 
 
-@pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("shape", [(32, 128), (4608, 3584), (37888, 3584), (3584, 18944), (59136, 8192), (8192, 29568)])
-def test_what_few_tokens_ask_for_fits_registers(shape: tuple[int, int], later: bool) -> None:
-    """Weights that a thread asks for ahead leave it half of its registers, and programs of one tile cover all rows."""
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import LEAST_ROWS, few_tile
+def rows_on_no_device(n: int, k: int) -> Any:
     from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout
 
-    n, k = shape
     weight = torch.empty(k // 128, n, 64, dtype=torch.int8, device="meta")
-    tile = few_tile(LinearLayout(weight, torch.empty(n, device="meta"), None, None), later)
+    return LinearLayout(weight, torch.empty(n, device="meta"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "experts", "rank", "code_type", "expected"),
+    [
+        (4, (4608, 3584), 8, 32, torch.int8, True),
+        (5, (4608, 3584), 8, 32, torch.int8, False),
+        (1, (37888, 3584), 8, 32, torch.int8, False),  # large
+        (1, (4608, 3584), 8, 128, torch.int8, True),
+        (4, (4608, 3584), 8, 128, torch.int8, False),  # more ranks than registers hold
+        (1, (4608, 3584), 8, 32, torch.float8_e4m3fn, False),
+        (1, (31, 128), 0, 64, torch.int8, False),  # fewer rows than a tile
+    ],
+)
+def test_which_linears_settle(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, shape: tuple[int, int], experts: int, rank: int,
+    code_type: torch.dtype, expected: bool,
+) -> None:  # fmt: skip
+    """On Hopper the linear of few tokens and weights chooses experts itself; elsewhere none does."""
+    from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+    from quant_experts.kernels.gpu_weight_activation.layout import Kind
+
+    kind = Kind(127, code_type, False, 0, experts + 1, experts, rank, (experts + 1) * rank, 2, False)
+    packed: Any = SimpleNamespace(group=SimpleNamespace(kind=kind), linear=rows_on_no_device(*shape))
+    assert not triton_backend._settles(tokens, packed)
+    monkeypatch.setattr(triton_backend, "hopper", lambda device: True)
+    assert triton_backend._settles(tokens, packed) == expected
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("shape", [(32, 128), (4608, 3584), (37888, 3584), (3584, 18944), (59136, 8192), (8192, 29568)])
+def test_what_few_tokens_ask_for_fits_registers(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], later: bool
+) -> None:
+    """Weights that a thread asks for ahead leave it half of its registers, and no tile has more rows than a layout."""
+    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import LEAST_ROWS
+
+    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
+    n, _ = shape
+    tile = hopper_launch.few_tile(rows_on_no_device(*shape), later)
     assert tile["AHEAD"] * tile["BN"] * 64 // (32 * 4) <= 128
     assert 32 * tile["WAYS"] * 255 <= 65536
     assert 16 <= tile["BN"] <= LEAST_ROWS <= n

@@ -152,10 +152,11 @@ def kernel(
     token_scale_ptr, bias_ptr, M, N, Kp, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr,
     WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, ONCE: gl.constexpr, F: gl.constexpr, E: gl.constexpr,
     R: gl.constexpr, USED: gl.constexpr, TOTAL: gl.constexpr, EP: gl.constexpr, SLICES: gl.constexpr,
-    CODES: gl.constexpr, BIAS: gl.constexpr, LATER: gl.constexpr, SOON: gl.constexpr,
+    CODES: gl.constexpr, BIAS: gl.constexpr, LATER: gl.constexpr,
 ):  # fmt: skip
     """y (M, N), M <= BM, N >= BN, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: tiles of BN rows; the
-    last one ends with the last row."""
+    last one ends with the last row. EVEN: every warp has as many blocks as it asks for each time; ONCE: it asks only
+    once; LATER: codes are complete at the start, hidden values when the previous kernel has ended."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WAYS, 1, 1], [1, 16, 8])
     TILE: gl.constexpr = gl.SliceLayout(0, MMA)
     BYTES: gl.constexpr = gl.BlockedLayout([1, 1, 16], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])
@@ -174,7 +175,7 @@ def kernel(
     if not LATER:
         wait_for_previous_kernel()
     codes = ask_for_codes(codes_at, there, way, steps, WAYS, AHEAD, EVEN)
-    if F > 0 and SOON:
+    if F > 0 and SLICES > 0:
         ups, hiddens = ask_for_experts(
             up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, first, M, N,
             inverse_headroom, BN, BM, WAYS, F, E, R, USED, TOTAL, EP, SLICES, CODES,
@@ -189,7 +190,7 @@ def kernel(
             low_sums, high_sums = add_products(low_sums, high_sums, packed, codes)
     if LATER:
         wait_for_previous_kernel()
-    if F > 0 and not SOON:
+    if F > 0 and SLICES == 0:
         ups, hiddens = ask_for_experts(
             up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, first, M, N,
             inverse_headroom, BN, BM, WAYS, F, E, R, USED, TOTAL, EP, SLICES, CODES,

@@ -122,6 +122,6 @@ def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
         ptr(layout.bias, nothing), m, n, k, tokens.headroom, 1.0 / tokens.headroom, BM=8 if m <= 8 else 16, **tile,
         EVEN=steps % together == 0, ONCE=steps <= together, F=factors, E=experts, R=rank, USED=used,
         TOTAL=0 if sums is None else sums.shape[2], EP=padded_experts(experts), SLICES=0 if sums is None else len(sums),
-        CODES=tokens.code_scale is not None, BIAS=layout.bias is not None, LATER=later, SOON=sums is not None,
+        CODES=tokens.code_scale is not None, BIAS=layout.bias is not None, LATER=later,
         num_warps=tile["WAYS"], **options(y.device),
     )  # fmt: skip

@@ -42,6 +42,8 @@ FEW_TOKENS = 32
 """Up to here a tile reads only the factors that its tokens use; more tokens use nearly all."""
 DECODE_TOKENS = 8
 """Up to here Hopper GPUs have a kernel of its own."""
+LEAST_ROWS = 32
+"""Rows of its largest tile: a layout has as many."""
 MANY_TOKENS = 20 if INTERPRETED else 512
 """From here on weights are dequantized in memory and multiplied by the GPU's library, for inputs of 16 bits."""
 SLAB_ROWS = 64
@@ -161,7 +163,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
 def _decodes(layout: LinearLayout) -> bool:
     """Whether the kernel for few tokens takes a layout: on Hopper, 4 bits, a block of 128 channels in one group."""
     whole = layout.pieces * PIECE % STEP[4] == 0
-    return hopper(layout.scale.device) and layout.bits == 4 and whole and layout.out_features >= 32
+    return hopper(layout.scale.device) and layout.bits == 4 and whole and layout.out_features >= LEAST_ROWS
 
 
 def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
