@@ -9,15 +9,16 @@ import pytest
 
 PROGRAM = Path(__file__).parent / "compiled.py"
 KERNELS = {  # by module
+    "gpu.hopper_tokens": {"kernel"},
     "gpu_weight_activation.hopper_few": {"kernel"},
     "gpu_weight_activation.hopper_linear": {"kernel"},
     "gpu_weight_activation.linear_few": {"linear_few"},
     "gpu_weight_activation.prepare": {"begin", "project", "end"},
-    "gpu_weight_activation.prepare_many": {"measure", "place", "convert"},
+    "gpu_weight_activation.prepare_many": {"score", "place", "project"},
     "gpu_weight_only.hopper_few": {"kernel"},
     "gpu_weight_only.linear": {"linear"},
     "gpu_weight_only.many": {"dequantize_rows", "drop_unused", "rescale"},
-    "gpu_weight_only.prepare": {"project", "scale_tokens"},
+    "gpu_weight_only.prepare": {"project"},
 }
 LOOP = """
   tt.func public @some() {

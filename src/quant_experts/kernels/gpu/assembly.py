@@ -1,5 +1,5 @@
-"""Assembly that plain Triton and Gluon kernels share: codes to operands, four bytes at a time, where the compiler takes
-plain forms apart byte by byte."""
+"""Assembly of the GPU kernels. Codes to operands, four bytes at a time, where the compiler takes plain forms apart byte
+by byte, shared by plain Triton and Gluon; and rotations in registers."""
 
 from __future__ import annotations
 
@@ -31,3 +31,29 @@ FLOAT16_CODES = tl.constexpr(
             """
 )
 """16-bit words $4 of four codes -> $0 to $3: each code plus 1024 in float16, its bits under the exponent of 1024."""
+
+
+def _hadamard(block: int) -> str:
+    """Of sums, $0-$7 from $8-$15: first over a thread's own eight numbers, then with threads at a distance of 1, 2, 4..."""
+    lines = [".reg .f32 a<8>, b<8>, sign;", ".reg .b32 upper;", *(f"mov.f32 a{i}, ${8 + i};" for i in range(8))]
+    old, new = "a", "b"
+    for bit in (1, 2, 4):
+        for i in range(8):
+            what = "sub" if i & bit else "add"
+            lines.append(f"{what}.f32 {new}{i}, {old}{i ^ bit}, {old}{i};")
+        old, new = new, old
+    for bit in range((block // 8).bit_length() - 1):
+        # sign = -1 in the upper thread of a pair, else 1
+        lines += ["mov.u32 upper, %laneid;", f"and.b32 upper, upper, {1 << bit};", f"shl.b32 upper, upper, {31 - bit};"]
+        lines += ["or.b32 upper, upper, 0x3f800000;", "mov.b32 sign, upper;"]
+        lines += [f"shfl.sync.bfly.b32 {new}{i}, {old}{i}, {1 << bit}, 31, -1;" for i in range(8)]
+        lines += [f"fma.rn.f32 {new}{i}, {old}{i}, sign, {new}{i};" for i in range(8)]
+        old, new = new, old
+    return "{" + " ".join([*lines, *(f"mov.f32 ${i}, {old}{i};" for i in range(8))]) + "}"
+
+
+HADAMARD_16, HADAMARD_32, HADAMARD_64, HADAMARD_128 = (tl.constexpr(_hadamard(block)) for block in (16, 32, 64, 128))
+"""Eight consecutive numbers of each thread -> those of the Hadamard transform, without its factor block^-0.5, of each
+block of consecutive numbers of consecutive threads. float32 sums, each rounded once."""
+EIGHT = tl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
+"""Their operands."""

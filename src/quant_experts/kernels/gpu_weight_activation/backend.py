@@ -38,10 +38,10 @@ from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepar
 
 LINEAR_FEW = 8
 """Up to here `linear_few` multiplies."""
-UNSETTLED = 4
+UNSETTLED, UNSETTLED_WEIGHTS = 4, 1 << 25
 """Up to here, and up to so many weights, the linear for Hopper GPUs settles experts itself. Every program of it does,
-so that with more of either a launch of its own costs less."""
-UNSETTLED_WEIGHTS = 1 << 25
+so that with more of either a launch of its own costs less. An expert that reads codes leaves less to settle: there the
+linear does it for as many tokens as it takes."""
 UNSETTLED_RANKS = 320
 """Of the factors that so many tokens use, together: up factors wait in registers."""
 FEW_TILE = dict(BN=32, WAYS=4)
@@ -98,7 +98,9 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 def _settles(m: int, packed: Packed) -> bool:
     """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
     weight, kind = packed.linear.weight, packed.group.kind
-    if not hopper(weight.device) or m > UNSETTLED or 2 * weight.numel() > UNSETTLED_WEIGHTS:
+    if not hopper(weight.device) or m > LINEAR_FEW:
+        return False
+    if not kind.reads_codes and (m > UNSETTLED or 2 * weight.numel() > UNSETTLED_WEIGHTS):
         return False
     if (kind.factors - kind.experts + min(kind.experts, m)) * kind.rank > UNSETTLED_RANKS:
         return False

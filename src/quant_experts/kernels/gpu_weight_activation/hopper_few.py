@@ -7,8 +7,8 @@ A program owns BN rows over all input channels. Its WAYS warps take every WAYS-t
 WAYS-th run of 32 expert ranks; what they find is added up at the end, int32 sums exactly.
 
 With SLICES, hidden values come as the programs that project leave them (`prepare`), and each program here chooses
-experts and finishes the few hidden values that it needs: for so few tokens that costs less than a launch of
-`prepare.end`.
+experts and finishes the few hidden values that it needs: where those are few, or one slice has all, that costs less
+than a launch of `prepare.end`.
 
 `linear_few` is the same for other GPUs, the interpreter, fp8 tokens and fewer rows than a tile has. Rejected: passing
 weights through shared memory as it does, and eight or sixteen warps a program (EXPERIMENTS.md).
@@ -175,7 +175,7 @@ def kernel(
     if not LATER:
         wait_for_previous_kernel()
     codes = ask_for_codes(codes_at, there, way, steps, WAYS, AHEAD, EVEN)
-    if F > 0 and SLICES > 0:
+    if F > 0 and not LATER:
         ups, hiddens = ask_for_experts(
             up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, first, M, N,
             inverse_headroom, BN, BM, WAYS, F, E, R, USED, TOTAL, EP, SLICES, CODES,
@@ -190,7 +190,7 @@ def kernel(
             low_sums, high_sums = add_products(low_sums, high_sums, packed, codes)
     if LATER:
         wait_for_previous_kernel()
-    if F > 0 and SLICES == 0:
+    if F > 0 and LATER:
         ups, hiddens = ask_for_experts(
             up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, first, M, N,
             inverse_headroom, BN, BM, WAYS, F, E, R, USED, TOTAL, EP, SLICES, CODES,

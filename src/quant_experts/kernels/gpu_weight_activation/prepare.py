@@ -1,16 +1,17 @@
-"""`prepare` for up to a few hundred tokens, in two launches: `begin`, where some programs quantize tokens and others
-project them, and `end`, where programs settle experts and hidden values. Of tokens too long for one program `begin`
-finds the largest value of each part, and `end` quantizes them too. For experts that read codes `project` comes between.
+"""`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each; experts are
+projected by `begin`, beside quantization, or by `project`; `end` settles experts and hidden values.
 
-A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
-writes its sums; one that settles adds the slices, always in the same order, chooses experts, and keeps the hidden
-values of each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands
-between routing and projecting.
+A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels.
+Integer sums of codes are added where they are, in any order, to zeros that `quantize` leaves; float32 sums of slices
+are written side by side, and `end` adds them, always in the same order. It chooses experts, and keeps the hidden values
+of each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
+routing and projecting. (`prepare_many` sorts, for many tokens of routed experts.)
 
-The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`, where
-`end` does not quantize). So `end` lets it start when codes are complete, which is before its own wait where `project`
-had waited for them, and after it where `begin` comes just before. What was written before the previous kernel is read
-past the first-level cache (".cg"), which may hold what was there before.
+The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`). So
+`end` lets it start when codes are complete, which is before its own wait where `project` had waited for them, and after
+it otherwise. `project` reads values, or `quantize` codes them, while the other runs (EARLY): what was written before
+the previous kernel is read past the first-level cache (".cg"), which may hold what was there before, and a kernel ends
+only after the one before it.
 
 In decode a kernel runs once through cold instruction caches, so the code is short loops. Exactness: see
 `prepare_many`.
@@ -38,73 +39,84 @@ from quant_experts.kernels.gpu.tokens import (
 
 @triton.jit
 def begin(
-    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, M, K, Kp, parts,
-    slices, LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, M, K, Kp, slices,
+    LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
     FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tokens x parts, which quantize a token, or, if it has several PARTS, find their largest magnitudes;
-    then, for experts that read values, those of `project`."""
+    """Programs: tokens, which are quantized, then those of `project`, of values."""
     program = tl.program_id(0)
-    if program < M * parts:
+    if program < M:
         wait_for_previous_kernel(PDL)
-        if PARTS > 1:
-            row, part = program // parts + tl.arange(0, 1), program % parts
-            columns = part * CHUNK + tl.arange(0, CHUNK)
-            z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
-            tl.store(largest_ptr + row * parts + part, tl.reduce(tl.abs(z), 1, nan_max))
-        else:
-            quantize_part(
-                x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts, LARGEST,
-                CHUNK, PARTS, SMOOTH, ROT,
-            )  # fmt: skip
-    elif TOTAL > 0:
+        quantize_token(
+            x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, program, K, Kp, LARGEST, CHUNK, PARTS, SMOOTH,
+            ROT,
+        )  # fmt: skip
+    else:
         project_part(
-            x_ptr, projection_ptr, sums_ptr, program - M * parts, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS,
-            STAGES, PDL,
+            x_ptr, projection_ptr, sums_ptr, program - M, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, STAGES,
+            PDL,
         )  # fmt: skip
 
 
 @triton.jit
-def largest_of_parts(largest_ptr, row, there, parts, PARTS: tl.constexpr):
-    """(rows,) the largest magnitude of whole tokens, NaN where one is."""
-    others = tl.arange(0, PARTS)[None, :]
-    at = largest_ptr + row[:, None] * parts + others
-    return tl.reduce(tl.load(at, mask=there[:, None] & (others < parts), other=0.0), 1, nan_max)
+def quantize(
+    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, order_ptr, sums_ptr, K, Kp, LARGEST: tl.constexpr,
+    CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, SORTED: tl.constexpr,
+    SUMS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `gpu.hopper_tokens.kernel`. Programs: tokens. SUMS: zeros for `project` of each."""
+    place = tl.program_id(0)
+    if not EARLY:
+        wait_for_previous_kernel(PDL)
+    elif PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.load(order_ptr + place, cache_modifier=".cg") if SORTED else place
+    codes_ptr += (place - token).to(tl.int64) * Kp
+    token_scale_ptr += place - token
+    quantize_token(
+        x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, token, K, Kp, LARGEST, CHUNK, PARTS, SMOOTH, ROT
+    )
+    if SUMS > 0:
+        tl.store(sums_ptr + place.to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.zeros((SUMS,), tl.int32))
+    if EARLY and PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def quantize_part(
-    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts,
-    LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+def quantize_token(
+    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, token, K, Kp, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
+    PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK codes of a token, and its scale. PARTS: of a token, padded to a power of two; if there are several, their
-    largest magnitudes are there."""
-    row, part = program // parts + tl.arange(0, 1), program % parts
-    columns = part * CHUNK + tl.arange(0, CHUNK)
-    z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
-    if PARTS > 1:
-        most = largest_of_parts(largest_ptr, row, row >= 0, parts, PARTS)
-    else:
-        most = tl.reduce(tl.abs(z), 1, nan_max)
-    scale = token_scale(most, LARGEST)
+    """Codes of a token, in PARTS of CHUNK channels, and its scale."""
+    row = token + tl.arange(0, 1)
+    values = ()
+    most = tl.zeros((1, CHUNK), tl.float32)
+    for part in tl.static_range(PARTS):
+        columns = part * CHUNK + tl.arange(0, CHUNK)
+        z = transformed(load_raw(x_ptr, row, row >= 0, columns, K), columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)
+        most = nan_max(most, tl.abs(z))
+        values = values + (z,)
+    scale = token_scale(tl.reduce(most, 1, nan_max), LARGEST)
     finite = scale == scale
-    steps = tl.where(finite[:, None], z * reciprocal(tl.where(finite, scale, 1.0))[:, None], 0.0)
-    at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
-    tl.store(at, rounded(steps, codes_ptr.dtype.element_ty == tl.float8e4nv), mask=(columns < Kp)[None, :])
-    if part == 0:
-        tl.store(token_scale_ptr + row, scale)
+    inverse = reciprocal(tl.where(finite, scale, 1.0))[:, None]
+    for part in tl.static_range(PARTS):
+        columns = part * CHUNK + tl.arange(0, CHUNK)
+        steps = tl.where(finite[:, None], values[part] * inverse, 0.0)
+        at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
+        tl.store(at, rounded(steps, codes_ptr.dtype.element_ty == tl.float8e4nv), mask=(columns < Kp)[None, :])
+    tl.store(token_scale_ptr + row, scale)
 
 
 @triton.jit
 def project(
-    codes_ptr, projection_ptr, sums_ptr, slices, M, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
+    x_ptr, projection_ptr, sums_ptr, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
     RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """For experts that read codes. Programs: blocks of tokens x TOTAL / RC x slices."""
+    """Programs: blocks of tokens x TOTAL / RC x slices. x: values, or codes."""
     project_part(
-        codes_ptr, projection_ptr, sums_ptr, tl.program_id(0), slices, M, Kp, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS,
-        STAGES, PDL,
+        x_ptr, projection_ptr, sums_ptr, tl.program_id(0), slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, STAGES,
+        PDL,
     )  # fmt: skip
 
 
@@ -113,8 +125,8 @@ def project_part(
     x_ptr, projection_ptr, sums_ptr, program, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
     RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums (slices, M, TOTAL): RC rows of the projection for BM tokens over one slice of the input channels, of values
-    or of codes. Where loops are not pipelined, the first weights are asked for before the previous kernel has ended:
+    """RC rows of the projection for BM tokens over one slice of the input channels: of values to sums (slices, M,
+    TOTAL), integers added to sums (M, TOTAL). Where loops are not pipelined, the first weights are asked for before the previous kernel has ended:
     none of the kernels that prepare or multiply writes them."""
     piece, chunk = program % slices, program // slices % (TOTAL // RC)
     token = program // (slices * (TOTAL // RC)) * BM + tl.arange(0, BM)
@@ -151,49 +163,25 @@ def project_part(
                 x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)
             at = rows_at[None, :] + tl.cast(step, tl.int64) * (TOTAL * 128) + tl.arange(0, 128)[:, None]
             sums = add_product(sums, x, tl.load(at))
-    at = sums_ptr + (piece * M + token[:, None]) * TOTAL + rank[None, :]
-    tl.store(at, sums, mask=(token < M)[:, None])
+    at = token[:, None] * TOTAL + rank[None, :]
+    if SUMS == tl.int32:
+        tl.atomic_add(sums_ptr + at, sums, mask=(token < M)[:, None], sem="relaxed")
+    else:
+        tl.store(sums_ptr + piece * M * TOTAL + at, sums, mask=(token < M)[:, None])
 
 
 @triton.jit
 def end(
-    x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, sums_ptr, bias_ptr, code_scale_ptr,
-    hidden_ptr, present_ptr, expert_ptr, M, K, Kp, parts, slices, inverse_headroom, QUANTIZE: tl.constexpr,
-    LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
-    F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr,
-    CODES: tl.constexpr, PDL: tl.constexpr,
+    token_scale_ptr, sums_ptr, bias_ptr, code_scale_ptr, hidden_ptr, present_ptr, expert_ptr, M, slices,
+    inverse_headroom, F: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr,
+    SLICES: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs: QUANTIZE, tokens x parts of several PARTS that quantize; then, if there are sums, one for each factor
-    and block of 16 tokens, which settles. SLICES: slices, padded."""
+    """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. Programs:
+    factors x blocks of 16 tokens. SLICES: slices, padded."""
     if CODES and PDL:  # codes were complete when `project` began
         tl.extra.cuda.gdc_launch_dependents()
     wait_for_previous_kernel(PDL)
-    program = tl.program_id(0)
-    if QUANTIZE:
-        if program < M * parts:
-            quantize_part(
-                x_ptr, inverse_ptr, signs_ptr, largest_ptr, codes_ptr, token_scale_ptr, program, K, Kp, parts, LARGEST,
-                CHUNK, PARTS, SMOOTH, ROT,
-            )  # fmt: skip
-        program -= M * parts
-    if TOTAL > 0:
-        if program >= 0:
-            settle_part(
-                sums_ptr, bias_ptr, code_scale_ptr, largest_ptr, token_scale_ptr, hidden_ptr, present_ptr, expert_ptr,
-                program, M, parts, slices, inverse_headroom, LARGEST, PARTS if QUANTIZE else 1, F, E, EP, R, TOTAL,
-                SLICES, CODES,
-            )  # fmt: skip
-
-
-@triton.jit
-def settle_part(
-    sums_ptr, bias_ptr, code_scale_ptr, largest_ptr, token_scale_ptr, hidden_ptr, present_ptr, expert_ptr, program, M,
-    parts, slices, inverse_headroom, LARGEST: tl.constexpr, PARTS: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr, CODES: tl.constexpr,
-):  # fmt: skip
-    """Experts, and hidden values in units of scale * headroom, zeros for experts that a token does not use. With
-    several PARTS a token's scale is not there yet, but their largest magnitudes are."""
-    factor, block = program % F, program // F
+    factor, block = tl.program_id(0) % F, tl.program_id(0) // F
     token = block * 16 + tl.arange(0, 16)
     rank = tl.arange(0, R)
     used = (token < M)[:, None]
@@ -202,10 +190,6 @@ def settle_part(
     for piece in tl.static_range(1, SLICES):  # unrolled: all loads are under way at once
         there = used & (piece < slices)
         total += tl.load(at + piece * M * TOTAL + factor * R + rank[None, :], mask=there, other=0)
-    if PARTS > 1:
-        scale = token_scale(largest_of_parts(largest_ptr, token, token < M, parts, PARTS), LARGEST)
-    else:
-        scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
     expert = token * 0
     uses = used
     if E > 0:
@@ -221,6 +205,7 @@ def settle_part(
     if CODES:
         hidden = hidden * tl.load(code_scale_ptr + rank)[None, :]
     else:
+        scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
         hidden = hidden * reciprocal(tl.where(scale == scale, scale, 1.0))[:, None]
     hidden = tl.where(uses, hidden, 0.0)
     at = hidden_ptr + token[:, None] * (F * R) + factor * R + rank[None, :]

@@ -17,6 +17,7 @@ from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
     MAX_BLOCKS,
+    hopper,
     options,
     overlapped,
     programs,
@@ -34,17 +35,17 @@ from quant_experts.kernels.gpu_weight_activation.layout import (
 )
 
 FEW_TOKENS, LONG_TOKENS = (17, 17) if INTERPRETED else (512, 256)
-"""Up to here `prepare` prepares, above `prepare_many`; the second for tokens of more than LONG channels, whose
-projection reads so much more than the factors of one expert that sorting pays earlier."""
+"""Up to here `prepare` prepares tokens of routed experts, above `prepare_many`; the second for tokens of more than LONG
+channels, whose projection reads so much more than the factors of one expert that sorting pays earlier."""
 LONG = 8192
 CHUNK = 256 if INTERPRETED else 4096
-"""Input channels that one program quantizes of a token when tokens are few."""
+"""Input channels of a token that a program reads at a time; longer tokens are quantized by a launch of their own."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that one program takes when tokens are many."""
 PROJECT_TILES = (
     (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4), 20),
     (16, dict(RC=32, BM=16, WAYS=1), 10),
-    (FEW_TOKENS, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1), 24),
+    (1 << 31, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1), 24),
 )
 """Up to so many tokens: rows of the projection, tokens and warps with channels of their own of a program that projects;
 and how many programs share the input channels, at most."""
@@ -61,69 +62,74 @@ PLANS = 4096
 def prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
     """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values where tokens are few."""
     m, k = x.shape
-    if m and m <= (FEW_TOKENS if k <= LONG else LONG_TOKENS):
-        return _prepare_few(x, layout, plan(layout.kind, m, k, x.dtype, x.device, settled))
-    return _prepare_many(x, layout) if m else _allocate(x, layout)
+    if layout.experts and m > (FEW_TOKENS if k <= LONG else LONG_TOKENS):
+        return _prepare_many(x, layout)
+    return _prepare(x, layout, plan(layout.kind, m, k, x.dtype, x.device, settled)) if m else _allocate(x, layout)
 
 
 class Cut(NamedTuple):
     """How a projection is cut over programs."""
 
     slices: int
+    """Of the input channels"""
+    sums: int
+    """That are to be added up: as many as slices, or one, if they were added already."""
     programs: int
     constants: dict[str, Any]
 
 
-NO_PROJECTION = Cut(0, 0, dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, STAGES=1))
+NO_PROJECTION = Cut(0, 0, 0, dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, STAGES=1))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Launches of `prepare` for some number of tokens of a kind of group, if they are few."""
+    """Launches of `prepare` for some number of tokens of a kind of group."""
 
     kind: Kind
-    sizes: tuple[int, int, int, int]
-    """M, K, Kp, parts"""
+    sizes: tuple[int, int, int]
+    """M, K, Kp"""
     settled: bool
     """Whether there are experts, and their hidden values are finished here."""
+    beside: bool
+    """Whether `begin` projects values beside quantization."""
     cut: Cut
     sums_type: torch.dtype
     launch: dict[str, Any]
     """Options of any launch."""
-    begin: dict[str, Any]
-    """Constants of `begin`, launch options among them."""
-    ends: dict[tuple[bool, bool], dict[str, Any]]
-    """Those of `end`, by whether it quantizes and whether it settles."""
+    quantize: dict[str, Any]
+    """Constants of kernels that quantize, launch options among them."""
+    end: dict[str, Any]
+    """Those of `end`."""
 
     @property
-    def long(self) -> bool:
-        """Whether a token has several parts."""
-        return self.sizes[3] > 1
+    def adds(self) -> bool:
+        """Whether integer sums are added where they are."""
+        return self.sums_type == torch.int32
 
 
 @lru_cache(PLANS)
 def plan(kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, settled: bool) -> Plan:
     """For m tokens of k channels."""
     padded = max(1, -(-k // BLOCK)) * BLOCK
-    chunk = min(CHUNK, 1 << (padded - 1).bit_length())
-    parts = -(-padded // chunk)
+    sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
     cut = _cut(kind, m, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES, dtype, device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
-    shared = dict(LARGEST=kind.largest_code, CHUNK=chunk, PARTS=1 << (parts - 1).bit_length())
-    shared |= dict(SMOOTH=kind.smooths, ROT=kind.rotation, enable_fp_fusion=False) | launch
-    sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
-    begin = (NO_PROJECTION if kind.reads_codes else cut).constants | shared
-    pairs = [(quantize, settle) for quantize in (False, True) for settle in (False, True)]
-    ends = {(quantize, settle): shared | _constants_of_end(kind, cut, quantize, settle) for quantize, settle in pairs}
-    return Plan(kind, (m, k, padded, parts), settled and cut.programs > 0, cut, sums_type, launch, begin, ends)
+    constants = dict(
+        F=kind.factors, E=kind.experts, EP=padded_experts(kind.experts), R=kind.rank, TOTAL=kind.rows,
+        SLICES=1 << max(0, cut.sums - 1).bit_length(), CODES=kind.reads_codes,
+    )  # fmt: skip
+    return Plan(
+        kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
+        beside=cut.programs > 0 and not kind.reads_codes and padded <= CHUNK, cut=cut, sums_type=sums_type,
+        launch=launch, quantize=_constants_of_quantize(kind, padded) | launch, end=constants | launch,
+    )  # fmt: skip
 
 
-def _constants_of_end(kind: Kind, cut: Cut, quantize: bool, settle: bool) -> dict[str, Any]:
-    cut = cut if settle else NO_PROJECTION
+def _constants_of_quantize(kind: Kind, padded: int) -> dict[str, Any]:
+    chunk = max(min(CHUNK, 1 << (padded - 1).bit_length()), 16 * kind.rotation)
     return dict(
-        QUANTIZE=quantize, F=kind.factors, E=kind.experts, EP=padded_experts(kind.experts), R=kind.rank,
-        TOTAL=cut.constants["TOTAL"], SLICES=1 << max(0, cut.slices - 1).bit_length(),
-        CODES=kind.reads_codes and settle,
+        LARGEST=kind.largest_code, CHUNK=chunk, PARTS=-(-padded // chunk), SMOOTH=kind.smooths, ROT=kind.rotation,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -132,54 +138,83 @@ def _cut(kind: Kind, m: int, steps: int, most: int, dtype: torch.dtype, device: 
     if not kind.rows:
         return NO_PROJECTION
     tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if m <= limit)
+    adds = kind.reads_codes and kind.code_type == torch.int8
+    if adds and tile["WAYS"] == 1:
+        tile = tile | dict(RC=min(64, kind.rows))
     tiles = -(-m // tile["BM"]) * (kind.rows // tile["RC"])
-    slices = min(-(-steps // tile["WAYS"]), most, most_slices, max(1, 3 * programs(device) // tiles))
+    slices = min(-(-steps // tile["WAYS"]), max(1, 3 * programs(device) // tiles))
+    slices = slices if adds else min(slices, most, most_slices)
     fitting = stages(kind, dtype, device, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
     constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=fitting)
-    return Cut(slices, tiles * slices, constants)
+    return Cut(slices, 1 if adds else slices, tiles * slices, constants)
 
 
-def _prepare_few(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
-    from quant_experts.kernels.gpu_weight_activation.prepare import begin, project
+def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
+    from quant_experts.kernels.gpu_weight_activation.prepare import begin, end
 
-    (m, _, padded, parts), cut, device = p.sizes, p.cut, x.device
+    m, cut = p.sizes[0], p.cut
     tokens = _allocate(x, layout)
-    most = torch.empty(m, parts, device=device)
-    sums = torch.empty(cut.slices, m, p.kind.rows, dtype=p.sums_type, device=device) if cut.programs else most
+    assert tokens.codes is not None and tokens.token_scale is not None
+    sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if cut.programs else tokens.token_scale
     if p.settled:
-        tokens = _with_hidden(tokens, layout, later=p.kind.reads_codes or not p.long)
+        tokens = _with_hidden(tokens, layout, later=True)
     elif cut.programs:
-        bias, scale = layout.router_bias, layout.code_scale
-        tokens = replace(tokens, experts=layout.experts, sums=sums, router_bias=bias, code_scale=scale)
-    first = (x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), most, tokens.codes, tokens.token_scale)
-    beside = NO_PROJECTION if p.kind.reads_codes else cut
-    begin[(m * parts + beside.programs,)](*first, ptr(layout.projection, x), sums, *p.sizes, beside.slices, **p.begin)
-    if p.kind.reads_codes:
-        if p.long:
-            _end(first, sums, tokens, layout, p, quantize=True, settle=False)
-        project[(cut.programs,)](
-            tokens.codes, layout.projection, sums, cut.slices, m, padded, **cut.constants, **p.launch
+        bias, scale, later = layout.router_bias, layout.code_scale, p.kind.reads_codes
+        tokens = replace(
+            tokens, experts=layout.experts, sums=sums, router_bias=bias, code_scale=scale, hidden_comes_later=later
         )
-        if p.settled:
-            _end(first, sums, tokens, layout, p, quantize=False, settle=True)
-    elif p.long or p.settled:
-        _end(first, sums, tokens, layout, p, quantize=p.long, settle=p.settled)
+    if p.beside:
+        begin[(m + cut.programs,)](
+            x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), tokens.codes, tokens.token_scale,
+            layout.projection, sums, *p.sizes, cut.slices, **(cut.constants | p.quantize),
+        )  # fmt: skip
+    elif p.kind.reads_codes:
+        _quantize(x, layout, tokens, p.quantize, sums=sums if p.adds else None)
+        _project(tokens.codes, layout, sums, p)
+    else:
+        if cut.programs:
+            _project(x, layout, sums, p)
+        _quantize(x, layout, tokens, p.quantize, early=cut.programs > 0)
+    if p.settled:
+        end[(layout.factors * -(-m // MASK_TOKENS),)](
+            tokens.token_scale, sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.hidden,
+            tokens.present, ptr(tokens.expert, sums), m, cut.sums, 1.0 / layout.headroom, **p.end,
+        )  # fmt: skip
     return tokens
 
 
-def _end(
-    first: tuple[Any, ...], sums: Tensor, tokens: Tokens, layout: GroupLayout, p: Plan, quantize: bool, settle: bool
-) -> None:
-    """first: the arguments that `begin` and `end` share."""
-    from quant_experts.kernels.gpu_weight_activation.prepare import end
+def _project(x: Tensor, layout: GroupLayout, sums: Tensor, p: Plan) -> None:
+    """Of values x, or codes."""
+    from quant_experts.kernels.gpu_weight_activation.prepare import project
 
-    m, _, _, parts = p.sizes
-    settling = layout.factors * -(-m // MASK_TOKENS) if settle else 0
-    end[(m * parts * quantize + settling,)](
-        *first, sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), ptr(tokens.hidden, sums),
-        ptr(tokens.present, sums), ptr(tokens.expert, sums), *p.sizes, p.cut.slices, 1.0 / layout.headroom,
-        **p.ends[quantize, settle],
-    )  # fmt: skip
+    m, _, padded = p.sizes
+    project[(p.cut.programs,)](
+        x, layout.projection, sums, p.cut.slices, m, x.shape[1], padded, **p.cut.constants, **p.launch
+    )
+
+
+def _quantize(
+    x: Tensor, layout: GroupLayout, tokens: Tokens, constants: dict[str, Any], order: Tensor | None = None,
+    early: bool = False, sums: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Codes and scales, and sums written zero. early: whether the previous kernel is not waited for until the end."""
+    codes, scale = tokens.codes, tokens.token_scale
+    assert codes is not None and scale is not None
+    if hopper(x.device):
+        from quant_experts.kernels.gpu.hopper_tokens import write_tokens
+
+        write_tokens(
+            x, layout.inverse_smooth, layout.rotation, layout.kind.largest_code, codes, scale, codes.shape[1], order,
+            sums, early,
+        )  # fmt: skip
+    else:
+        from quant_experts.kernels.gpu_weight_activation.prepare import quantize
+
+        quantize[(len(x),)](
+            x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, scale, ptr(order, scale), ptr(sums, scale),
+            x.shape[1], codes.shape[1], SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1],
+            EARLY=early, **constants,
+        )  # fmt: skip
 
 
 def _allocate(x: Tensor, layout: GroupLayout) -> Tokens:
@@ -228,42 +263,32 @@ def _with_hidden(tokens: Tokens, layout: GroupLayout, later: bool = False) -> To
 
 
 def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.gpu_weight_activation.prepare_many import convert, measure, place
+    from quant_experts.kernels.gpu_weight_activation.prepare_many import place, project, score
 
     tokens = _allocate(x, layout)
     assert tokens.codes is not None
-    (m, k), padded, device, rank = x.shape, tokens.codes.shape[1], x.device, layout.rank
+    (m, k), padded, device, rank, kind = x.shape, tokens.codes.shape[1], x.device, layout.rank, layout.kind
     factors, experts, width = layout.factors, layout.experts, padded_experts(layout.experts)
-    flags = dict(SMOOTH=layout.inverse_smooth is not None, ROT=layout.rotation, PDL=overlapped(device))
-    inputs, kind = (x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x)), layout.kind
     rows = BLOCK_TOKENS
     blocks = -(-m // rows)
-    steps = padded // BLOCK
-    slices = min(steps, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
-    expert, order = (torch.empty(m if experts else 1, dtype=torch.int32, device=device) for _ in range(2))
-    absmax = torch.empty(slices, m, dtype=torch.float32, device=device)
+    slices = min(padded // BLOCK, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
+    expert, order = (torch.empty(m, dtype=torch.int32, device=device) for _ in range(2))
     counts = torch.empty(blocks, width, dtype=torch.int32, device=device)
     part = torch.empty(blocks * slices * rows * max(4 * width, 2 * rank), dtype=torch.float32, device=device)
     done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
-    read = (factors > experts) + 2 * (experts > 0)  # factors in a step of `convert`
-    measure[(blocks, slices)](
-        *inputs, ptr(layout.projection, x), ptr(layout.router_bias, absmax), expert, absmax, counts, part, done,
-        m, k, padded, slices, FACTOR_ROWS=factors * rank, TOTAL=kind.rows, E=experts, EP=width, ROWS=rows, **flags,
-        STAGES=stages(kind, x.dtype, device, 4 * width if experts else 0, 4, rows), num_warps=4, **options(device),
+    launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
+    tokens = _with_hidden(replace(tokens, order=order), layout)
+    score[(blocks, slices)](
+        x, layout.projection, layout.router_bias, expert, counts, part, done, m, k, padded, slices,
+        FACTOR_ROWS=factors * rank, TOTAL=kind.rows, E=experts, EP=width, ROWS=rows,
+        STAGES=stages(kind, x.dtype, device, 4 * width, 4, rows), **launch,
     )  # fmt: skip
-    if experts:
-        place[(blocks,)](
-            expert, counts, order, blocks, m, EP=width, ROWS=rows, BLOCKS=64, PDL=flags["PDL"],
-            num_warps=4, **options(device),
-        )  # fmt: skip
-    if factors:
-        tokens = _with_hidden(replace(tokens, order=order if experts else None), layout)
-    convert[(blocks, slices)](
-        *inputs, ptr(layout.projection, x), ptr(layout.code_scale, absmax), expert, order, absmax,
-        tokens.codes, tokens.token_scale, ptr(tokens.expert, expert), ptr(tokens.hidden, part),
-        ptr(tokens.present, expert), part, done, m, k, padded, slices, 1.0 / layout.headroom,
-        LARGEST=kind.largest_code, TOTAL=kind.rows, F=factors, E=experts, R=rank, CODES=kind.reads_codes, ROWS=rows,
-        **flags, STAGES=stages(kind, x.dtype, device, read * rank, 3, rows), num_warps=4, enable_fp_fusion=False,
-        **options(device),
+    place[(blocks,)](expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=rows, BLOCKS=64, **launch)
+    _quantize(x, layout, tokens, _constants_of_quantize(kind, padded) | launch, order)
+    read = 2 + (factors > experts)  # factors in a step
+    project[(blocks, slices)](
+        x, layout.projection, tokens.expert, order, tokens.token_scale, tokens.hidden, tokens.present, part, done,
+        m, k, padded, slices, 1.0 / layout.headroom, TOTAL=kind.rows, F=factors, E=experts, R=rank, ROWS=rows,
+        STAGES=stages(kind, x.dtype, device, read * rank, 3, rows), **launch,
     )  # fmt: skip
     return tokens

@@ -1,16 +1,16 @@
-"""`prepare` for many tokens in launches: measure (largest value and expert of each token), place (a stable counting
-sort by expert) if there are experts to choose from, convert (codes, and hidden values of the shared expert and of
-those that a block of tokens uses).
+"""`prepare` for many tokens of routed experts, in launches: `score` (the expert of each token), `place` (a stable
+counting sort by expert), `prepare.quantize` of tokens in that order, and beside it `project` (hidden values of the
+shared expert and of those that a block of tokens uses).
 
-Programs of `measure` and `convert` own a block of tokens and a slice of the input channels; the last slice to finish
-adds them up in order, so that results do not depend on timing.
+Programs of `score` and `project` own a block of tokens and a slice of the input channels; the last slice to finish adds
+them up in order, so that results do not depend on timing.
 
 Exactness. Codes and scales are the oracle's bit for bit, the same float32 products; a rotation's sums come in another
 order, so that its codes may differ by one where a value lies on a tie. Routers and experts that read values read the
 input as it is: smoothing and rotation are folded into their weights (`layout`). Router scores are float32 sums of
 exact products with weights of 24 bits, in another order than the oracle's: scores that differ by less than about 1e-6
 of their terms may choose otherwise; equal scores go to the first. Down factors are rounded to bfloat16, as weights of
-such models are (for float32 inputs they are float32), and hidden values to float16. Those of an expert that reads codes
+such models are (for float32 inputs they are float32), and hidden values to float16. Sums of an expert that reads codes
 are exact integers.
 """
 
@@ -24,62 +24,50 @@ from quant_experts.kernels.gpu.tokens import (
     add_product,
     choose,
     factors_used,
-    finished,
     load_raw,
-    nan_max,
     reciprocal,
-    rounded,
-    token_scale,
-    transformed,
     wait_for_previous_kernel,
 )
 
 
 @triton.jit
-def measure(
-    x_ptr, inverse_ptr, signs_ptr, projection_ptr, bias_ptr, expert_ptr, absmax_ptr, count_ptr, part_ptr, done_ptr, M,
-    K, Kp, SLICES, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, PDL: tl.constexpr,
+def score(
+    x_ptr, projection_ptr, bias_ptr, expert_ptr, count_ptr, part_ptr, done_ptr, M, K, Kp, SLICES,
+    FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Per token and slice: max |z| (SLICES, M). Per token: the expert. Per block of ROWS tokens: how many go to each
-    expert (blocks, EP)."""
+    """Per token: the expert. Per block of ROWS tokens: how many go to each expert (blocks, EP)."""
     wait_for_previous_kernel(PDL)
     WIDTH: tl.constexpr = ROUTER_PARTS * EP
     block, piece = tl.program_id(0), tl.program_id(1)
     token = block * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     scores = tl.zeros((ROWS, WIDTH), tl.float32)
-    most = tl.zeros((ROWS, 128), tl.float32)
     steps = Kp // 128
     for step in tl.range(piece * steps // SLICES, (piece + 1) * steps // SLICES, num_stages=STAGES):
-        columns = step * 128 + tl.arange(0, 128)
-        x = load_raw(x_ptr, token, token < M, columns, K)
-        most = nan_max(most, tl.abs(transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT)))
-        if E > 0:
-            at = projection_ptr + (step * TOTAL + FACTOR_ROWS + column)[None, :].to(tl.int64) * 128
-            scores = add_product(scores, tl.abs(x), tl.load(at + tl.arange(0, 128)[:, None]))
-    tl.store(absmax_ptr + piece * M + token, tl.reduce(most, 1, nan_max), mask=token < M)
-    if E > 0:
-        at = part_ptr + block.to(tl.int64) * SLICES * (ROWS * WIDTH)
-        at += tl.arange(0, ROWS)[:, None] * WIDTH + column[None, :]
-        tl.store(at + piece * (ROWS * WIDTH), scores)
+        x = load_raw(x_ptr, token, token < M, step * 128 + tl.arange(0, 128), K)
+        at = projection_ptr + (step * TOTAL + FACTOR_ROWS + column)[None, :].to(tl.int64) * 128
+        scores = add_product(scores, tl.abs(x), tl.load(at + tl.arange(0, 128)[:, None]))
+    at = part_ptr + block.to(tl.int64) * SLICES * (ROWS * WIDTH)
+    at += tl.arange(0, ROWS)[:, None] * WIDTH + column[None, :]
+    tl.store(at + piece * (ROWS * WIDTH), scores)
+    tl.debug_barrier()
+    if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
         tl.debug_barrier()
-        if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
-            tl.debug_barrier()
-            tl.store(done_ptr + block, 0)
-            scores = tl.zeros((ROWS, WIDTH), tl.float32)
-            for i in tl.range(SLICES, num_stages=4):
-                scores += tl.load(at + i * (ROWS * WIDTH), cache_modifier=".cg")
-            expert = choose(tl.sum(tl.reshape(scores, (ROWS, ROUTER_PARTS, EP)), axis=1), bias_ptr, E, EP)
-            tl.store(expert_ptr + token, expert, mask=token < M)
-            place = tl.arange(0, EP)
-            chosen = (expert[:, None] == place[None, :]) & (token < M)[:, None]
-            tl.store(count_ptr + block * EP + place, tl.sum(chosen.to(tl.int32), axis=0))
+        tl.store(done_ptr + block, 0)
+        scores = tl.zeros((ROWS, WIDTH), tl.float32)
+        for i in tl.range(SLICES, num_stages=4):
+            scores += tl.load(at + i * (ROWS * WIDTH), cache_modifier=".cg")
+        expert = choose(tl.sum(tl.reshape(scores, (ROWS, ROUTER_PARTS, EP)), axis=1), bias_ptr, E, EP)
+        tl.store(expert_ptr + token, expert, mask=token < M)
+        place = tl.arange(0, EP)
+        chosen = (expert[:, None] == place[None, :]) & (token < M)[:, None]
+        tl.store(count_ptr + block * EP + place, tl.sum(chosen.to(tl.int32), axis=0))
 
 
 @triton.jit
 def place(
-    expert_ptr, count_ptr, order_ptr, blocks, M,
+    expert_ptr, count_ptr, order_ptr, sorted_expert_ptr, blocks, M,
     EP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Stable counting sort: the place of each token of one block among all tokens sorted by expert."""
@@ -101,6 +89,7 @@ def place(
     among = tl.cumsum(chosen, axis=0) - chosen
     position = tl.sum(chosen * (base[None, :] + among), axis=1)
     tl.store(order_ptr + position, row, mask=row < M)
+    tl.store(sorted_expert_ptr + position, expert, mask=row < M)
 
 
 @triton.jit
@@ -111,124 +100,90 @@ def factor_at(projection_ptr, factor, step, TOTAL: tl.constexpr, R: tl.constexpr
 
 
 @triton.jit
-def convert_slice(
-    x_ptr, token, used, inverse, expert, inverse_ptr, signs_ptr, projection_ptr, codes_ptr, place, begin, end, M, K, Kp,
-    TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+def project_slice(
+    x_ptr, token, used, expert, projection_ptr, begin, end, K, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Steps [begin, end) of a block's channels: codes are written; (ROWS, R) hidden sums of the shared expert and of
-    each token's own are returned, int32 of an expert that reads int8 codes."""
-    first = tl.minimum(tl.min(tl.where(used, expert, E), axis=0), max(E - 1, 0))
+    """(ROWS, R) sums over steps [begin, end) of a block's channels, of the shared expert and of each token's own."""
+    first = tl.minimum(tl.min(tl.where(used, expert, E), axis=0), E - 1)
     last = tl.max(tl.where(used, expert, 0), axis=0)
     # In most blocks all tokens have one expert: then the second is the first once more.
     second = tl.minimum(tl.min(tl.where(used & (expert > first), expert, E), axis=0), tl.maximum(last, first))
-    FP8: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
-    SUMS: tl.constexpr = tl.int32 if CODES and not FP8 else tl.float32
-    shared = tl.zeros((ROWS, R), SUMS)
-    own = tl.zeros((ROWS, R), SUMS)
-    others = tl.zeros((ROWS, R), SUMS)
+    shared = tl.zeros((ROWS, R), tl.float32)
+    own = tl.zeros((ROWS, R), tl.float32)
+    others = tl.zeros((ROWS, R), tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
-        columns = step * 128 + tl.arange(0, 128)
-        x = load_raw(x_ptr, token, used, columns, K)
-        steps = transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH, ROT) * inverse[:, None]
-        codes = rounded(steps, FP8)
-        tl.store(codes_ptr + place.to(tl.int64)[:, None] * Kp + columns[None, :], codes, mask=(place < M)[:, None])
-        left = codes if CODES else x
+        x = load_raw(x_ptr, token, used, step * 128 + tl.arange(0, 128), K)
         if F > E:
-            shared = add_product(shared, left, tl.load(factor_at(projection_ptr, 0, step, TOTAL, R)))
-        if E > 0:
-            own = add_product(own, left, tl.load(factor_at(projection_ptr, F - E + first, step, TOTAL, R)))
-            others = add_product(others, left, tl.load(factor_at(projection_ptr, F - E + second, step, TOTAL, R)))
-        if not CODES:
-            shared, own, others = finished(shared), finished(own), finished(others)
-    if E > 0:
-        own = tl.where((expert == first)[:, None], own, others)
-        for e in range(second + 1, last + 1):  # three experts and more in one block: few tokens, or rare ones
-            others = tl.zeros((ROWS, R), SUMS)
-            for step in range(begin, end):
-                columns = step * 128 + tl.arange(0, 128)
-                x = load_raw(x_ptr, token, used, columns, K)
-                others = add_product(others, x, tl.load(factor_at(projection_ptr, F - E + e, step, TOTAL, R)))
-            own = tl.where((expert == e)[:, None], others, own)
+            shared = add_product(shared, x, tl.load(factor_at(projection_ptr, 0, step, TOTAL, R)))
+        own = add_product(own, x, tl.load(factor_at(projection_ptr, F - E + first, step, TOTAL, R)))
+        others = add_product(others, x, tl.load(factor_at(projection_ptr, F - E + second, step, TOTAL, R)))
+    own = tl.where((expert == first)[:, None], own, others)
+    for e in range(second + 1, last + 1):  # three experts and more in one block: few tokens, or rare ones
+        others = tl.zeros((ROWS, R), tl.float32)
+        for step in range(begin, end):
+            x = load_raw(x_ptr, token, used, step * 128 + tl.arange(0, 128), K)
+            others = add_product(others, x, tl.load(factor_at(projection_ptr, F - E + e, step, TOTAL, R)))
+        own = tl.where((expert == e)[:, None], others, own)
     return shared, own
 
 
 @triton.jit
 def store_hidden(
-    shared, own, expert, unit, code_scale_ptr, hidden_ptr, present_ptr, place, block, M,
-    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr,
+    shared, own, expert, unit, hidden_ptr, present_ptr, place, block, M,
+    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Hidden sums times unit (ROWS,), zeros for experts that a token does not use; and the factors in use."""
-    rank = tl.arange(0, R)
-    at = hidden_ptr + place.to(tl.int64)[:, None] * (F * R) + rank[None, :]
+    at = hidden_ptr + place.to(tl.int64)[:, None] * (F * R) + tl.arange(0, R)[None, :]
     mask = (place < M)[:, None]
     if F > E:
-        value = shared.to(tl.float32) * unit[:, None]
-        if CODES:
-            value = value * tl.load(code_scale_ptr + rank)[None, :]
-        tl.store(at, value.to(tl.float16), mask=mask)
+        tl.store(at, (shared * unit[:, None]).to(tl.float16), mask=mask)
     for e in range(E):
-        kept = tl.where((expert == e)[:, None], own.to(tl.float32) * unit[:, None], 0.0)
+        kept = tl.where((expert == e)[:, None], own * unit[:, None], 0.0)
         tl.store(at + (F - E + e) * R, kept.to(tl.float16), mask=mask)
     masks = block * (ROWS // 16) + tl.arange(0, ROWS // 16)
     tl.store(present_ptr + masks, factors_used(expert, place < M, F, E), mask=masks * 16 < M)
 
 
 @triton.jit
-def convert(
-    x_ptr, inverse_ptr, signs_ptr, projection_ptr, code_scale_ptr, expert_ptr, order_ptr, absmax_ptr, codes_ptr,
-    token_scale_ptr, sorted_expert_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr, M, K, Kp, SLICES,
-    inverse_headroom, LARGEST: tl.constexpr, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    CODES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
-    PDL: tl.constexpr,
+def project(
+    x_ptr, projection_ptr, expert_ptr, order_ptr, token_scale_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr, M, K,
+    Kp, SLICES, inverse_headroom, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Codes, scales and hidden values of ROWS places of the sorted order. SLICES: also of `measure`."""
-    wait_for_previous_kernel(PDL)
+    """Hidden values of ROWS places of the sorted order. The order was complete when the kernel before this one started;
+    token scales are when it has ended."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     block, piece = tl.program_id(0), tl.program_id(1)
     place = block * ROWS + tl.arange(0, ROWS)
-    token = place
-    expert = place * 0
-    if E > 0:
-        token = tl.load(order_ptr + place, mask=place < M, other=0)
-        expert = tl.load(expert_ptr + token, mask=place < M, other=0)
-    slices = tl.arange(0, 32)[:, None]
-    most = tl.load(absmax_ptr + slices * M + token[None, :], mask=(slices < SLICES) & (place < M)[None, :], other=0.0)
-    scale = token_scale(tl.reduce(most, 0, nan_max), LARGEST)
-    finite = scale == scale  # others are read as zeros, which gives zero codes
-    inverse = reciprocal(tl.where(finite, scale, 1.0))
-    if piece == 0:
-        tl.store(token_scale_ptr + place, scale, mask=place < M)
-        if E > 0:
-            tl.store(sorted_expert_ptr + place, expert, mask=place < M)
+    token = tl.load(order_ptr + place, mask=place < M, other=0, cache_modifier=".cg")
+    expert = tl.load(expert_ptr + place, mask=place < M, other=0, cache_modifier=".cg")
     steps = Kp // 128
-    shared, own = convert_slice(
-        x_ptr, token, (place < M) & finite, inverse, expert, inverse_ptr, signs_ptr, projection_ptr, codes_ptr, place,
-        piece * steps // SLICES, (piece + 1) * steps // SLICES, M, K, Kp, TOTAL, F, E, R, CODES, ROWS,
-        STAGES, SMOOTH, ROT,
+    shared, own = project_slice(
+        x_ptr, token, place < M, expert, projection_ptr, piece * steps // SLICES, (piece + 1) * steps // SLICES, K,
+        TOTAL, F, E, R, ROWS, STAGES,
     )  # fmt: skip
-    if F > 0:
-        PARTS: tl.constexpr = 2 if E > 0 and F > E else 1
-        base = part_ptr + block.to(tl.int64) * SLICES * (PARTS * ROWS * R)
-        inner = tl.arange(0, ROWS)[:, None] * R + tl.arange(0, R)[None, :]
-        at = base + piece * (PARTS * ROWS * R) + inner
-        if F > E:
-            tl.store(at, shared.to(tl.float32, bitcast=True))
-        if E > 0:
-            tl.store(at + (PARTS - 1) * ROWS * R, own)
+    PARTS: tl.constexpr = 2 if F > E else 1
+    base = part_ptr + block.to(tl.int64) * SLICES * (PARTS * ROWS * R)
+    inner = tl.arange(0, ROWS)[:, None] * R + tl.arange(0, R)[None, :]
+    at = base + piece * (PARTS * ROWS * R) + inner
+    if F > E:
+        tl.store(at, shared)
+    tl.store(at + (PARTS - 1) * ROWS * R, own)
+    tl.debug_barrier()
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
         tl.debug_barrier()
-        if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
-            tl.debug_barrier()
-            tl.store(done_ptr + block, 0)
-            shared = tl.zeros_like(shared)
-            own = tl.zeros_like(own)
-            for i in tl.range(SLICES, num_stages=3):
-                at = base + i * (PARTS * ROWS * R) + inner
-                if F > E:
-                    shared += tl.load(at, cache_modifier=".cg").to(shared.dtype, bitcast=True)
-                if E > 0:
-                    own += tl.load(at + (PARTS - 1) * ROWS * R, cache_modifier=".cg")
-            unit = inverse * 0.0 + inverse_headroom if CODES else inverse * inverse_headroom
-            store_hidden(
-                shared, own, expert, unit, code_scale_ptr, hidden_ptr, present_ptr, place, block, M,
-                F, E, R, CODES, ROWS,
-            )  # fmt: skip
+        tl.store(done_ptr + block, 0)
+        shared = tl.zeros_like(shared)
+        own = tl.zeros_like(own)
+        for i in tl.range(SLICES, num_stages=3):
+            at = base + i * (PARTS * ROWS * R) + inner
+            if F > E:
+                shared += tl.load(at, cache_modifier=".cg")
+            own += tl.load(at + (PARTS - 1) * ROWS * R, cache_modifier=".cg")
+        scale = tl.load(token_scale_ptr + place, mask=place < M, other=1.0, cache_modifier=".cg")
+        unit = reciprocal(tl.where(scale == scale, scale, 1.0)) * inverse_headroom
+        store_hidden(shared, own, expert, unit, hidden_ptr, present_ptr, place, block, M, F, E, R, ROWS)

@@ -134,11 +134,16 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     if not m:
         return tokens
     rotation = 0 if layout.signs is None else layout.rotation
-    chunk = min(CHUNK, max(1 << (padded - 1).bit_length(), 16 * rotation))
-    scale_tokens[(m, -(-padded // chunk) if m <= 64 else 1)](
-        x, ptr(inverse, unit), ptr(layout.signs, unit), values, unit, k, padded, width, CHUNK=chunk, ROT=rotation,
-        SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=8, **options(device),
-    )  # fmt: skip
+    if hopper(device):
+        from quant_experts.kernels.gpu.hopper_tokens import write_tokens
+
+        write_tokens(x, inverse, rotation, 0, values, unit, padded)
+    else:
+        chunk = min(CHUNK, max(1 << (padded - 1).bit_length(), 16 * rotation))
+        scale_tokens[(m, -(-padded // chunk) if m <= 64 else 1)](
+            x, ptr(inverse, unit), ptr(layout.signs, unit), values, unit, k, padded, width, CHUNK=chunk, ROT=rotation,
+            SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=8, **options(device),
+        )  # fmt: skip
     if width > padded:
         _project(x, inverse, tokens, layout)
     return tokens

@@ -1,0 +1,131 @@
+"""Tokens for quantized linears on Hopper GPUs, in Gluon: a program reads a whole token once, keeps it in registers,
+smooths and rotates it there, and writes its codes, or its values in units of a power of two.
+
+A thread holds eight consecutive channels of each part of a token, so a rotation is sums within a thread and with its
+neighbours, without shared memory. `gpu_weight_activation.prepare.quantize` and `gpu_weight_only.prepare.scale_tokens`
+are the same for other GPUs and the interpreter, where a rotation is a product of matrix units on parts of each value:
+here that took up to four times as long (EXPERIMENTS.md).
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quant_experts.kernels.gpu.assembly import EIGHT, HADAMARD_16, HADAMARD_32, HADAMARD_64, HADAMARD_128
+from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
+from quant_experts.kernels.gpu.launch import options, ptr
+from quant_experts.kernels.gpu.tokens import ROUNDING, SMALLEST
+
+NAN_TOO = gl.constexpr(tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def nan_max(a, b):
+    """max(a, b), NaN if either is."""
+    return gl.maximum(a, b, propagate_nan=NAN_TOO)
+
+
+@gluon.jit
+def rotated(z, ROT: gl.constexpr):
+    """z, of which each thread holds runs of eight, in rotated blocks of ROT."""
+    if ROT == 16:
+        z = gl.inline_asm_elementwise(HADAMARD_16, EIGHT, [z], dtype=gl.float32, is_pure=True, pack=8)
+    elif ROT == 32:
+        z = gl.inline_asm_elementwise(HADAMARD_32, EIGHT, [z], dtype=gl.float32, is_pure=True, pack=8)
+    elif ROT == 64:
+        z = gl.inline_asm_elementwise(HADAMARD_64, EIGHT, [z], dtype=gl.float32, is_pure=True, pack=8)
+    else:
+        gl.static_assert(ROT == 128)
+        z = gl.inline_asm_elementwise(HADAMARD_128, EIGHT, [z], dtype=gl.float32, is_pure=True, pack=8)
+    return z * (ROT**-0.5)
+
+
+@gluon.jit
+def unit_and_inverse(largest, finite, LARGEST: gl.constexpr):
+    """Of codes up to LARGEST (`tokens.token_scale`), or, where that is 0, the power of two at or below the largest
+    magnitude, within float32's normal range (`power_below` of weight-only schemes)."""
+    if LARGEST > 0:
+        unit = gl.where(finite & (largest >= SMALLEST), gl.div_rn(largest, 1.0 * LARGEST), 1.0)
+        inverse = gl.div_rn(1.0, unit)
+    else:
+        bits = gl.minimum(gl.maximum(gl.where(finite, largest, 1.0), 2.0**-100), 2.0**126).to(gl.int32, bitcast=True)
+        bits = bits & 0x7F800000
+        unit = bits.to(gl.float32, bitcast=True)
+        inverse = (0x7F000000 - bits).to(gl.float32, bitcast=True)
+    return unit, inverse
+
+
+@gluon.jit
+def kernel(
+    x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, K, Kp, width, LARGEST: gl.constexpr,
+    PARTS: gl.constexpr, WARPS: gl.constexpr, SMOOTH: gl.constexpr, ROT: gl.constexpr, SORTED: gl.constexpr,
+    SUMS: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """Programs: tokens. The first Kp of `width` values of one in its place of a sorted order, its unit, and SUMS zeros.
+
+    EARLY: what is read was complete when the kernel before this one started.
+    """
+    PART: gl.constexpr = WARPS * 256
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
+    column = gl.arange(0, PART, LAYOUT)
+    place = gl.program_id(0).to(gl.int64)
+    if not EARLY:
+        wait_for_previous_kernel()
+    allow_next_kernel()
+    token = place
+    if SORTED:
+        token = gl.load(order_ptr + place, cache_modifier=".cg").to(gl.int64)
+    raw = ()
+    for part in gl.static_range(PARTS):
+        at = part * PART + column
+        raw = raw + (gl.load(x_ptr + token * K + at, mask=at < K, other=0.0, cache_modifier=".cg"),)
+    values = ()
+    most = gl.zeros([PART], gl.float32, LAYOUT)
+    for part in gl.static_range(PARTS):
+        z = raw[part].to(gl.float32)
+        if SMOOTH:
+            at = part * PART + column
+            z = z * gl.load(inverse_ptr + at, mask=at < K, other=1.0)
+        if LARGEST == 0:
+            most = nan_max(most, gl.abs(z))
+        if ROT > 0:
+            z = rotated(z, ROT)
+        if LARGEST > 0:
+            most = nan_max(most, gl.abs(z))
+        values = values + (z,)
+    largest = gl.reduce(most, 0, nan_max)
+    finite = largest < float("inf")
+    unit, inverse = unit_and_inverse(largest, finite, LARGEST)
+    for part in gl.static_range(PARTS):
+        steps = gl.where(finite, values[part] * inverse, 0.0)
+        if values_ptr.dtype.element_ty == gl.int8:
+            steps = (steps + ROUNDING).to(gl.int32, bitcast=True)
+        at = part * PART + column
+        gl.store(values_ptr + place * width + at, steps.to(values_ptr.dtype.element_ty), mask=at < Kp)
+    gl.store(unit_ptr + place, gl.where(finite, unit, float("nan")))
+    if SUMS > 0:
+        at = gl.arange(0, SUMS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        gl.store(sums_ptr + place * SUMS + at, gl.zeros_like(at))
+    if EARLY:
+        wait_for_previous_kernel()
+
+
+def write_tokens(
+    x: Tensor, inverse_smooth: Tensor | None, rotation: int, largest: int, values: Tensor, unit: Tensor, padded: int,
+    order: Tensor | None = None, sums: Tensor | None = None, early: bool = False,
+) -> None:  # fmt: skip
+    """x (M, K) / m, rotated, in units of each token -> the first `padded` columns of values (M, width), and unit (M).
+
+    largest: the code of a token's largest magnitude, or 0 for units that are powers of two. order: the token of each
+    row. sums (M, a power of two): written zero. early: see `kernel`.
+    """
+    (m, k), warps = x.shape, 4 if padded <= 4096 else 8 if padded <= 8192 else 16 if padded <= 32768 else 32
+    kernel[(m,)](
+        x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), k, padded, values.shape[1],
+        LARGEST=largest, PARTS=-(-padded // (256 * warps)), WARPS=warps, SMOOTH=inverse_smooth is not None,
+        ROT=rotation, SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1], EARLY=early,
+        num_warps=warps, enable_fp_fusion=False, **options(x.device),
+    )  # fmt: skip
