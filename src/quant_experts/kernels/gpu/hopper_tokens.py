@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.assembly import EIGHT, HADAMARD_16, HADAMARD_32, HADAMARD_64, HADAMARD_128
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
-from quant_experts.kernels.gpu.launch import options, ptr
+from quant_experts.kernels.gpu.launch import options, programs, ptr
 from quant_experts.kernels.gpu.tokens import ROUNDING, SMALLEST
 
 NAN_TOO = gl.constexpr(tl.PropagateNan.ALL)
@@ -59,56 +59,84 @@ def unit_and_inverse(largest, finite, LARGEST: gl.constexpr):
 
 
 @gluon.jit
+def ask_for_token(x_ptr, token, there, column, K, PARTS: gl.constexpr, PART: gl.constexpr):
+    """Parts of a token as they are, zero where it is not there."""
+    raw = ()
+    for part in gl.static_range(PARTS):
+        at = part * PART + column
+        raw = raw + (gl.load(x_ptr + token * K + at, mask=(at < K) & there, other=0.0, cache_modifier=".cg"),)
+    return raw
+
+
+@gluon.jit
 def kernel(
-    x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, K, Kp, width, LARGEST: gl.constexpr,
+    x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, M, K, Kp, width, LARGEST: gl.constexpr,
     PARTS: gl.constexpr, WARPS: gl.constexpr, SMOOTH: gl.constexpr, ROT: gl.constexpr, SORTED: gl.constexpr,
-    SUMS: gl.constexpr, EARLY: gl.constexpr,
+    SUMS: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
-    """Programs: tokens. The first Kp of `width` values of one in its place of a sorted order, its unit, and SUMS zeros.
+    """The first Kp of `width` values of each token in its place of a sorted order, its unit, and SUMS zeros. A program
+    takes every n-th place, n the number of programs. HELD: 1 / m and a second token fit its registers, and it asks for
+    that before it works on the first.
 
     EARLY: what is read was complete when the kernel before this one started.
     """
     PART: gl.constexpr = WARPS * 256
     LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
     column = gl.arange(0, PART, LAYOUT)
-    place = gl.program_id(0).to(gl.int64)
+    inverses = ()
+    if SMOOTH and HELD:
+        for part in gl.static_range(PARTS):
+            at = part * PART + column
+            inverses = inverses + (gl.load(inverse_ptr + at, mask=at < K, other=1.0),)
     if not EARLY:
         wait_for_previous_kernel()
     allow_next_kernel()
-    token = place
+    first = gl.program_id(0)
+    token = first
     if SORTED:
-        token = gl.load(order_ptr + place, cache_modifier=".cg").to(gl.int64)
-    raw = ()
-    for part in gl.static_range(PARTS):
-        at = part * PART + column
-        raw = raw + (gl.load(x_ptr + token * K + at, mask=at < K, other=0.0, cache_modifier=".cg"),)
-    values = ()
-    most = gl.zeros([PART], gl.float32, LAYOUT)
-    for part in gl.static_range(PARTS):
-        z = raw[part].to(gl.float32)
-        if SMOOTH:
+        token = gl.load(order_ptr + first, cache_modifier=".cg")
+    raw = ask_for_token(x_ptr, token.to(gl.int64), True, column, K, PARTS, PART)
+    for i in range(first, M, gl.num_programs(0)):
+        place = i.to(gl.int64)
+        following = i + gl.num_programs(0)
+        token = following
+        if SORTED:
+            token = gl.load(order_ptr + following, mask=following < M, other=0, cache_modifier=".cg")
+        if HELD:
+            next_raw = ask_for_token(x_ptr, token.to(gl.int64), following < M, column, K, PARTS, PART)
+        values = ()
+        most = gl.zeros([PART], gl.float32, LAYOUT)
+        for part in gl.static_range(PARTS):
+            z = raw[part].to(gl.float32)
+            if SMOOTH and HELD:
+                z = z * inverses[part]
+            elif SMOOTH:
+                at = part * PART + column
+                z = z * gl.load(inverse_ptr + at, mask=at < K, other=1.0)
+            if LARGEST == 0:
+                most = nan_max(most, gl.abs(z))
+            if ROT > 0:
+                z = rotated(z, ROT)
+            if LARGEST > 0:
+                most = nan_max(most, gl.abs(z))
+            values = values + (z,)
+        largest = gl.reduce(most, 0, nan_max)
+        finite = largest < float("inf")
+        unit, inverse = unit_and_inverse(largest, finite, LARGEST)
+        for part in gl.static_range(PARTS):
+            steps = gl.where(finite, values[part] * inverse, 0.0)
+            if values_ptr.dtype.element_ty == gl.int8:
+                steps = (steps + ROUNDING).to(gl.int32, bitcast=True)
             at = part * PART + column
-            z = z * gl.load(inverse_ptr + at, mask=at < K, other=1.0)
-        if LARGEST == 0:
-            most = nan_max(most, gl.abs(z))
-        if ROT > 0:
-            z = rotated(z, ROT)
-        if LARGEST > 0:
-            most = nan_max(most, gl.abs(z))
-        values = values + (z,)
-    largest = gl.reduce(most, 0, nan_max)
-    finite = largest < float("inf")
-    unit, inverse = unit_and_inverse(largest, finite, LARGEST)
-    for part in gl.static_range(PARTS):
-        steps = gl.where(finite, values[part] * inverse, 0.0)
-        if values_ptr.dtype.element_ty == gl.int8:
-            steps = (steps + ROUNDING).to(gl.int32, bitcast=True)
-        at = part * PART + column
-        gl.store(values_ptr + place * width + at, steps.to(values_ptr.dtype.element_ty), mask=at < Kp)
-    gl.store(unit_ptr + place, gl.where(finite, unit, float("nan")))
-    if SUMS > 0:
-        at = gl.arange(0, SUMS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        gl.store(sums_ptr + place * SUMS + at, gl.zeros_like(at))
+            gl.store(values_ptr + place * width + at, steps.to(values_ptr.dtype.element_ty), mask=at < Kp)
+        gl.store(unit_ptr + place, gl.where(finite, unit, float("nan")))
+        if SUMS > 0:
+            rank = gl.arange(0, SUMS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+            gl.store(sums_ptr + place * SUMS + rank, gl.zeros_like(rank))
+        if HELD:
+            raw = next_raw
+        else:
+            raw = ask_for_token(x_ptr, token.to(gl.int64), following < M, column, K, PARTS, PART)
     if EARLY:
         wait_for_previous_kernel()
 
@@ -123,9 +151,11 @@ def write_tokens(
     row. sums (M, a power of two): written zero. early: see `kernel`.
     """
     (m, k), warps = x.shape, 4 if padded <= 4096 else 8 if padded <= 8192 else 16 if padded <= 32768 else 32
-    kernel[(m,)](
-        x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), k, padded, values.shape[1],
-        LARGEST=largest, PARTS=-(-padded // (256 * warps)), WARPS=warps, SMOOTH=inverse_smooth is not None,
-        ROT=rotation, SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1], EARLY=early,
-        num_warps=warps, enable_fp_fusion=False, **options(x.device),
+    parts = -(-padded // (256 * warps))
+    held = parts * x.element_size() <= 10
+    kernel[(min(m, programs(x.device) * 16 // warps) if held else m,)](
+        x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), m, k, padded, values.shape[1],
+        LARGEST=largest, PARTS=parts, WARPS=warps, SMOOTH=inverse_smooth is not None, ROT=rotation,
+        SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1], EARLY=early, HELD=held, num_warps=warps,
+        maxnreg=2048 // max(16, warps), enable_fp_fusion=False, **options(x.device),
     )  # fmt: skip

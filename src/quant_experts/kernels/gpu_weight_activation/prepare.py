@@ -1,10 +1,10 @@
 """`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each; experts are
 projected by `begin`, beside quantization, or by `project`; `end` settles experts and hidden values.
 
-A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels.
-Integer sums of codes are added where they are, in any order, to zeros that `quantize` leaves; float32 sums of slices
-are written side by side, and `end` adds them, always in the same order. It chooses experts, and keeps the hidden values
-of each token's own. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
+A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
+writes its sums; `end` adds the slices, always in the same order, chooses experts, and keeps the hidden values of each
+token's own. Integer sums of a few tokens' codes are added where they are instead, in any order, to zeros that
+`quantize` leaves. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
 routing and projecting. (`prepare_many` sorts, for many tokens of routed experts.)
 
 The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`). So
@@ -42,7 +42,7 @@ def begin(
     x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, M, K, Kp, slices,
     LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
     FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs: tokens, which are quantized, then those of `project`, of values."""
     program = tl.program_id(0)
@@ -54,8 +54,8 @@ def begin(
         )  # fmt: skip
     else:
         project_part(
-            x_ptr, projection_ptr, sums_ptr, program - M, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, STAGES,
-            PDL,
+            x_ptr, projection_ptr, sums_ptr, program - M, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, ADD,
+            STAGES, PDL,
         )  # fmt: skip
 
 
@@ -111,22 +111,22 @@ def quantize_token(
 @triton.jit
 def project(
     x_ptr, projection_ptr, sums_ptr, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
-    RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs: blocks of tokens x TOTAL / RC x slices. x: values, or codes."""
     project_part(
-        x_ptr, projection_ptr, sums_ptr, tl.program_id(0), slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, STAGES,
-        PDL,
+        x_ptr, projection_ptr, sums_ptr, tl.program_id(0), slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, ADD,
+        STAGES, PDL,
     )  # fmt: skip
 
 
 @triton.jit
 def project_part(
     x_ptr, projection_ptr, sums_ptr, program, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
-    RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """RC rows of the projection for BM tokens over one slice of the input channels: of values to sums (slices, M,
-    TOTAL), integers added to sums (M, TOTAL). Where loops are not pipelined, the first weights are asked for before the previous kernel has ended:
+    """RC rows of the projection for BM tokens over one slice of the input channels: to sums (slices, M, TOTAL), or,
+    if it is to ADD, to sums (M, TOTAL). Where loops are not pipelined, the first weights are asked for before the previous kernel has ended:
     none of the kernels that prepare or multiply writes them."""
     piece, chunk = program % slices, program // slices % (TOTAL // RC)
     token = program // (slices * (TOTAL // RC)) * BM + tl.arange(0, BM)
@@ -164,7 +164,7 @@ def project_part(
             at = rows_at[None, :] + tl.cast(step, tl.int64) * (TOTAL * 128) + tl.arange(0, 128)[:, None]
             sums = add_product(sums, x, tl.load(at))
     at = token[:, None] * TOTAL + rank[None, :]
-    if SUMS == tl.int32:
+    if ADD:
         tl.atomic_add(sums_ptr + at, sums, mask=(token < M)[:, None], sem="relaxed")
     else:
         tl.store(sums_ptr + piece * M * TOTAL + at, sums, mask=(token < M)[:, None])

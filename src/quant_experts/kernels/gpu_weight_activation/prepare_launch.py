@@ -41,14 +41,16 @@ LONG = 8192
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels of a token that a program reads at a time; longer tokens are quantized by a launch of their own."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
-"""Tokens that one program takes when tokens are many."""
+"""Tokens that one program takes when tokens are many; twice as many from 4,096 tokens on."""
 PROJECT_TILES = (
     (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4), 20),
     (16, dict(RC=32, BM=16, WAYS=1), 10),
-    (1 << 31, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1), 24),
+    (1 << 31, dict(RC=32, BM=16 if INTERPRETED else 64, WAYS=1), 14),
 )
 """Up to so many tokens: rows of the projection, tokens and warps with channels of their own of a program that projects;
 and how many programs share the input channels, at most."""
+ADD_TOKENS = 8
+"""Up to here integer sums of codes are added where they are; of more tokens that is slower than writing them."""
 MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
 WAVES = 2
@@ -78,7 +80,7 @@ class Cut(NamedTuple):
     constants: dict[str, Any]
 
 
-NO_PROJECTION = Cut(0, 0, 0, dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, STAGES=1))
+NO_PROJECTION = Cut(0, 0, 0, dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, ADD=False, STAGES=1))
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,10 @@ class Plan:
     """Options of any launch."""
     quantize: dict[str, Any]
     """Constants of kernels that quantize, launch options among them."""
+    adds: bool
+    """Whether integer sums are added where they are."""
     end: dict[str, Any]
     """Those of `end`."""
-
-    @property
-    def adds(self) -> bool:
-        """Whether integer sums are added where they are."""
-        return self.sums_type == torch.int32
 
 
 @lru_cache(PLANS)
@@ -112,7 +111,8 @@ def plan(kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, s
     """For m tokens of k channels."""
     padded = max(1, -(-k // BLOCK)) * BLOCK
     sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
-    cut = _cut(kind, m, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES, dtype, device)
+    adds = sums_type == torch.int32 and m <= ADD_TOKENS
+    cut = _cut(kind, m, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES, adds, dtype, device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
     constants = dict(
         F=kind.factors, E=kind.experts, EP=padded_experts(kind.experts), R=kind.rank, TOTAL=kind.rows,
@@ -121,7 +121,7 @@ def plan(kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, s
     return Plan(
         kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
         beside=cut.programs > 0 and not kind.reads_codes and padded <= CHUNK, cut=cut, sums_type=sums_type,
-        launch=launch, quantize=_constants_of_quantize(kind, padded) | launch, end=constants | launch,
+        adds=adds, launch=launch, quantize=_constants_of_quantize(kind, padded) | launch, end=constants | launch,
     )  # fmt: skip
 
 
@@ -133,19 +133,21 @@ def _constants_of_quantize(kind: Kind, padded: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _cut(kind: Kind, m: int, steps: int, most: int, dtype: torch.dtype, device: torch.device) -> Cut:
-    """steps: blocks of 128 input channels. most: slices."""
+def _cut(
+    kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dtype, device: torch.device
+) -> Cut:
+    """steps: blocks of 128 input channels. most: slices that are not added where they are."""
     if not kind.rows:
         return NO_PROJECTION
     tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if m <= limit)
-    adds = kind.reads_codes and kind.code_type == torch.int8
-    if adds and tile["WAYS"] == 1:
+    if kind.reads_codes and m > 16:
         tile = tile | dict(RC=min(64, kind.rows))
     tiles = -(-m // tile["BM"]) * (kind.rows // tile["RC"])
-    slices = min(-(-steps // tile["WAYS"]), max(1, 3 * programs(device) // tiles))
+    waves = 2 if kind.reads_codes else 3
+    slices = min(-(-steps // tile["WAYS"]), max(1, waves * programs(device) // tiles))
     slices = slices if adds else min(slices, most, most_slices)
     fitting = stages(kind, dtype, device, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
-    constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=fitting)
+    constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, ADD=adds, STAGES=fitting)
     return Cut(slices, 1 if adds else slices, tiles * slices, constants)
 
 
@@ -269,7 +271,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     assert tokens.codes is not None
     (m, k), padded, device, rank, kind = x.shape, tokens.codes.shape[1], x.device, layout.rank, layout.kind
     factors, experts, width = layout.factors, layout.experts, padded_experts(layout.experts)
-    rows = BLOCK_TOKENS
+    rows = BLOCK_TOKENS * (1 if m < 4096 else 2)
     blocks = -(-m // rows)
     slices = min(padded // BLOCK, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
     expert, order = (torch.empty(m, dtype=torch.int32, device=device) for _ in range(2))
