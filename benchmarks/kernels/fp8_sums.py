@@ -20,8 +20,8 @@ from quant_experts.kernels.operands import GroupOperands, LinearOperands
 TOKENS, OUTPUTS = 24, 24
 KEPT = 13
 """Bits behind the first."""
-TOGETHER = 128
-"""Channels that the units add up alone: two steps of a small tile are 256."""
+TOGETHER = 512
+"""Channels that the units add up alone."""
 
 
 def exponent(x: Tensor, least: int) -> Tensor:

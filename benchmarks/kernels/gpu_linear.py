@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ RECIPE = RECIPES["quant-experts"]
 COLD_BYTES = 200_000_000
 FEW_TOKENS, FEW_BLOCKS = 128, 4
 """Up to so many tokens a graph has at least so many blocks."""
+ROUNDS = 9
 WARM_SECONDS = 0.5
 """Of work before a model is timed: a chip that was idle is slower at first."""
 BASELINES = ("bf16", "cublas_int8", "cublas_fp8", "reading")
@@ -98,23 +100,30 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
     return triton_backend.pack(group, [linear], torch.bfloat16)
 
 
-def median_time(work: Callable[[], object], replays: int = 9) -> float:
-    """Microseconds of one call inside a CUDA graph."""
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
     graph.replay()
-    times: list[float] = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
-    return sorted(times)[replays // 2]
+    return graph
+
+
+def replay_time(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1000
+
+
+def median_time(work: Callable[[], object], replays: int = ROUNDS) -> float:
+    """Microseconds of one call inside a CUDA graph."""
+    graph = captured(work)
+    return median(replay_time(graph) for _ in range(replays))
 
 
 def chip_limits() -> dict[str, float]:
@@ -216,12 +225,14 @@ def measure(
     made = {kind: weights(shapes, most, bits, kind) for kind in kinds}
     warm_up(work(shapes, tokens[0], "bf16", made["bf16"]))
     for row in rows[:1] + rows:  # the first twice: what comes first is slower
-        # Kinds side by side, so that a chip that grows slower or faster meets all alike.
+        # Kinds take turns, so that a chip that grows slower or faster meets all alike.
         m, count = row["tokens"], blocks(shapes, row["tokens"])
-        for kind in kinds:
-            if timed(kind, m):
-                row[kind] = median_time(work(shapes, m, kind, made[kind][: 4 * count])) / count
-        print(json.dumps({key: round(v, 1) if isinstance(v, float) else v for key, v in row.items()}), flush=True)
+        graphs = {k: captured(work(shapes, m, k, made[k][: 4 * count])) for k in kinds if timed(k, m)}
+        rounds = [{kind: replay_time(graph) / count for kind, graph in graphs.items()} for _ in range(ROUNDS)]
+        row |= {kind: median(times[kind] for times in rounds) for kind in graphs}
+        row["rounds"] = [{kind: round(time, 1) for kind, time in times.items()} for times in rounds]
+        shown = {key: round(v, 1) if isinstance(v, float) else v for key, v in row.items() if key != "rounds"}
+        print(json.dumps(shown), flush=True)
     return rows
 
 

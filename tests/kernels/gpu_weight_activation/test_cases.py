@@ -71,6 +71,15 @@ def rows_on_no_device(n: int, k: int) -> Any:
         (4, (4608, 3584), 8, 128, torch.int8, False),  # more ranks than registers hold
         (1, (4608, 3584), 8, 32, torch.float8_e4m3fn, False),
         (1, (31, 128), 0, 64, torch.int8, False),  # fewer rows than a tile
+        # an expert that reads codes
+        (16, (4608, 3584), 0, 64, torch.int8, True),
+        (17, (4608, 3584), 0, 64, torch.int8, False),
+        (16, (4608, 3584), 0, 128, torch.int8, False),
+        (4, (37888, 3584), 0, 64, torch.int8, True),
+        (5, (37888, 3584), 0, 64, torch.int8, False),
+        (8, (3584, 18944), 0, 64, torch.int8, True),
+        (9, (3584, 18944), 0, 64, torch.int8, False),
+        (8, (3584, 18944), 0, 64, torch.float8_e4m3fn, False),
     ],
 )
 def test_which_linears_settle(
@@ -79,12 +88,14 @@ def test_which_linears_settle(
 ) -> None:  # fmt: skip
     """On Hopper the linear of few tokens and weights chooses experts itself; elsewhere none does."""
     from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+    from quant_experts.kernels.gpu_weight_activation import hopper_launch
     from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
-    kind = Kind(127, code_type, False, 0, experts + 1, experts, rank, (experts + 1) * rank, 2, False)
+    kind = Kind(127, code_type, False, 0, experts + 1, experts, rank, (experts + 1) * rank, 2, experts == 0)
     packed: Any = SimpleNamespace(group=SimpleNamespace(kind=kind), linear=rows_on_no_device(*shape))
     assert not triton_backend._settles(tokens, packed)
     monkeypatch.setattr(triton_backend, "hopper", lambda device: True)
+    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
     assert triton_backend._settles(tokens, packed) == expected
 
 

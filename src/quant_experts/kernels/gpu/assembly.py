@@ -34,7 +34,7 @@ FLOAT16_CODES = tl.constexpr(
 
 
 def _hadamard(block: int) -> str:
-    """Of sums, $0-$7 from $8-$15: first over a thread's own eight numbers, then with threads at a distance of 1, 2, 4..."""
+    """$0-$7 from $8-$15: sums of a thread's own eight numbers first, then with threads at a distance of 1, 2, 4..."""
     lines = [".reg .f32 a<8>, b<8>, sign;", ".reg .b32 upper;", *(f"mov.f32 a{i}, ${8 + i};" for i in range(8))]
     old, new = "a", "b"
     for bit in (1, 2, 4):

@@ -19,6 +19,8 @@ from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previou
 from quant_experts.kernels.gpu.launch import options, programs, ptr
 from quant_experts.kernels.gpu.tokens import ROUNDING, SMALLEST
 
+WARPS = ((4096, 4), (8192, 8), (32768, 16), (1 << 31, 32))
+"""Warps of a program, by input channels, up to so many."""
 NAN_TOO = gl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -97,7 +99,7 @@ def kernel(
         token = gl.load(order_ptr + first, cache_modifier=".cg")
     raw = ask_for_token(x_ptr, token.to(gl.int64), True, column, K, PARTS, PART)
     for i in range(first, M, gl.num_programs(0)):
-        place = i.to(gl.int64)
+        place = i.to(gl.int64)  # type: ignore[attr-defined]
         following = i + gl.num_programs(0)
         token = following
         if SORTED:
@@ -150,7 +152,7 @@ def write_tokens(
     largest: the code of a token's largest magnitude, or 0 for units that are powers of two. order: the token of each
     row. sums (M, a power of two): written zero. early: see `kernel`.
     """
-    (m, k), warps = x.shape, 4 if padded <= 4096 else 8 if padded <= 8192 else 16 if padded <= 32768 else 32
+    (m, k), warps = x.shape, next(warps for most, warps in WARPS if padded <= most)
     parts = -(-padded // (256 * warps))
     held = parts * x.element_size() <= 10
     kernel[(min(m, programs(x.device) * 16 // warps) if held else m,)](

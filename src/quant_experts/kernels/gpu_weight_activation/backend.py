@@ -37,7 +37,7 @@ from quant_experts.kernels.gpu_weight_activation.layout import (
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
 LINEAR_FEW = 8
-"""Up to here `linear_few` multiplies."""
+"""Up to here `linear_few` multiplies, on Hopper fp8 tokens only."""
 UNSETTLED, UNSETTLED_WEIGHTS = 4, 1 << 25
 """Up to here, and up to so many weights, the linear for Hopper GPUs settles experts itself. Every program of it does,
 so that with more of either a launch of its own costs less. An expert that reads codes leaves less to settle: there the
@@ -98,15 +98,14 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 def _settles(m: int, packed: Packed) -> bool:
     """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
     weight, kind = packed.linear.weight, packed.group.kind
-    if not hopper(weight.device) or m > LINEAR_FEW:
+    if not hopper(weight.device):
         return False
     if not kind.reads_codes and (m > UNSETTLED or 2 * weight.numel() > UNSETTLED_WEIGHTS):
         return False
-    if (kind.factors - kind.experts + min(kind.experts, m)) * kind.rank > UNSETTLED_RANKS:
-        return False
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-    return hopper_launch.takes_few(m, kind.code_type, packed.linear, hidden=True)
+    ranks = (kind.factors - kind.experts + min(kind.experts, m)) * kind.rank
+    return ranks <= UNSETTLED_RANKS and hopper_launch.takes_few(m, kind.code_type, packed.linear, ranks)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -148,13 +147,20 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     if hopper(y.device):
         from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-        hidden = prepared.hidden is not None or prepared.sums is not None
-        if hopper_launch.takes_few(len(y), prepared.codes.dtype, layout, hidden):
+        if hopper_launch.takes_few(len(y), prepared.codes.dtype, layout, _ranks(prepared, layout, len(y))):
             multiply = hopper_launch.linear_few
-        elif not few:
+        elif not (few and fp8):
             multiply = hopper_launch.linear
     multiply(prepared, layout, y)
     return y
+
+
+def _ranks(tokens: Tokens, layout: LinearLayout, m: int) -> int:
+    """Of the experts that m tokens use, at most, together."""
+    if layout.up is None or (tokens.hidden is None and tokens.sums is None):
+        return 0
+    factors, _, rank = layout.up.shape
+    return (factors - tokens.experts + min(tokens.experts, m)) * rank
 
 
 def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:

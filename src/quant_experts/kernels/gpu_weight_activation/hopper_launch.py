@@ -20,6 +20,8 @@ BYTES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 
 
+MOST_FEW, FEW_RANKS = 16, 64
+"""Tokens that `linear_few` takes at most, and ranks that it takes with more than 8."""
 LEAST_ROWS = 32
 """Rows of the largest tile of `linear_few`: a layout has as many."""
 
@@ -32,7 +34,7 @@ def config(m: int, n: int, k: int, factors: int, rank: int, **flags: bool) -> Co
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
     wide = n >= 256 * 128 or k >= 64 * BLOCK
-    if m <= 512 or not wide:
+    if m <= 512 or not wide or flags.get("FP8"):  # two sets of fp8 sums of larger tiles would not fit registers
         bm = 32 if m <= 32 else 64 if m <= 64 or (m <= 128 and not wide) else 128
         tiles = -(-n // 128) * -(-m // bm)
         return Config(BN=128, BM=bm, STAGES=12 if bm < 128 else 8, PAIRS=True, SHARES=wide or tiles > 132, **fixed)
@@ -76,11 +78,14 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     )  # fmt: skip
 
 
-def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, hidden: bool) -> bool:
-    """Whether `linear_few` is the fastest for so many tokens: up to 8, or up to 16 of small groups without experts."""
+def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, ranks: int) -> bool:
+    """Whether `linear_few` is the fastest for so many tokens that use experts of so many ranks together: up to 8, but
+    up to 4 of large groups and 16 of small ones with few ranks, as measured on an H200."""
     if codes != torch.int8 or layout.out_features < LEAST_ROWS:
         return False
-    return m <= 8 or (m <= 16 and not hidden and not _wide(layout.out_features, layout.scale.device) and _short(layout))
+    if _wide(layout.out_features, layout.scale.device):
+        return m <= 4
+    return m <= 8 or (m <= MOST_FEW and ranks <= FEW_RANKS and _short(layout))
 
 
 def _wide(n: int, device: torch.device) -> bool:

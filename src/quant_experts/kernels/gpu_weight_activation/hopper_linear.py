@@ -6,8 +6,8 @@ never touch shared memory, and few tokens cost few columns. Work is counted in s
 or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step adds up
 the other shares, always in the same order. Expert factors pass through the same ring as further steps.
 
-int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of one or two
-steps are added up in float32 outside.
+int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of a few steps
+are added up in float32 outside.
 
 Layouts are those of `layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
 figures are in docs/performance.md.
@@ -38,6 +38,8 @@ from quant_experts.kernels.gpu_weight_activation.hopper_work import (
     unpack_int8,
 )
 
+FP8_STEPS = gl.constexpr(2)
+"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units."""
 Constant = Any
 """An int or a bool, wrapped as the compiler wants it."""
 
@@ -176,7 +178,11 @@ def unpacked(i, w_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.const
     slot = i % C.STAGES
     mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
     packed = w_ring.index(slot).slice(WG * ROWS, ROWS).load(LEFT)
-    return unpack_int8(packed)
+    if C.FP8:
+        low, high = unpack_fp8(packed)
+    else:
+        low, high = unpack_int8(packed)
+    return low, high
 
 
 @gluon.jit
@@ -213,52 +219,16 @@ def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: g
 
 
 @gluon.jit
-def fp8_sums(i, half, STEPS: gl.constexpr, rings, WG: gl.constexpr, C: gl.constexpr):
-    """64 of this warp group's rows times tokens, over STEPS ring steps: sums of which the matrix units keep 14 bits."""
+def multiply_fp8(i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl.constexpr):
+    """As `multiply`, of fp8 codes, from zero: of each FP8_STEPS ring steps the matrix units keep 14 bits of a sum, and
+    those sums are added up in float32."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 4)
-    w_ring, x_ring, ready, _empty = rings
-    sums = gl.zeros([64, C.BM], gl.float32, LAYOUT)
-    for step in gl.static_range(STEPS):
-        slot = (i + step) % C.STAGES
-        mbarrier.wait(ready.index(slot), ((i + step) // C.STAGES) & 1)
-        packed = w_ring.index(slot).slice((WG * (C.BN // 128) + half) * 64, 64).load(LEFT)
-        low, high = unpack_fp8(packed)
-        tokens = x_ring.index(2 * slot).permute([1, 0])
-        sums = warpgroup_mma(low, tokens, sums, use_acc=step > 0, is_async=True)
-        sums = warpgroup_mma(high, x_ring.index(2 * slot + 1).permute([1, 0]), sums, is_async=True)
-    return warpgroup_mma_wait(0, deps=[sums])
-
-
-@gluon.jit
-def add_fp8_steps(upper, lower, i, STEPS: gl.constexpr, rings, WG: gl.constexpr, C: gl.constexpr):
-    """upper, lower: sums of the first and the second 64 rows, if there are as many, and those of STEPS ring steps."""
-    upper += fp8_sums(i, 0, STEPS, rings, WG, C)
-    if C.BN == 256:
-        lower += fp8_sums(i, 1, STEPS, rings, WG, C)
-    for step in gl.static_range(STEPS):
-        mbarrier.arrive(rings[3].index((i + step) % C.STAGES))
-    return upper, lower
-
-
-@gluon.jit
-def multiply_fp8(i, count, rings, WG: gl.constexpr, C: gl.constexpr):
-    """As `multiply`, of fp8 codes, from zero: each step's sums, or each two steps', are added up in float32."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
-    upper = gl.zeros([64, C.BM], gl.float32, LAYOUT)
-    lower = gl.zeros([64, C.BM], gl.float32, LAYOUT)
-    if C.PAIRS:
-        for _ in range(count // 2):
-            upper, lower = add_fp8_steps(upper, lower, i, 2, rings, WG, C)
-            i += 2
-        count = count % 2
-    for _ in range(count):
-        upper, lower = add_fp8_steps(upper, lower, i, 1, rings, WG, C)
-        i += 1
-    if C.BN == 256:
-        both = gl.join(upper, lower).permute([2, 0, 1]).reshape([128, C.BM])
-        upper = gl.convert_layout(both, LAYOUT)  # moves nothing
-    return upper, i
+    total = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
+    for first in range(0, count, FP8_STEPS):
+        acc = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
+        acc, i = multiply(acc, i, gl.minimum(FP8_STEPS, count - first), w_ring, x_ring, ready, empty, WG, C)
+        total += acc
+    return total, i
 
 
 @gluon.jit
@@ -298,8 +268,17 @@ def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr)
     while seen != shares:
         seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
     barrier()
-    for other in range(owner + 1, owner + 1 + shares):
-        acc += gl.load(sums_ptr + workspace(other, acc, WG, C), cache_modifier=".cg")
+    at = sums_ptr + workspace(owner, acc, WG, C)
+    TILE: gl.constexpr = C.BN * C.BM
+    pairs = 0
+    if C.BN == 128:  # registers hold two at once, which are under way together
+        pairs = shares // 2
+        for pair in range(pairs):
+            first = gl.load(at + (2 * pair + 1) * TILE, cache_modifier=".cg")
+            second = gl.load(at + (2 * pair + 2) * TILE, cache_modifier=".cg")
+            acc = acc + first + second
+    for other in range(2 * pairs, shares):
+        acc += gl.load(at + (other + 1) * TILE, cache_modifier=".cg")
     gl.store(count_ptr + owner * 2 + WG, 0)
     return acc
 
@@ -362,7 +341,7 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
         present = early_factors(mask_ptr, token_tile, index, M, C)
         if C.FP8:
-            acc, i = multiply_fp8(i, last - first, rings, WG, C)
+            acc, i = multiply_fp8(i, last - first, w_ring, x_ring, ready, empty, WG, C)
         else:
             acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
             acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)

@@ -125,9 +125,9 @@ def project_part(
     x_ptr, projection_ptr, sums_ptr, program, slices, M, K, Kp, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
     RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """RC rows of the projection for BM tokens over one slice of the input channels: to sums (slices, M, TOTAL), or,
-    if it is to ADD, to sums (M, TOTAL). Where loops are not pipelined, the first weights are asked for before the previous kernel has ended:
-    none of the kernels that prepare or multiply writes them."""
+    """RC rows of the projection for BM tokens over one slice of the input channels: to sums (slices, M, TOTAL), or, if
+    it is to ADD, to sums (M, TOTAL). Where loops are not pipelined, the first weights are asked for before the previous
+    kernel has ended: none of the kernels that prepare or multiply writes them."""
     piece, chunk = program % slices, program // slices % (TOTAL // RC)
     token = program // (slices * (TOTAL // RC)) * BM + tl.arange(0, BM)
     rank = chunk * RC + tl.arange(0, RC)

@@ -49,7 +49,7 @@ PROJECT_TILES = (
 )
 """Up to so many tokens: rows of the projection, tokens and warps with channels of their own of a program that projects;
 and how many programs share the input channels, at most."""
-ADD_TOKENS = 8
+ADD_TOKENS = 16
 """Up to here integer sums of codes are added where they are; of more tokens that is slower than writing them."""
 MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
@@ -133,9 +133,7 @@ def _constants_of_quantize(kind: Kind, padded: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _cut(
-    kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dtype, device: torch.device
-) -> Cut:
+def _cut(kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dtype, device: torch.device) -> Cut:
     """steps: blocks of 128 input channels. most: slices that are not added where they are."""
     if not kind.rows:
         return NO_PROJECTION
@@ -156,7 +154,8 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
 
     m, cut = p.sizes[0], p.cut
     tokens = _allocate(x, layout)
-    assert tokens.codes is not None and tokens.token_scale is not None
+    codes = tokens.codes
+    assert codes is not None and tokens.token_scale is not None
     sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if cut.programs else tokens.token_scale
     if p.settled:
         tokens = _with_hidden(tokens, layout, later=True)
@@ -167,12 +166,12 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
         )
     if p.beside:
         begin[(m + cut.programs,)](
-            x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), tokens.codes, tokens.token_scale,
+            x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, tokens.token_scale,
             layout.projection, sums, *p.sizes, cut.slices, **(cut.constants | p.quantize),
         )  # fmt: skip
     elif p.kind.reads_codes:
         _quantize(x, layout, tokens, p.quantize, sums=sums if p.adds else None)
-        _project(tokens.codes, layout, sums, p)
+        _project(codes, layout, sums, p)
     else:
         if cut.programs:
             _project(x, layout, sums, p)
