@@ -117,6 +117,8 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
 
     layout = group if isinstance(group, GroupLayout) else pack_group(group, x.shape[1], x.device)
     (m, k), device, dtype = x.shape, x.device, x.dtype
+    if layout is not group:
+        complete_writes(device)
     inverse = layout.inverse
     if layout.rotation and layout.signs is None:
         x = x.float() if inverse is None else x.float() * inverse
