@@ -100,30 +100,32 @@ def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Pac
     return triton_backend.pack(group, [linear], torch.bfloat16)
 
 
-def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+class Captured:
+    """Work as a CUDA graph. Holds the work too, and so the tensors that it reads: capturing the next graph gives freed
+    memory back to the driver."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
         work()
-    graph.replay()
-    return graph
+        torch.cuda.synchronize()
+        self.work, self.graph = work, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            work()
+        self.graph.replay()
 
-
-def replay_time(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of one replay."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) * 1000
+    def time(self) -> float:
+        """Microseconds of one replay."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) * 1000
 
 
 def median_time(work: Callable[[], object], replays: int = ROUNDS) -> float:
     """Microseconds of one call inside a CUDA graph."""
-    graph = captured(work)
-    return median(replay_time(graph) for _ in range(replays))
+    captured = Captured(work)
+    return median(captured.time() for _ in range(replays))
 
 
 def chip_limits() -> dict[str, float]:
@@ -227,8 +229,8 @@ def measure(
     for row in rows[:1] + rows:  # the first twice: what comes first is slower
         # Kinds take turns, so that a chip that grows slower or faster meets all alike.
         m, count = row["tokens"], blocks(shapes, row["tokens"])
-        graphs = {k: captured(work(shapes, m, k, made[k][: 4 * count])) for k in kinds if timed(k, m)}
-        rounds = [{kind: replay_time(graph) / count for kind, graph in graphs.items()} for _ in range(ROUNDS)]
+        graphs = {k: Captured(work(shapes, m, k, made[k][: 4 * count])) for k in kinds if timed(k, m)}
+        rounds = [{kind: graph.time() / count for kind, graph in graphs.items()} for _ in range(ROUNDS)]
         row |= {kind: median(times[kind] for times in rounds) for kind in graphs}
         row["rounds"] = [{kind: round(time, 1) for kind, time in times.items()} for times in rounds]
         shown = {key: round(v, 1) if isinstance(v, float) else v for key, v in row.items() if key != "rounds"}

@@ -71,6 +71,32 @@ def test_a_table_and_a_picture_of_some_kinds(monkeypatch: pytest.MonkeyPatch, tm
     assert "fp8" not in gpu_linear.table([row | {"tokens": 1, "default": 2.0}])
 
 
+def test_each_group_of_a_block_is_timed_on_cold_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies exceed the cache; each row holds its own kind's times, and tables go by tokens."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_groups = import_module("gpu_groups")
+    for shapes in gpu_groups.SHAPES.values():
+        for n, k in shapes:
+            count = gpu_groups.copies(n, k)
+            assert count >= 6 and count * n * k / 2 >= gpu_groups.COLD_BYTES
+    made = {"without_experts": 100.0, "default": 1000.0}
+    monkeypatch.setattr(gpu_groups, "layer", lambda n, k, bits, kind, seed: (kind, n))
+    monkeypatch.setattr(gpu_groups.torch, "randn", lambda m, k, device: FakeTokens([m]))
+    monkeypatch.setattr(gpu_groups, "each", lambda x, packed: made[packed[0][0]] * x[0] * len(packed))
+    monkeypatch.setattr(gpu_groups, "median_time", lambda work: work)
+    rows = gpu_groups.measure("Qwen2-VL-7B", [1, 2], list(made), 8)
+    assert {(row["kind"], row["tokens"]): row["o"] for row in rows} == {
+        (kind, m): made[kind] * m for kind in made for m in (1, 2)
+    }
+    lines = gpu_groups.table(rows).splitlines()
+    assert lines[2] == "| 1 | no experts | 100.0 | 100.0 | 100.0 | 100.0 | 400.0 |" and len(lines) == 6
+
+
+class FakeTokens(list[int]):
+    def bfloat16(self) -> list[int]:
+        return self
+
+
 def test_what_is_timed_and_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many blocks for every kind, more than the cache holds; factors of as many experts as tokens may use."""
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -121,15 +121,17 @@ def plan(kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, s
     return Plan(
         kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
         beside=cut.programs > 0 and not kind.reads_codes and padded <= CHUNK, cut=cut, sums_type=sums_type,
-        adds=adds, launch=launch, quantize=_constants_of_quantize(kind, padded) | launch, end=constants | launch,
+        adds=adds, launch=launch, quantize=launch | _constants_of_quantize(kind, padded), end=constants | launch,
     )  # fmt: skip
 
 
 def _constants_of_quantize(kind: Kind, padded: int) -> dict[str, Any]:
     chunk = max(min(CHUNK, 1 << (padded - 1).bit_length()), 16 * kind.rotation)
+    parts = -(-padded // chunk)
+    warps = min(16, 4 << (parts - 1).bit_length())  # parts of a token stay in registers
     return dict(
-        LARGEST=kind.largest_code, CHUNK=chunk, PARTS=-(-padded // chunk), SMOOTH=kind.smooths, ROT=kind.rotation,
-        enable_fp_fusion=False,
+        LARGEST=kind.largest_code, CHUNK=chunk, PARTS=parts, SMOOTH=kind.smooths, ROT=kind.rotation,
+        enable_fp_fusion=False, num_warps=warps,
     )  # fmt: skip
 
 
@@ -285,7 +287,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
         STAGES=stages(kind, x.dtype, device, 4 * width, 4, rows), **launch,
     )  # fmt: skip
     place[(blocks,)](expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=rows, BLOCKS=64, **launch)
-    _quantize(x, layout, tokens, _constants_of_quantize(kind, padded) | launch, order)
+    _quantize(x, layout, tokens, launch | _constants_of_quantize(kind, padded), order)
     read = 2 + (factors > experts)  # factors in a step
     project[(blocks, slices)](
         x, layout.projection, tokens.expert, order, tokens.token_scale, tokens.hidden, tokens.present, part, done,
