@@ -20,7 +20,7 @@ from quant_experts.kernels.operands import GroupOperands, LinearOperands
 TOKENS, OUTPUTS = 24, 24
 KEPT = 13
 """Bits behind the first."""
-TOGETHER = 512
+TOGETHER = 256
 """Channels that the units add up alone."""
 
 
