@@ -229,6 +229,7 @@ def measure(
     for row in rows[:1] + rows:  # the first twice: what comes first is slower
         # Kinds take turns, so that a chip that grows slower or faster meets all alike.
         m, count = row["tokens"], blocks(shapes, row["tokens"])
+        graphs: dict[str, Captured] = {}  # those of the size before give their memory back
         graphs = {k: Captured(work(shapes, m, k, made[k][: 4 * count])) for k in kinds if timed(k, m)}
         rounds = [{kind: graph.time() / count for kind, graph in graphs.items()} for _ in range(ROUNDS)]
         row |= {kind: median(times[kind] for times in rounds) for kind in graphs}

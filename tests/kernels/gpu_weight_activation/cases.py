@@ -460,18 +460,19 @@ def large_layers() -> None:
     """On a GPU: tiles of each size, whole ones and ones cut into shares, which must add up alike in each launch."""
     formats: tuple[ActivationFormat, ...] = () if INTERPRETED else ("int", "fp8")
     for activation_format in formats:
-        for m, k, n, parts in [
-            (12, 3584, 4608, ()),
-            (200, 3584, 4608, ALL),
-            (600, 8192, 9000, ()),
-            (3000, 1024, 33000, ALL),
-            (700, 9000, 512, ("smooth", "shared")),
-            (5000, 1024, 96, ALL),
+        for m, k, n, parts, dtype in [
+            (12, 3584, 4608, (), torch.float32),
+            (200, 3584, 4608, ALL, torch.float32),
+            (600, 8192, 9000, (), torch.float32),
+            (3000, 1024, 33000, ALL, torch.float32),
+            (700, 9000, 512, ("smooth", "shared"), torch.float32),
+            (5000, 1024, 96, ALL, torch.float32),
+            (9000, 1024, 96, ALL, torch.bfloat16),
         ]:
             group, linears = operands(k, (n,), 8, parts, rank=32, activation_format=activation_format)
             if group.router_weight is not None:
                 group.router_weight[:, 8:] = 0  # short sums: no near ties among thousands of tokens
-            check(tokens(m, k), group, linears)
+            check(tokens(m, k, dtype), group, linears)
 
 
 def a_model_runs_stacked(scheme: str = "W4A6") -> None:

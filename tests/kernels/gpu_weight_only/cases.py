@@ -196,6 +196,11 @@ def rotation_and_integer_factors() -> None:
     group, linears = operands(320, (9,), parts=("shared",), rotation=64)
     other = weight_only_backend.apply(x, weight_only_backend.pack(group, linears))
     assert other[0].isnan().all() and torch.equal(other[1:], y)
+    x = tokens(3, 320) * 2e37  # sums of 64 of them are beyond float32, eighths of them are not
+    prepared, expected = weight_only_backend.prepare(x, group), reference.transform(x, group)
+    assert prepared.values is not None and prepared.unit is not None
+    values = prepared.values[:, :320].double() * prepared.unit.double()[:, None]
+    assert ((values - expected.double()).abs() <= 2**-10 * expected.abs().amax()).all()
 
 
 def experts_are_the_oracles() -> None:

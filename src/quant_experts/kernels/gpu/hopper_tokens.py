@@ -33,6 +33,7 @@ def nan_max(a, b):
 @gluon.jit
 def rotated(z, ROT: gl.constexpr):
     """z, of which each thread holds runs of eight, in rotated blocks of ROT."""
+    z = z * (ROT**-0.5)  # first: sums of values near the largest of float32 stay finite where the oracle's do
     if ROT == 16:
         z = gl.inline_asm_elementwise(HADAMARD_16, EIGHT, [z], dtype=gl.float32, is_pure=True, pack=8)
     elif ROT == 32:
@@ -42,7 +43,7 @@ def rotated(z, ROT: gl.constexpr):
     else:
         gl.static_assert(ROT == 128)
         z = gl.inline_asm_elementwise(HADAMARD_128, EIGHT, [z], dtype=gl.float32, is_pure=True, pack=8)
-    return z * (ROT**-0.5)
+    return z
 
 
 @gluon.jit
@@ -78,7 +79,7 @@ def kernel(
 ):  # fmt: skip
     """The first Kp of `width` values of each token in its place of a sorted order, its unit, and SUMS zeros. A program
     takes every n-th place, n the number of programs. HELD: 1 / m and a second token fit its registers, and it asks for
-    that before it works on the first.
+    that before it works on the first; otherwise there are as many programs as tokens.
 
     EARLY: what is read was complete when the kernel before this one started.
     """
@@ -100,12 +101,12 @@ def kernel(
     raw = ask_for_token(x_ptr, token.to(gl.int64), True, column, K, PARTS, PART)
     for i in range(first, M, gl.num_programs(0)):
         place = i.to(gl.int64)  # type: ignore[attr-defined]
-        following = i + gl.num_programs(0)
-        token = following
-        if SORTED:
-            token = gl.load(order_ptr + following, mask=following < M, other=0, cache_modifier=".cg")
         if HELD:
-            next_raw = ask_for_token(x_ptr, token.to(gl.int64), following < M, column, K, PARTS, PART)
+            token = i + gl.num_programs(0)
+            there = token < M
+            if SORTED:
+                token = gl.load(order_ptr + token, mask=there, other=0, cache_modifier=".cg")
+            next_raw = ask_for_token(x_ptr, token.to(gl.int64), there, column, K, PARTS, PART)
         values = ()
         most = gl.zeros([PART], gl.float32, LAYOUT)
         for part in gl.static_range(PARTS):
@@ -115,18 +116,17 @@ def kernel(
             elif SMOOTH:
                 at = part * PART + column
                 z = z * gl.load(inverse_ptr + at, mask=at < K, other=1.0)
-            if LARGEST == 0:
-                most = nan_max(most, gl.abs(z))
-            if ROT > 0:
+            if ROT > 0 and LARGEST > 0:
                 z = rotated(z, ROT)
-            if LARGEST > 0:
-                most = nan_max(most, gl.abs(z))
+            most = nan_max(most, gl.abs(z))
             values = values + (z,)
         largest = gl.reduce(most, 0, nan_max)
         finite = largest < float("inf")
         unit, inverse = unit_and_inverse(largest, finite, LARGEST)
         for part in gl.static_range(PARTS):
             steps = gl.where(finite, values[part] * inverse, 0.0)
+            if ROT > 0 and LARGEST == 0:
+                steps = rotated(steps, ROT)
             if values_ptr.dtype.element_ty == gl.int8:
                 steps = (steps + ROUNDING).to(gl.int32, bitcast=True)
             at = part * PART + column
@@ -137,8 +137,6 @@ def kernel(
             gl.store(sums_ptr + place * SUMS + rank, gl.zeros_like(rank))
         if HELD:
             raw = next_raw
-        else:
-            raw = ask_for_token(x_ptr, token.to(gl.int64), following < M, column, K, PARTS, PART)
     if EARLY:
         wait_for_previous_kernel()
 
@@ -154,7 +152,7 @@ def write_tokens(
     """
     (m, k), warps = x.shape, next(warps for most, warps in WARPS if padded <= most)
     parts = -(-padded // (256 * warps))
-    held = parts * x.element_size() <= 10
+    held = warps <= 16 and parts * x.element_size() <= 10
     kernel[(min(m, programs(x.device) * 16 // warps) if held else m,)](
         x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), m, k, padded, values.shape[1],
         LARGEST=largest, PARTS=parts, WARPS=warps, SMOOTH=inverse_smooth is not None, ROT=rotation,

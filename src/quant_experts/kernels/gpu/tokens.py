@@ -44,7 +44,7 @@ def transformed(x, columns, K, inverse_ptr, signs_ptr, SMOOTH: tl.constexpr, ROT
         BLOCKS: tl.constexpr = x.shape[0] * x.shape[1] // ROT
         index = tl.arange(0, ROT)
         matrix = tl.load(signs_ptr + index[:, None] * ROT + index[None, :])
-        z = rotated(tl.reshape(z, (BLOCKS, ROT)), matrix) * (ROT**-0.5)
+        z = rotated(tl.reshape(z * (ROT**-0.5), (BLOCKS, ROT)), matrix)
         z = tl.reshape(z, (x.shape[0], x.shape[1]))
     return z
 
@@ -141,20 +141,6 @@ def add_product(total, left, right):
     else:
         high, middle, low = parts(left)
         return tl.dot(high, right, tl.dot(middle, right, tl.dot(low, right, total)))
-
-
-@triton.jit
-def finished(total):
-    """Float32 sums of products that have been computed to the end.
-
-    In a pipelined loop Triton (3.6) lets `wgmma` run on into the next iteration, while the copy for the one after that
-    is started. An operand that the loop reads in another way too has one buffer too few for that: the copy overwrites
-    what is still multiplied. A use of the sums makes the loop wait.
-    """
-    if INTERPRETED:
-        return total
-    else:
-        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
-    return linear(_prepare(x, packed.group, settled=not _settles(len(x), packed)), packed.linear)
+    return linear(_prepare(x, packed.group, settled=not _settles(x.shape[0], packed)), packed.linear)
 
 
 def _settles(m: int, packed: Packed) -> bool:
@@ -139,15 +139,16 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight], "fp8" if fp8 else "int")
     if layout is not weight:
         complete_writes(layout.weight.device)
-    y = torch.empty(len(prepared.codes), layout.out_features, dtype=prepared.dtype, device=prepared.codes.device)
+    m, device = prepared.codes.shape[0], prepared.codes.device
+    y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
     if not y.numel():
         return y
-    few = len(y) <= LINEAR_FEW
+    few = m <= LINEAR_FEW
     multiply = _linear_few if few else _plain_linear
-    if hopper(y.device):
+    if hopper(device):
         from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-        if hopper_launch.takes_few(len(y), prepared.codes.dtype, layout, _ranks(prepared, layout, len(y))):
+        if hopper_launch.takes_few(m, prepared.codes.dtype, layout, _ranks(prepared, layout, m)):
             multiply = hopper_launch.linear_few
         elif not (few and fp8):
             multiply = hopper_launch.linear

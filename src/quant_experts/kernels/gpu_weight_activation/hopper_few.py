@@ -10,7 +10,7 @@ With SLICES, hidden values come as the programs that project leave them (`prepar
 experts and finishes the few hidden values that it needs: where those are few, or one slice has all, that costs less
 than a launch of `prepare.end`.
 
-`linear_few` is the same for other GPUs, the interpreter, fp8 tokens and fewer rows than a tile has. Rejected: passing
+`linear_few` is the same for other GPUs, the interpreter and fp8 tokens. Rejected: passing
 weights through shared memory as it does, and eight or sixteen warps a program (EXPERIMENTS.md).
 """
 

@@ -47,6 +47,15 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
 
 
+def weight_descriptors(layout: LinearLayout, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Of weights, and of up factors if there are any, in boxes of so many rows."""
+    kept: dict[int, tuple[TensorDescriptor, TensorDescriptor | None]] = layout.descriptors
+    if rows not in kept:
+        up = None if layout.up is None else descriptor(layout.up.view(-1, layout.up.shape[2]), rows, 32)
+        kept[rows] = descriptor(layout.weight.view(-1, BLOCK // 2), rows, BLOCK // 2), up
+    return kept[rows]
+
+
 def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
     """y (M, N) = tokens times layout, scales, bias and experts included."""
     assert tokens.codes is not None and tokens.token_scale is not None and tokens.sums is None
@@ -58,12 +67,12 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
     c = chosen or config(m, n, k, factors, rank, **flags)
     bn, bm = c.BN.value, c.BM.value
-    weight_rows = descriptor(layout.weight.view(-1, BLOCK // 2), bn, BLOCK // 2)
+    weight_rows, up_rows = weight_descriptors(layout, bn)
     token_rows = descriptor(tokens.codes, bm, BLOCK // 2)
-    if up is None or hidden is None:
+    if hidden is None or up_rows is None:
         up_rows = hidden_rows = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
     else:
-        up_rows, hidden_rows = descriptor(up.view(-1, rank), bn, 32), descriptor(hidden, bm, 32)
+        hidden_rows = descriptor(hidden, bm, 32)
     count = programs(device)
     sums = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
     sums = sums.view(torch.float32 if fp8 else torch.int32)
@@ -95,7 +104,7 @@ def _wide(n: int, device: torch.device) -> bool:
 
 def _short(layout: LinearLayout) -> bool:
     """Whether four warps are enough for all input channels."""
-    return len(layout.weight) <= 64
+    return layout.weight.shape[0] <= 64
 
 
 def few_tile(layout: LinearLayout, later: bool) -> dict[str, int]:
@@ -105,14 +114,14 @@ def few_tile(layout: LinearLayout, later: bool) -> dict[str, int]:
         return dict(BN=32, WAYS=2, AHEAD=8 if later else 2)
     if not _short(layout):
         return dict(BN=16, WAYS=8, AHEAD=8)
-    each = -(-len(layout.weight) // 4)
+    each = -(-layout.weight.shape[0] // 4)
     return dict(BN=16, WAYS=4, AHEAD=min(each, 16)) if later else dict(BN=32, WAYS=4, AHEAD=min(each, 8))
 
 
 def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     """As `linear`, for what `takes_few`; `tokens` may be unsettled."""
     assert tokens.codes is not None
-    (m, k), n, steps = tokens.codes.shape, layout.out_features, len(layout.weight)
+    (m, k), n, steps = tokens.codes.shape, layout.out_features, layout.weight.shape[0]
     sums, nothing, later = tokens.sums, layout.scale, tokens.hidden_comes_later
     tile = few_tile(layout, later)
     together = tile["WAYS"] * tile["AHEAD"]
@@ -126,7 +135,8 @@ def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
         ptr(tokens.router_bias, nothing), ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale,
         ptr(layout.bias, nothing), m, n, k, tokens.headroom, 1.0 / tokens.headroom, BM=8 if m <= 8 else 16, **tile,
         EVEN=steps % together == 0, ONCE=steps <= together, F=factors, E=experts, R=rank, USED=used,
-        TOTAL=0 if sums is None else sums.shape[2], EP=padded_experts(experts), SLICES=0 if sums is None else len(sums),
-        CODES=tokens.code_scale is not None, BIAS=layout.bias is not None, LATER=later,
+        TOTAL=0 if sums is None else sums.shape[2], EP=padded_experts(experts),
+        SLICES=0 if sums is None else sums.shape[0], CODES=tokens.code_scale is not None,
+        BIAS=layout.bias is not None, LATER=later,
         num_warps=tile["WAYS"], **options(y.device),
     )  # fmt: skip

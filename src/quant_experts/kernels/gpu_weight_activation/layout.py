@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,9 +119,14 @@ class LinearLayout:
     bias: Tensor | None
     """(N,) float32"""
 
-    @property
+    @cached_property
     def out_features(self) -> int:
-        return len(self.scale)
+        return self.weight.shape[1]
+
+    @cached_property
+    def descriptors(self) -> dict[Any, Any]:
+        """Views of weights for the copy engine, kept by who launches: making one takes as long as a launch."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Tokens(Prepared):
     """(M,) int32"""
     hidden_comes_later: bool = False
     """Whether a kernel that starts while the last one of `prepare` still runs finds its codes complete, and need wait
-    for `hidden` and `present` only."""
+    for what else experts ask for only."""
     sums: Tensor | None = None
     """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for a linear that chooses
     experts and finishes hidden values itself"""

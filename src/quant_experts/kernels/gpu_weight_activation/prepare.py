@@ -1,5 +1,6 @@
-"""`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each; experts are
-projected by `begin`, beside quantization, or by `project`; `end` settles experts and hidden values.
+"""`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each, on Hopper by
+`gpu.hopper_tokens` instead of `quantize`; experts are projected by `begin`, beside quantization, or by `project`; `end`
+settles experts and hidden values.
 
 A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
 writes its sums; `end` adds the slices, always in the same order, chooses experts, and keeps the hidden values of each
@@ -42,19 +43,19 @@ def begin(
     x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, M, K, Kp, slices,
     LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
     FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
-    ADD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs: tokens, which are quantized, then those of `project`, of values."""
     program = tl.program_id(0)
     if program < M:
         wait_for_previous_kernel(PDL)
         quantize_token(
-            x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, program, K, Kp, LARGEST, CHUNK, PARTS, SMOOTH,
-            ROT,
+            x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, program, program, K, Kp, LARGEST, CHUNK, PARTS,
+            SMOOTH, ROT,
         )  # fmt: skip
     else:
         project_part(
-            x_ptr, projection_ptr, sums_ptr, program - M, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, ADD,
+            x_ptr, projection_ptr, sums_ptr, program - M, slices, M, K, Kp, FACTOR_ROWS, TOTAL, RC, BM, WAYS, False,
             STAGES, PDL,
         )  # fmt: skip
 
@@ -72,11 +73,10 @@ def quantize(
     elif PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.load(order_ptr + place, cache_modifier=".cg") if SORTED else place
-    codes_ptr += (place - token).to(tl.int64) * Kp
-    token_scale_ptr += place - token
     quantize_token(
-        x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, token, K, Kp, LARGEST, CHUNK, PARTS, SMOOTH, ROT
-    )
+        x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, token, place, K, Kp, LARGEST, CHUNK, PARTS, SMOOTH,
+        ROT,
+    )  # fmt: skip
     if SUMS > 0:
         tl.store(sums_ptr + place.to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.zeros((SUMS,), tl.int32))
     if EARLY and PDL:
@@ -85,10 +85,10 @@ def quantize(
 
 @triton.jit
 def quantize_token(
-    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, token, K, Kp, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
-    PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
+    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, token, place, K, Kp, LARGEST: tl.constexpr,
+    CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a token, in PARTS of CHUNK channels, and its scale."""
+    """Codes of a token, in PARTS of CHUNK channels, and its scale, in some place."""
     row = token + tl.arange(0, 1)
     values = ()
     most = tl.zeros((1, CHUNK), tl.float32)
@@ -103,9 +103,9 @@ def quantize_token(
     for part in tl.static_range(PARTS):
         columns = part * CHUNK + tl.arange(0, CHUNK)
         steps = tl.where(finite[:, None], values[part] * inverse, 0.0)
-        at = codes_ptr + row.to(tl.int64)[:, None] * Kp + columns[None, :]
+        at = codes_ptr + (place + tl.arange(0, 1)).to(tl.int64)[:, None] * Kp + columns[None, :]
         tl.store(at, rounded(steps, codes_ptr.dtype.element_ty == tl.float8e4nv), mask=(columns < Kp)[None, :])
-    tl.store(token_scale_ptr + row, scale)
+    tl.store(token_scale_ptr + place + tl.arange(0, 1), scale)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def project_part(
                 x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)
             at = rows_at[None, :] + tl.cast(step, tl.int64) * (TOTAL * 128) + tl.arange(0, 128)[:, None]
             sums = add_product(sums, x, tl.load(at))
-    at = token[:, None] * TOTAL + rank[None, :]
+    at = token.to(tl.int64)[:, None] * TOTAL + rank[None, :]
     if ADD:
         tl.atomic_add(sums_ptr + at, sums, mask=(token < M)[:, None], sem="relaxed")
     else:
@@ -185,7 +185,7 @@ def end(
     token = block * 16 + tl.arange(0, 16)
     rank = tl.arange(0, R)
     used = (token < M)[:, None]
-    at = sums_ptr + token[:, None] * TOTAL
+    at = sums_ptr + token.to(tl.int64)[:, None] * TOTAL
     total = tl.load(at + factor * R + rank[None, :], mask=used, other=0)
     for piece in tl.static_range(1, SLICES):  # unrolled: all loads are under way at once
         there = used & (piece < slices)
@@ -208,7 +208,7 @@ def end(
         scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
         hidden = hidden * reciprocal(tl.where(scale == scale, scale, 1.0))[:, None]
     hidden = tl.where(uses, hidden, 0.0)
-    at = hidden_ptr + token[:, None] * (F * R) + factor * R + rank[None, :]
+    at = hidden_ptr + token.to(tl.int64)[:, None] * (F * R) + factor * R + rank[None, :]
     tl.store(at, hidden.to(tl.float16), mask=used)
     if factor == 0:
         tl.store(present_ptr + block + tl.arange(0, 1), factors_used(expert, token < M, F, E))

@@ -6,7 +6,7 @@ cutting takes longer than launching.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
+from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
     MAX_BLOCKS,
@@ -41,7 +42,11 @@ LONG = 8192
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels of a token that a program reads at a time; longer tokens are quantized by a launch of their own."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
-"""Tokens that one program takes when tokens are many; twice as many from 4,096 tokens on."""
+"""Tokens that one program takes when tokens are many."""
+COUNTED_BLOCKS = 1 if INTERPRETED else 64
+"""Blocks of tokens whose experts a program that places tokens counts at a time."""
+VERY_MANY = 4096
+"""From here on it takes twice as many, where registers hold them: bfloat16 ones, for experts of the least rank."""
 PROJECT_TILES = (
     (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4), 20),
     (16, dict(RC=32, BM=16, WAYS=1), 10),
@@ -53,10 +58,10 @@ ADD_TOKENS = 16
 """Up to here integer sums of codes are added where they are; of more tokens that is slower than writing them."""
 MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
-WAVES = 2
-"""Programs for each multiprocessor when tokens are many."""
 UNSETTLED_SLICES = 8
 """The same, where the linear adds up."""
+WAVES = 2
+"""Programs for each multiprocessor when tokens are many."""
 PLANS = 4096
 """Plans that are kept."""
 
@@ -80,7 +85,7 @@ class Cut(NamedTuple):
     constants: dict[str, Any]
 
 
-NO_PROJECTION = Cut(0, 0, 0, dict(FACTOR_ROWS=0, TOTAL=0, RC=16, BM=8, WAYS=1, ADD=False, STAGES=1))
+NO_PROJECTION = Cut(0, 0, 0, {})
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,6 @@ class Plan:
     sums_type: torch.dtype
     launch: dict[str, Any]
     """Options of any launch."""
-    quantize: dict[str, Any]
-    """Constants of kernels that quantize, launch options among them."""
     adds: bool
     """Whether integer sums are added where they are."""
     end: dict[str, Any]
@@ -121,17 +124,19 @@ def plan(kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, s
     return Plan(
         kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
         beside=cut.programs > 0 and not kind.reads_codes and padded <= CHUNK, cut=cut, sums_type=sums_type,
-        adds=adds, launch=launch, quantize=launch | _constants_of_quantize(kind, padded), end=constants | launch,
+        adds=adds, launch=launch, end=constants | launch,
     )  # fmt: skip
 
 
-def _constants_of_quantize(kind: Kind, padded: int) -> dict[str, Any]:
+@lru_cache(PLANS)
+def _constants_of_quantize(kind: Kind, padded: int, device: torch.device) -> dict[str, Any]:
+    """Of kernels that quantize tokens of so many channels, launch options among them."""
     chunk = max(min(CHUNK, 1 << (padded - 1).bit_length()), 16 * kind.rotation)
     parts = -(-padded // chunk)
     warps = min(16, 4 << (parts - 1).bit_length())  # parts of a token stay in registers
     return dict(
         LARGEST=kind.largest_code, CHUNK=chunk, PARTS=parts, SMOOTH=kind.smooths, ROT=kind.rotation,
-        enable_fp_fusion=False, num_warps=warps,
+        enable_fp_fusion=False, PDL=overlapped(device), num_warps=warps, **options(device),
     )  # fmt: skip
 
 
@@ -147,7 +152,7 @@ def _cut(kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dty
     slices = min(-(-steps // tile["WAYS"]), max(1, waves * programs(device) // tiles))
     slices = slices if adds else min(slices, most, most_slices)
     fitting = stages(kind, dtype, device, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
-    constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, ADD=adds, STAGES=fitting)
+    constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=fitting)
     return Cut(slices, 1 if adds else slices, tiles * slices, constants)
 
 
@@ -155,29 +160,30 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     from quant_experts.kernels.gpu_weight_activation.prepare import begin, end
 
     m, cut = p.sizes[0], p.cut
-    tokens = _allocate(x, layout)
-    codes = tokens.codes
-    assert codes is not None and tokens.token_scale is not None
-    sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if cut.programs else tokens.token_scale
+    sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if cut.programs else x
     if p.settled:
-        tokens = _with_hidden(tokens, layout, later=True)
+        tokens = _allocate(x, layout, **_hidden(m, layout, x.device), hidden_comes_later=True)
     elif cut.programs:
         bias, scale, later = layout.router_bias, layout.code_scale, p.kind.reads_codes
-        tokens = replace(
-            tokens, experts=layout.experts, sums=sums, router_bias=bias, code_scale=scale, hidden_comes_later=later
-        )
+        unsettled = dict(experts=layout.experts, sums=sums, router_bias=bias, code_scale=scale)
+        tokens = _allocate(x, layout, **unsettled, hidden_comes_later=later)
+    else:
+        tokens = _allocate(x, layout)
+    codes = tokens.codes
+    assert codes is not None
     if p.beside:
         begin[(m + cut.programs,)](
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, tokens.token_scale,
-            layout.projection, sums, *p.sizes, cut.slices, **(cut.constants | p.quantize),
+            layout.projection, sums, *p.sizes, cut.slices, **cut.constants,
+            **_constants_of_quantize(p.kind, p.sizes[2], x.device),
         )  # fmt: skip
     elif p.kind.reads_codes:
-        _quantize(x, layout, tokens, p.quantize, sums=sums if p.adds else None)
+        _quantize(x, layout, tokens, sums=sums if p.adds else None)
         _project(codes, layout, sums, p)
     else:
         if cut.programs:
             _project(x, layout, sums, p)
-        _quantize(x, layout, tokens, p.quantize, early=cut.programs > 0)
+        _quantize(x, layout, tokens, early=cut.programs > 0)
     if p.settled:
         end[(layout.factors * -(-m // MASK_TOKENS),)](
             tokens.token_scale, sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.hidden,
@@ -192,13 +198,13 @@ def _project(x: Tensor, layout: GroupLayout, sums: Tensor, p: Plan) -> None:
 
     m, _, padded = p.sizes
     project[(p.cut.programs,)](
-        x, layout.projection, sums, p.cut.slices, m, x.shape[1], padded, **p.cut.constants, **p.launch
+        x, layout.projection, sums, p.cut.slices, m, x.shape[1], padded, ADD=p.adds, **p.cut.constants, **p.launch
     )
 
 
 def _quantize(
-    x: Tensor, layout: GroupLayout, tokens: Tokens, constants: dict[str, Any], order: Tensor | None = None,
-    early: bool = False, sums: Tensor | None = None,
+    x: Tensor, layout: GroupLayout, tokens: Tokens, order: Tensor | None = None, early: bool = False,
+    sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Codes and scales, and sums written zero. early: whether the previous kernel is not waited for until the end."""
     codes, scale = tokens.codes, tokens.token_scale
@@ -216,12 +222,12 @@ def _quantize(
         quantize[(len(x),)](
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, scale, ptr(order, scale), ptr(sums, scale),
             x.shape[1], codes.shape[1], SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1],
-            EARLY=early, **constants,
+            EARLY=early, **_constants_of_quantize(layout.kind, codes.shape[1], x.device),
         )  # fmt: skip
 
 
-def _allocate(x: Tensor, layout: GroupLayout) -> Tokens:
-    """Tokens with what all of them have allocated and not written."""
+def _allocate(x: Tensor, layout: GroupLayout, **more: Any) -> Tokens:
+    """Tokens with what all of them have allocated and not written, and more."""
     (m, k), device = x.shape, x.device
     padded = max(1, -(-k // BLOCK)) * BLOCK
     return Tokens(
@@ -230,9 +236,9 @@ def _allocate(x: Tensor, layout: GroupLayout) -> Tokens:
         token_scale=torch.empty(m, 1, device=device),
         shared_hidden=None,
         routed_hidden=None,
-        expert=None,
         headroom=layout.headroom,
         dtype=x.dtype,
+        **{"expert": None} | more,
     )
 
 
@@ -251,28 +257,24 @@ def stages(kind: Kind, dtype: torch.dtype, device: torch.device, rows: int, most
     return min(most, fitting)
 
 
-def _with_hidden(tokens: Tokens, layout: GroupLayout, later: bool = False) -> Tokens:
-    """Tokens with what experts need allocated and not written."""
-    assert tokens.codes is not None
-    m, device = tokens.codes.shape[0], tokens.codes.device
-    return replace(
-        tokens,
+def _hidden(m: int, layout: GroupLayout, device: torch.device) -> dict[str, Any]:
+    """What experts of m tokens need, allocated and not written: fields of `Tokens`."""
+    return dict(
         experts=layout.experts,
         expert=torch.empty(m, dtype=torch.int32, device=device) if layout.experts else None,
         hidden=torch.empty(m, layout.factors * layout.rank, dtype=torch.float16, device=device),
         present=torch.empty(-(-m // MASK_TOKENS), dtype=torch.int32, device=device),
-        hidden_comes_later=later,
     )
 
 
 def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     from quant_experts.kernels.gpu_weight_activation.prepare_many import place, project, score
 
-    tokens = _allocate(x, layout)
-    assert tokens.codes is not None
-    (m, k), padded, device, rank, kind = x.shape, tokens.codes.shape[1], x.device, layout.rank, layout.kind
+    (m, k), device, rank, kind = x.shape, x.device, layout.rank, layout.kind
+    padded = max(1, -(-k // BLOCK)) * BLOCK
     factors, experts, width = layout.factors, layout.experts, padded_experts(layout.experts)
-    rows = BLOCK_TOKENS * (1 if m < 4096 else 2)
+    wide = m >= VERY_MANY and x.dtype == torch.bfloat16 and rank == RANK_MULTIPLE
+    rows = BLOCK_TOKENS * (2 if wide else 1)
     blocks = -(-m // rows)
     slices = min(padded // BLOCK, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
     expert, order = (torch.empty(m, dtype=torch.int32, device=device) for _ in range(2))
@@ -280,14 +282,16 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     part = torch.empty(blocks * slices * rows * max(4 * width, 2 * rank), dtype=torch.float32, device=device)
     done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
-    tokens = _with_hidden(replace(tokens, order=order), layout)
+    tokens = _allocate(x, layout, **_hidden(m, layout, device), order=order)
     score[(blocks, slices)](
         x, layout.projection, layout.router_bias, expert, counts, part, done, m, k, padded, slices,
         FACTOR_ROWS=factors * rank, TOTAL=kind.rows, E=experts, EP=width, ROWS=rows,
         STAGES=stages(kind, x.dtype, device, 4 * width, 4, rows), **launch,
     )  # fmt: skip
-    place[(blocks,)](expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=rows, BLOCKS=64, **launch)
-    _quantize(x, layout, tokens, launch | _constants_of_quantize(kind, padded), order)
+    place[(blocks,)](
+        expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=rows, BLOCKS=COUNTED_BLOCKS, **launch
+    )
+    _quantize(x, layout, tokens, order)
     read = 2 + (factors > experts)  # factors in a step
     project[(blocks, slices)](
         x, layout.projection, tokens.expert, order, tokens.token_scale, tokens.hidden, tokens.present, part, done,

@@ -10,8 +10,7 @@ order, so that its codes may differ by one where a value lies on a tie. Routers 
 input as it is: smoothing and rotation are folded into their weights (`layout`). Router scores are float32 sums of
 exact products with weights of 24 bits, in another order than the oracle's: scores that differ by less than about 1e-6
 of their terms may choose otherwise; equal scores go to the first. Down factors are rounded to bfloat16, as weights of
-such models are (for float32 inputs they are float32), and hidden values to float16. Sums of an expert that reads codes
-are exact integers.
+such models are (for float32 inputs they are float32), and hidden values to float16.
 """
 
 from __future__ import annotations
