@@ -99,7 +99,10 @@ def kernel(
     if SORTED:
         token = gl.load(order_ptr + first, cache_modifier=".cg")
     raw = ask_for_token(x_ptr, token.to(gl.int64), True, column, K, PARTS, PART)
-    for i in range(first, M, gl.num_programs(0)):
+    end, stride = first + 1, 1  # one token: the compiler then keeps no registers for another
+    if HELD:
+        end, stride = M, gl.num_programs(0)
+    for i in range(first, end, stride):
         place = i.to(gl.int64)  # type: ignore[attr-defined]
         if HELD:
             token = i + gl.num_programs(0)
