@@ -15,12 +15,14 @@ from torch import Tensor
 
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+from quant_experts.kernels.gpu_weight_activation.hopper_linear import FP8_STEPS
+from quant_experts.kernels.gpu_weight_activation.layout import BLOCK
 from quant_experts.kernels.operands import GroupOperands, LinearOperands
 
 TOKENS, OUTPUTS = 24, 24
 KEPT = 13
 """Bits behind the first."""
-TOGETHER = 256
+TOGETHER = BLOCK * FP8_STEPS.value
 """Channels that the units add up alone."""
 
 

@@ -32,21 +32,34 @@ def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
     assert c.BM.value >= 16 and c.BN.value % 128 == 0
 
 
-@pytest.mark.parametrize(("rank", "experts", "dtype", "most"), [(32, 8, torch.bfloat16, 3), (128, 8, torch.float32, 0)])
+@pytest.mark.parametrize(
+    ("rank", "dtype", "rows", "shared_memory", "most"),
+    [
+        (32, torch.bfloat16, 128, 232_448, 3),
+        (32, torch.bfloat16, 128, 101_376, 1),
+        (64, torch.bfloat16, 64, 232_448, 3),
+        (32, torch.float16, 64, 232_448, 3),
+        (32, torch.float32, 64, 101_376, 1),
+        (128, torch.float32, 64, 232_448, 0),
+    ],
+)
 def test_steps_fit_the_chip(
-    monkeypatch: pytest.MonkeyPatch, rank: int, experts: int, dtype: torch.dtype, most: int
+    monkeypatch: pytest.MonkeyPatch, rank: int, dtype: torch.dtype, rows: int, shared_memory: int, most: int
 ) -> None:
-    """As many steps as a Hopper multiprocessor's shared memory holds; where it holds none, that is said."""
+    """As many steps of a block of very many tokens as a multiprocessor's shared memory holds; where it holds none, that
+    is said."""
     from quant_experts.errors import QuantExpertsError
     from quant_experts.kernels.gpu_weight_activation import prepare_launch
     from quant_experts.kernels.gpu_weight_activation.layout import pack_group
     from quant_experts.kernels.operands import Factor, GroupOperands
 
-    monkeypatch.setattr(prepare_launch, "shared_memory", lambda device: 232_448)
-    factor = Factor(torch.ones(experts, rank, 128).half(), None)
-    group = GroupOperands(8, None, 0, factor[0], factor, torch.ones(experts, 128), torch.ones(experts))
+    monkeypatch.setattr(prepare_launch, "shared_memory", lambda device: shared_memory)
+    monkeypatch.setattr(prepare_launch, "BLOCK_TOKENS", 64)
+    factor = Factor(torch.ones(8, rank, 128).half(), None)
+    group = GroupOperands(8, None, 0, factor[0], factor, torch.ones(8, 128), torch.ones(8))
     device = torch.device("cpu")
-    tokens = prepare_launch.BLOCK_TOKENS * (2 if dtype == torch.bfloat16 else 1)
+    tokens = prepare_launch.block_tokens(5000, dtype, rank)
+    assert tokens == rows and prepare_launch.block_tokens(4095, dtype, rank) == 64
     asked = (pack_group(group, dtype, device).kind, dtype, device, 3 * rank, 3, tokens)
     if most:
         assert prepare_launch.stages(*asked) == most

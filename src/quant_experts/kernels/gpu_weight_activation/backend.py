@@ -104,7 +104,7 @@ def _settles(m: int, packed: Packed) -> bool:
         return False
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-    ranks = (kind.factors - kind.experts + min(kind.experts, m)) * kind.rank
+    ranks = _ranks(kind.factors, kind.experts, kind.rank, m)
     return ranks <= UNSETTLED_RANKS and hopper_launch.takes_few(m, kind.code_type, packed.linear, ranks)
 
 
@@ -148,7 +148,10 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     if hopper(device):
         from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-        if hopper_launch.takes_few(m, prepared.codes.dtype, layout, _ranks(prepared, layout, m)):
+        ranks = 0
+        if layout.up is not None and (prepared.hidden is not None or prepared.sums is not None):
+            ranks = _ranks(layout.up.shape[0], prepared.experts, layout.up.shape[2], m)
+        if hopper_launch.takes_few(m, prepared.codes.dtype, layout, ranks):
             multiply = hopper_launch.linear_few
         elif not (few and fp8):
             multiply = hopper_launch.linear
@@ -156,12 +159,9 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     return y
 
 
-def _ranks(tokens: Tokens, layout: LinearLayout, m: int) -> int:
-    """Of the experts that m tokens use, at most, together."""
-    if layout.up is None or (tokens.hidden is None and tokens.sums is None):
-        return 0
-    factors, _, rank = layout.up.shape
-    return (factors - tokens.experts + min(tokens.experts, m)) * rank
+def _ranks(factors: int, experts: int, rank: int, m: int) -> int:
+    """Of the factors that m tokens use, at most, together; `experts` of them are routed."""
+    return (factors - experts + min(experts, m)) * rank
 
 
 def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:

@@ -257,6 +257,12 @@ def stages(kind: Kind, dtype: torch.dtype, device: torch.device, rows: int, most
     return min(most, fitting)
 
 
+def block_tokens(m: int, dtype: torch.dtype, rank: int) -> int:
+    """How many of many tokens one program takes."""
+    wide = m >= VERY_MANY and dtype == torch.bfloat16 and rank == RANK_MULTIPLE
+    return BLOCK_TOKENS * (2 if wide else 1)
+
+
 def _hidden(m: int, layout: GroupLayout, device: torch.device) -> dict[str, Any]:
     """What experts of m tokens need, allocated and not written: fields of `Tokens`."""
     return dict(
@@ -273,8 +279,7 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     (m, k), device, rank, kind = x.shape, x.device, layout.rank, layout.kind
     padded = max(1, -(-k // BLOCK)) * BLOCK
     factors, experts, width = layout.factors, layout.experts, padded_experts(layout.experts)
-    wide = m >= VERY_MANY and x.dtype == torch.bfloat16 and rank == RANK_MULTIPLE
-    rows = BLOCK_TOKENS * (2 if wide else 1)
+    rows = block_tokens(m, x.dtype, rank)
     blocks = -(-m // rows)
     slices = min(padded // BLOCK, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
     expert, order = (torch.empty(m, dtype=torch.int32, device=device) for _ in range(2))
