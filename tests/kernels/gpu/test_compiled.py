@@ -19,6 +19,7 @@ KERNELS = {  # by module
 }
 HOPPER_KERNELS = {
     "gpu.hopper_tokens": {"kernel"},
+    "gpu_weight_activation.hopper_alone": {"kernel"},
     "gpu_weight_activation.hopper_few": {"kernel"},
     "gpu_weight_activation.hopper_linear": {"kernel"},
     "gpu_weight_activation.linear_few": {"linear_few"},

@@ -187,6 +187,52 @@ def few_tokens_whose_codes_are_read() -> None:
         check(tokens(m, k, torch.bfloat16 if m < 8 and not INTERPRETED else torch.float32), group, linears)
 
 
+def one_token() -> None:
+    """On Hopper groups of one token take a launch of their own, but for some, beside each tile of it."""
+    rows = [(45, 11), (300, 70)]
+    if not INTERPRETED:
+        rows = [(3584, 4608), (1536, 2048), (640, 17000), (3584, 17000), (8192, 1024), (18944, 512), (18944, 3584)]
+        rows += [(1000, 33), (20480, 96), (20608, 96)]
+    for k, n in rows:
+        for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16):
+            check(tokens(1, k, dtype), *operands(k, (n,), 8, ("smooth", "bias")))
+    coded = [(300, 40, 5)] if INTERPRETED else [(3584, 4608, 64), (896, 200, 33), (18944, 3584, 64), (9024, 96, 20)]
+    for k, n, rank in coded:
+        for rotation, parts in ((64 if k % 64 == 0 else 0, ("smooth", "shared")), (0, ("shared", "bias"))):
+            group, linears = operands(
+                k, (n,), 8, parts, rotation=rotation, integer_factors=True, rank=rank, reads_codes=True
+            )
+            check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
+    valued = [(300, 40)] if INTERPRETED else [(18944, 3584), (9000, 700), (3584, 512)]
+    for k, n in valued:
+        for parts in (ALL, ("routed",), ("shared", "smooth")):
+            group, linears = operands(k, (n,), 8, parts, rank=32, experts=8)
+            if group.router_weight is not None:
+                group.router_weight[:, 8:] = 0  # short sums: no near ties
+            check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
+
+
+@numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
+def hard_inputs_of_one_token() -> None:
+    """Zero, huge, tiny and infinite tokens, ties between experts, and clean ones after them."""
+    k, n = (300, 40) if INTERPRETED else (9000, 700)
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    for parts, reads_codes in (((), False), (("smooth", "shared"), True), (ALL, False)):
+        group, linears = operands(k, (n,), 8, parts, integer_factors=reads_codes, rank=32, reads_codes=reads_codes)
+        if group.router_weight is not None and group.router_bias is not None:
+            group.router_weight[:] = 1
+            group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
+        x, packed = tokens(1, k, dtype), triton_backend.pack(group, linears, dtype)
+        clean = triton_backend.apply(x, packed)
+        for factor in (0, 1e30, 1e-20):
+            check(x * factor, group, linears)
+        for bad in (torch.nan, torch.inf):
+            broken = x.clone()
+            broken[0, 17] = bad
+            assert triton_backend.apply(broken, packed).isnan().all()
+            assert torch.equal(triton_backend.apply(x, packed), clean)
+
+
 def uncommon_layouts() -> None:
     """One output channel in every kernel; a rotation alone; ranks above 64; factors of zeros, tiny tokens."""
     for m in (3, 9, 20):
@@ -350,6 +396,7 @@ def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads
     sizes = [(1, 300, 40, torch.float32), (17, 300, 40, torch.float32)]
     if not INTERPRETED:
         sizes = [(m, 18944, 4096, torch.float32) for m in (1, 4, 12, 40, 200, 300)]
+        sizes += [(1, 18944, 4096, torch.bfloat16)]
         sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9, 16, 17, 256, 257, 512, 513)]
         sizes += [(2, 8960, 1536, torch.bfloat16), (2, 1536, 17920, torch.bfloat16), (8, 3584, 17920, torch.bfloat16)]
     for m, k, n, dtype in sizes:
@@ -487,7 +534,7 @@ def fp8_model_runs_stacked() -> None:
 
 
 CASES: list[Callable[[], None]] = [
-    sizes, parts, few_tokens, few_tokens_whose_codes_are_read,
+    sizes, parts, few_tokens, few_tokens_whose_codes_are_read, one_token, hard_inputs_of_one_token,
     uncommon_layouts, stacked_linears, sums_are_exact, activation_widths, input_types,
     rotation_and_integer_factors, rotations, shared_expert_that_reads_codes,
     all_tokens_to_one_expert, experts_without_tokens,

@@ -130,6 +130,76 @@ def test_what_few_tokens_ask_for_fits_registers(
     assert 16 <= tile["BN"] <= LEAST_ROWS <= n
 
 
+@pytest.mark.parametrize(
+    ("shape", "experts", "reads_codes", "rotation", "dtype", "expected"),
+    [
+        ((4608, 3584), None, False, 0, torch.float16, True),
+        ((4608, 3584), None, False, 64, torch.float32, True),
+        ((37888, 3584), None, False, 0, torch.bfloat16, True),
+        ((37888, 3584), None, False, 64, torch.bfloat16, False),  # too many programs that would rotate
+        ((8192, 29568), None, False, 0, torch.bfloat16, False),  # more than registers hold
+        ((31, 128), None, False, 0, torch.bfloat16, False),  # fewer rows than a tile
+        ((4608, 3584), 0, True, 64, torch.bfloat16, True),
+        ((10240, 8192), 0, True, 64, torch.bfloat16, False),
+        ((3584, 18944), 0, True, 64, torch.float32, True),
+        ((48, 18944), 0, True, 64, torch.float32, True),
+        ((4608, 3584), 8, False, 0, torch.bfloat16, False),
+        ((3584, 18944), 8, False, 0, torch.bfloat16, True),
+        ((3584, 18944), 8, False, 0, torch.float32, False),
+        ((256, 18944), 8, False, 0, torch.bfloat16, False),  # fewer programs than project
+    ],
+)
+def test_which_groups_of_one_token_take_one_launch(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], experts: int | None, reads_codes: bool, rotation: int,
+    dtype: torch.dtype, expected: bool,
+) -> None:  # fmt: skip
+    from quant_experts.kernels.gpu_weight_activation import alone_launch, hopper_launch
+    from quant_experts.kernels.gpu_weight_activation.layout import Kind
+
+    monkeypatch.setattr(alone_launch, "options", lambda device: {})
+    for module in (alone_launch, hopper_launch):
+        monkeypatch.setattr(module, "programs", lambda device: 132)
+    n, k = shape
+    factors = 0 if experts is None else experts + 1
+    rows = 32 * factors + (32 if experts else 0)
+    kind = Kind(127, torch.int8, True, rotation, factors, experts or 0, 32, rows, 1, reads_codes)
+    device = torch.device("cuda:9")  # a key of its own among the decisions that are kept
+    blocks = -(-k // 128)
+    assert alone_launch.is_fastest(kind, n, blocks, dtype, device) == expected
+    fp8 = kind._replace(code_type=torch.float8_e4m3fn)
+    assert not alone_launch.is_fastest(fp8, n, blocks, dtype, device)
+    if expected:
+        check_cut(alone_launch.constants(kind, n, blocks, device), n, blocks)
+
+
+def check_cut(c: dict[str, Any], n: int, blocks: int) -> None:
+    """Every block has a turn, every slice of a projection as well, and shared memory holds them; programs that project
+    are no more than there are, nor than run at once."""
+    turns = -(-blocks // c["WAYS"])
+    assert c["TURNS"] % 2 == 0 and c["TURNS"] * c["WAYS"] * 128 <= 48 * 1024
+    assert c["PARTS"] * c["WAYS"] * 256 >= blocks * 128 and c["TURNS"] >= 2 * c["PARTS"]
+    assert c["TURNS"] >= -(-turns // c["AHEAD"]) * c["AHEAD"] and c["ONCE"] == (turns <= c["AHEAD"])
+    if c["TOTAL"]:
+        assert c["SLICES"] * c["SLICE_TURNS"] >= turns > (c["SLICES"] - 1) * c["SLICE_TURNS"]
+        assert c["TURNS"] >= c["SLICES"] * c["SLICE_TURNS"] and c["PADDED"] >= c["SLICES"] > 0
+        assert c["SLICES"] * (c["TOTAL"] // 16) <= min(132, -(-n // c["BN"]))
+
+
+@pytest.mark.parametrize("n", [1536, 3584, 37888])
+@pytest.mark.parametrize("k", [1536, 3584, 18944])
+@pytest.mark.parametrize("tokens", [17, 64, 200, 512, 1024])
+def test_the_tile_is_the_one_that_is_estimated_to_be_fastest(tokens: int, n: int, k: int) -> None:
+    """Nothing that could be chosen is estimated to be faster, and half as many multiprocessors never make it so."""
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import STEP_MICROSECONDS, config, estimated
+
+    c = config(tokens, n, k, 0, 32, BIAS=False, SORTED=False)
+    chosen = (c.BN.value, c.BM.value, c.SHARES.value)
+    time = estimated(chosen, tokens, n, k // 128, 132)
+    choices = [(*tile, shares) for tile in STEP_MICROSECONDS for shares in (False, True) if tile[1] <= max(32, tokens)]
+    assert chosen in choices and all(estimated(other, tokens, n, k // 128, 132) >= time for other in choices)
+    assert estimated(chosen, tokens, n, k // 128, 66) >= time
+
+
 def test_the_table_names_the_backend_for_gpus() -> None:
     from quant_experts.kernels.dispatch import BACKENDS
 

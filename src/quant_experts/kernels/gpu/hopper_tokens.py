@@ -62,13 +62,45 @@ def unit_and_inverse(largest, finite, LARGEST: gl.constexpr):
 
 
 @gluon.jit
-def ask_for_token(x_ptr, token, there, column, K, PARTS: gl.constexpr, PART: gl.constexpr):
-    """Parts of a token as they are, zero where it is not there."""
+def ask_for_inverses(inverse_ptr, column, K, PARTS: gl.constexpr, PART: gl.constexpr):
+    """1 / m, in parts, one outside."""
+    inverses = ()
+    for part in gl.static_range(PARTS):
+        at = part * PART + column
+        inverses = inverses + (gl.load(inverse_ptr + at, mask=at < K, other=1.0),)
+    return inverses
+
+
+@gluon.jit
+def ask_for_token(x_ptr, there, column, K, PARTS: gl.constexpr, PART: gl.constexpr):
+    """Parts of the token at x_ptr as they are, zero where it is not there."""
     raw = ()
     for part in gl.static_range(PARTS):
         at = part * PART + column
-        raw = raw + (gl.load(x_ptr + token * K + at, mask=(at < K) & there, other=0.0, cache_modifier=".cg"),)
+        raw = raw + (gl.load(x_ptr + at, mask=(at < K) & there, other=0.0, cache_modifier=".cg"),)
     return raw
+
+
+@gluon.jit
+def smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH: gl.constexpr, ROT: gl.constexpr):
+    """-> parts of a token, multiplied by 1 / m, which is read where no inverses are given, and rotated; their largest
+    magnitude."""
+    PART: gl.constexpr = column.shape[0]
+    LAYOUT: gl.constexpr = column.type.layout
+    values = ()
+    most = gl.zeros([PART], gl.float32, LAYOUT)
+    for part in gl.static_range(len(raw)):
+        z = raw[part].to(gl.float32)
+        if SMOOTH and len(inverses) > 0:
+            z = z * inverses[part]
+        elif SMOOTH:
+            at = part * PART + column
+            z = z * gl.load(inverse_ptr + at, mask=at < K, other=1.0)
+        if ROT > 0:
+            z = rotated(z, ROT)
+        most = nan_max(most, gl.abs(z))
+        values = values + (z,)
+    return values, gl.reduce(most, 0, nan_max)
 
 
 @gluon.jit
@@ -88,9 +120,7 @@ def kernel(
     column = gl.arange(0, PART, LAYOUT)
     inverses = ()
     if SMOOTH and HELD:
-        for part in gl.static_range(PARTS):
-            at = part * PART + column
-            inverses = inverses + (gl.load(inverse_ptr + at, mask=at < K, other=1.0),)
+        inverses = ask_for_inverses(inverse_ptr, column, K, PARTS, PART)
     if not EARLY:
         wait_for_previous_kernel()
     allow_next_kernel()
@@ -98,7 +128,7 @@ def kernel(
     token = first
     if SORTED:
         token = gl.load(order_ptr + first, cache_modifier=".cg")
-    raw = ask_for_token(x_ptr, token.to(gl.int64), True, column, K, PARTS, PART)
+    raw = ask_for_token(x_ptr + token.to(gl.int64) * K, True, column, K, PARTS, PART)
     end, stride = first + 1, 1  # one token: the compiler then keeps no registers for another
     if HELD:
         end, stride = M, gl.num_programs(0)
@@ -109,21 +139,8 @@ def kernel(
             there = token < M
             if SORTED:
                 token = gl.load(order_ptr + token, mask=there, other=0, cache_modifier=".cg")
-            next_raw = ask_for_token(x_ptr, token.to(gl.int64), there, column, K, PARTS, PART)
-        values = ()
-        most = gl.zeros([PART], gl.float32, LAYOUT)
-        for part in gl.static_range(PARTS):
-            z = raw[part].to(gl.float32)
-            if SMOOTH and HELD:
-                z = z * inverses[part]
-            elif SMOOTH:
-                at = part * PART + column
-                z = z * gl.load(inverse_ptr + at, mask=at < K, other=1.0)
-            if ROT > 0 and LARGEST > 0:
-                z = rotated(z, ROT)
-            most = nan_max(most, gl.abs(z))
-            values = values + (z,)
-        largest = gl.reduce(most, 0, nan_max)
+            next_raw = ask_for_token(x_ptr + token.to(gl.int64) * K, there, column, K, PARTS, PART)
+        values, largest = smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH, ROT if LARGEST > 0 else 0)
         finite = largest < float("inf")
         unit, inverse = unit_and_inverse(largest, finite, LARGEST)
         for part in gl.static_range(PARTS):

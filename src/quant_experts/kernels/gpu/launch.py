@@ -60,12 +60,16 @@ def reserve(device: torch.device) -> None:
     if hopper(device):
         zeros("hopper sums", MAX_PROGRAMS * LARGEST_TILE, device)
         zeros("hopper shares", MAX_PROGRAMS * 2, device)
+        zeros("alone counts", ALONE_COUNTS, device)
+        zeros("alone sums", ALONE_SUMS, device)
 
 
 MAX_BLOCKS = 1 << 16
 """Token blocks of the launches for many tokens."""
 MAX_PROGRAMS = 160
 """Programs of the Hopper kernel, at most the multiprocessors of a GPU of that generation."""
+ALONE_COUNTS, ALONE_SUMS = 1 << 10, 1 << 16
+"""Counts and sums of the Hopper kernel for one token: of every factor that a layout may have, in 8 slices."""
 LARGEST_TILE = 256 * 128
 """Sums in a tile of the Hopper kernel."""
 

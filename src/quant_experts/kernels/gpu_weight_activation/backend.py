@@ -92,6 +92,11 @@ def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
+    if x.shape[0] == 1 and hopper(x.device):
+        from quant_experts.kernels.gpu_weight_activation import alone_launch
+
+        if alone_launch.takes_alone(packed.group, packed.linear, x.dtype):
+            return alone_launch.alone(x.contiguous(), packed.group, packed.linear)
     return linear(_prepare(x, packed.group, settled=not _settles(x.shape[0], packed)), packed.linear)
 
 

@@ -164,7 +164,7 @@ def kernel(
     first = gl.minimum(gl.program_id(0) * BN, N - BN)
     row = first + gl.arange(0, BN, gl.SliceLayout(1, TILE))
     token = gl.arange(0, BM, gl.SliceLayout(0, TILE))
-    row_scale = gl.load(scale_ptr + row) * (0.0625 * inverse_headroom)
+    row_scale = gl.load(scale_ptr + row)  # used at the end: a product here would wait for it
     steps = Kp // 128
     way = across(WAYS, 0, BYTES)
     there = across(BM, 1, BYTES) < M
@@ -196,7 +196,7 @@ def kernel(
             inverse_headroom, BN, BM, WAYS, F, E, R, USED, TOTAL, EP, SLICES, CODES,
         )  # fmt: skip
     token_scale = gl.load(token_scale_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg") * headroom
-    y = gl.sum(low_sums + high_sums, axis=0).to(gl.float32) * row_scale[:, None]
+    y = gl.sum(low_sums + high_sums, axis=0).to(gl.float32) * (row_scale * (0.0625 * inverse_headroom))[:, None]
     if F > 0:
         experts = gl.zeros([WAYS, BN, BM], gl.float32, MMA)
         for i in gl.static_range(len(ups)):

@@ -20,25 +20,56 @@ BYTES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
 HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 
 
-MOST_FEW, FEW_RANKS = 16, 64
-"""Tokens that `linear_few` takes at most, and ranks that it takes with more than 8."""
+MOST_FEW, FEW_RANKS, FEW_BLOCKS = 16, 64, 32
+"""Tokens that `linear_few` takes at most, and ranks and blocks of 128 channels that it takes with more than 8."""
 LEAST_ROWS = 32
 """Rows of the largest tile of `linear_few`: a layout has as many."""
 
 
+STEP_MICROSECONDS = {(256, 128): 0.62, (256, 64): 0.39, (128, 128): 0.34, (128, 64): 0.23, (128, 32): 0.21}
+"""Of a step of 128 channels, by rows and tokens of a tile, where every multiprocessor has a tile at most."""
+BUSY = {256: 1.17, 128: 1.04}
+"""How much longer steps of tiles of so many rows take where multiprocessors have several, one after another."""
+ESTIMATED_TOKENS = 1024
+"""More fill all multiprocessors many times: then large tiles are best, with the last waves shared."""
+FINISHING_MICROSECONDS = 0.86
+"""Of finishing a tile, or of adding up 8,192 sums of a share."""
+SHARED, SHARED_MICROSECONDS = 1.25, 3.3
+"""How much longer steps take where tiles are shared, and what sharing costs once."""
+
+
+def estimated(tile: tuple[int, int, bool], m: int, n: int, steps: int, count: int) -> float:
+    """Microseconds of a product by tiles of so many rows and tokens, and whether they are shared, on so many
+    multiprocessors, less what all tiles take: a model fitted to times of 16 shapes of layers and 5 numbers of tokens on
+    an H200 (EXPERIMENTS.md)."""
+    rows, tokens, shares = tile
+    tiles = -(-n // rows) * -(-m // tokens)
+    step = STEP_MICROSECONDS[rows, tokens] * (BUSY[rows] if tiles > count else 1)
+    if not shares:
+        return -(-tiles // count) * (steps * step + FINISHING_MICROSECONDS)
+    finishing = FINISHING_MICROSECONDS * max(1, count / tiles) * rows * tokens / 8192
+    return SHARED * tiles * steps * step / count + finishing + SHARED_MICROSECONDS
+
+
 @cache
-def config(m: int, n: int, k: int, factors: int, rank: int, **flags: bool) -> Config:
-    """Tile sizes for a shape, as measured on an H200 (docs/performance.md); flags are those of `Config`."""
+def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **flags: bool) -> Config:
+    """The tile that is estimated to be fastest for a shape; flags are those of `Config`."""
     fixed: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, **flags)
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
-    wide = n >= 256 * 128 or k >= 64 * BLOCK
-    if m <= 512 or not wide or flags.get("FP8"):  # two sets of fp8 sums of larger tiles would not fit registers
-        bm = 32 if m <= 32 else 64 if m <= 64 or (m <= 128 and not wide) else 128
-        tiles = -(-n // 128) * -(-m // bm)
-        return Config(BN=128, BM=bm, STAGES=12 if bm < 128 else 8, PAIRS=True, SHARES=wide or tiles > 132, **fixed)
-    return Config(BN=256, BM=128, STAGES=6, **fixed)
+    most = 128 if flags.get("FP8") else 256  # two sets of fp8 sums of larger tiles would not fit registers
+    if m > ESTIMATED_TOKENS:
+        return _tile(most, 128, True, fixed)
+    fitting = [tile for tile in STEP_MICROSECONDS if tile[0] <= most and tile[1] <= max(m, 32)]
+    choices = [(*tile, shares) for tile in fitting for shares in (False, True)]
+    rows, tokens, shares = min(choices, key=lambda choice: estimated(choice, m, n, k // BLOCK, count))
+    return _tile(rows, tokens, shares, fixed)
+
+
+def _tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
+    stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
+    return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares, **fixed)
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -65,7 +96,8 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     fp8 = tokens.codes.dtype == torch.float8_e4m3fn
     flags = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
-    c = chosen or config(m, n, k, factors, rank, **flags)
+    count = programs(device)
+    c = chosen or config(m, n, k, factors, rank, count, **flags)
     bn, bm = c.BN.value, c.BM.value
     weight_rows, up_rows = weight_descriptors(layout, bn)
     token_rows = descriptor(tokens.codes, bm, BLOCK // 2)
@@ -73,7 +105,6 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         up_rows = hidden_rows = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
     else:
         hidden_rows = descriptor(hidden, bm, 32)
-    count = programs(device)
     sums = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
     sums = sums.view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 2, device)
@@ -92,12 +123,12 @@ def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, ranks: int) -> b
     up to 4 of large groups and 16 of small ones with few ranks, as measured on an H200."""
     if codes != torch.int8 or layout.out_features < LEAST_ROWS:
         return False
-    if _wide(layout.out_features, layout.scale.device):
+    if is_wide(layout.out_features, layout.scale.device):
         return m <= 4
-    return m <= 8 or (m <= MOST_FEW and ranks <= FEW_RANKS and _short(layout))
+    return m <= 8 or (m <= MOST_FEW and ranks <= FEW_RANKS and layout.weight.shape[0] <= FEW_BLOCKS)
 
 
-def _wide(n: int, device: torch.device) -> bool:
+def is_wide(n: int, device: torch.device) -> bool:
     """Whether there are many more tiles than multiprocessors."""
     return n >= 128 * programs(device)
 
@@ -110,7 +141,7 @@ def _short(layout: LinearLayout) -> bool:
 def few_tile(layout: LinearLayout, later: bool) -> dict[str, int]:
     """Rows and warps of a program, and blocks of 128 channels that a warp asks for at a time, as measured on an H200;
     later: whether hidden values come later."""
-    if _wide(layout.out_features, layout.scale.device):
+    if is_wide(layout.out_features, layout.scale.device):
         return dict(BN=32, WAYS=2, AHEAD=8 if later else 2)
     if not _short(layout):
         return dict(BN=16, WAYS=8, AHEAD=8)
