@@ -193,23 +193,22 @@ def one_token() -> None:
     if not INTERPRETED:
         rows = [(3584, 4608), (1536, 2048), (640, 17000), (3584, 17000), (8192, 1024), (18944, 512), (18944, 3584)]
         rows += [(1000, 33), (20480, 96), (20608, 96)]
-    for k, n in rows:
-        for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16):
-            check(tokens(1, k, dtype), *operands(k, (n,), 8, ("smooth", "bias")))
+    for i, (k, n) in enumerate(rows):
+        dtype = torch.float32 if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)[i % 3]
+        check(tokens(1, k, dtype), *operands(k, (n,), 8, ("smooth", "bias")))
     coded = [(300, 40, 5)] if INTERPRETED else [(3584, 4608, 64), (896, 200, 33), (18944, 3584, 64), (9024, 96, 20)]
-    for k, n, rank in coded:
-        for rotation, parts in ((64 if k % 64 == 0 else 0, ("smooth", "shared")), (0, ("shared", "bias"))):
-            group, linears = operands(
-                k, (n,), 8, parts, rotation=rotation, integer_factors=True, rank=rank, reads_codes=True
-            )
-            check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
-    valued = [(300, 40)] if INTERPRETED else [(18944, 3584), (9000, 700), (3584, 512)]
-    for k, n in valued:
-        for parts in (ALL, ("routed",), ("shared", "smooth")):
-            group, linears = operands(k, (n,), 8, parts, rank=32, experts=8)
-            if group.router_weight is not None:
-                group.router_weight[:, 8:] = 0  # short sums: no near ties
-            check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
+    for i, (k, n, rank) in enumerate(coded):
+        rotation, parts = ((64, ("smooth", "shared")), (0, ("shared", "bias")))[i % 2 if k % 64 == 0 else 1]
+        group, linears = operands(
+            k, (n,), 8, parts, rotation=rotation, integer_factors=True, rank=rank, reads_codes=True
+        )
+        check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
+    for parts in (ALL, ("routed",), ("shared", "smooth")):
+        k, n = (300, 40) if INTERPRETED else (9000, 700)
+        group, linears = operands(k, (n,), 8, parts, rank=32, experts=8)
+        if group.router_weight is not None:
+            group.router_weight[:, 8:] = 0  # short sums: no near ties
+        check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
 
 
 @numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's

@@ -190,13 +190,13 @@ def check_cut(c: dict[str, Any], n: int, blocks: int) -> None:
 @pytest.mark.parametrize("tokens", [17, 64, 200, 512, 1024])
 def test_the_tile_is_the_one_that_is_estimated_to_be_fastest(tokens: int, n: int, k: int) -> None:
     """Nothing that could be chosen is estimated to be faster, and half as many multiprocessors never make it so."""
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import STEP_MICROSECONDS, config, estimated
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import choices, config, estimated
 
     c = config(tokens, n, k, 0, 32, BIAS=False, SORTED=False)
     chosen = (c.BN.value, c.BM.value, c.SHARES.value)
     time = estimated(chosen, tokens, n, k // 128, 132)
-    choices = [(*tile, shares) for tile in STEP_MICROSECONDS for shares in (False, True) if tile[1] <= max(32, tokens)]
-    assert chosen in choices and all(estimated(other, tokens, n, k // 128, 132) >= time for other in choices)
+    assert chosen in choices(tokens)
+    assert all(estimated(other, tokens, n, k // 128, 132) >= time for other in choices(tokens))
     assert estimated(chosen, tokens, n, k // 128, 66) >= time
 
 

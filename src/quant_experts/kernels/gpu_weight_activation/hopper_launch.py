@@ -60,14 +60,18 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
     most = 128 if flags.get("FP8") else 256  # two sets of fp8 sums of larger tiles would not fit registers
     if m > ESTIMATED_TOKENS:
-        return _tile(most, 128, True, fixed)
-    fitting = [tile for tile in STEP_MICROSECONDS if tile[0] <= most and tile[1] <= max(m, 32)]
-    choices = [(*tile, shares) for tile in fitting for shares in (False, True)]
-    rows, tokens, shares = min(choices, key=lambda choice: estimated(choice, m, n, k // BLOCK, count))
-    return _tile(rows, tokens, shares, fixed)
+        return tile(most, 128, True, fixed)
+    fitting = [choice for choice in choices(m) if choice[0] <= most]
+    return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
 
 
-def _tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
+def choices(m: int) -> list[tuple[int, int, bool]]:
+    """Tiles for more than 16 tokens, as `estimated` takes them."""
+    return [(*tile, shares) for tile in STEP_MICROSECONDS for shares in (False, True) if tile[1] <= max(m, 32)]
+
+
+def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
+    """A tile's `Config`, with what is decided elsewhere."""
     stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
     return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares, **fixed)
 

@@ -1,0 +1,41 @@
+"""What is said of stored times of tiles, and what the times in the repository say of the tiles that are chosen."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "kernels"))
+    return import_module("gpu_tiles")
+
+
+def test_losses_are_those_of_the_tile_that_is_chosen(tiles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+
+    order = {(128, 64, False): 1.0, (128, 128, True): 2.0}
+    monkeypatch.setattr(hopper_launch, "estimated", lambda choice, *shape: order.get(choice, 3.0))
+    rows = [
+        {"n": 1, "k": 128, "tokens": 128, "times": {"128x64": 4.0, "128x128 shared": 2.0}, "before": 8.0},
+        {"n": 1, "k": 128, "tokens": 128, "times": {"128x128 shared": 2.0, "256x128": 1.0}},
+    ]
+    found = tiles.losses(rows)
+    assert found["chosen"] == pytest.approx((2 * 2) ** 0.5 - 1) and found["before"] == pytest.approx(3)
+
+
+def test_chosen_tiles_are_near_the_best_of_those_measured(
+    tiles: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_tiles.py", "--stored", "--out", str(ROOT / "benchmarks" / "results")])
+    tiles.main()
+    assert "in the mean of 74 shapes" in capsys.readouterr().out
+    rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_tiles.json").read_text())["rows"]
+    found = tiles.losses(rows)
+    assert 0 < found["chosen"] < 0.03 < found["before"]
