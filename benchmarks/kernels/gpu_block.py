@@ -8,6 +8,7 @@ with 1024 tokens in the cache. Several copies of the block run one after another
 from memory and not from the L2 cache; a time is that of a replay over the number of copies. Memory is without what
 laying out the weights takes once.
 
+`--set MOST_BLOCKS=0` leaves out the launch that computes a whole group for one token, to compare with.
 `--device cpu --tiny` checks the benchmark where there is no GPU.
 """
 
@@ -24,6 +25,7 @@ from random_blocks import (
     SIZES,
     about,
     backend,
+    command,
     compile_ahead,
     memory,
     options,
@@ -32,6 +34,7 @@ from random_blocks import (
     reset_peak,
     rotary,
     served_kinds,
+    set_constants,
     spread,
     text_config,
     title,
@@ -141,13 +144,14 @@ def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--models", nargs="+", default=["Qwen2-VL-7B", "Qwen2-VL-72B"], choices=list(SIZES))
     arguments = parser.parse_args()
+    set_constants(arguments.set)
     device, models = arguments.device, ["tiny"] if arguments.tiny else arguments.models
     settings, dtype = TINY_SETTINGS if arguments.tiny else SETTINGS, torch.bfloat16
     kinds = served_kinds(arguments.kinds, device)
     tokens = [sequences * new for sequences, new, _ in settings.values()]
     failed = compile_ahead(models, tokens, kinds) if device.type == "cuda" else []
     kinds = [kind for kind in kinds if kind not in failed]
-    facts = about("python benchmarks/kernels/gpu_block.py", device) | {"copies": COPIES, "replays": REPLAYS}
+    facts = about(command("gpu_block"), device) | {"copies": COPIES, "replays": REPLAYS}
     rows: list[dict[str, Any]] = []
     for model, kind in product(models, kinds):
         rows += measure(model, kind, settings, device, dtype)

@@ -7,6 +7,7 @@ new tokens, chosen greedily. `graph` is a static cache with one decode step capt
 decoder, head, choice of the token and position, so that nothing waits for the host. `eager` is plain `generate`. The
 quantized models share vision tower, embedding and head with the bf16 one; nothing is calibrated: tokens mean nothing.
 
+`--set MOST_BLOCKS=0` leaves out the launch that computes a whole group for one token, to compare with.
 `--device cpu --tiny` checks the benchmark where there is no GPU.
 """
 
@@ -22,12 +23,14 @@ from random_blocks import (
     SIZES,
     about,
     backend,
+    command,
     compile_ahead,
     memory,
     options,
     random_block,
     reset_peak,
     served_kinds,
+    set_constants,
     spread,
     text_config,
     title,
@@ -236,6 +239,7 @@ def table(model: str, rows: list[dict[str, Any]]) -> str:
 @torch.inference_mode()
 def main() -> None:
     arguments = options(__doc__ or "", DEFAULT_KINDS).parse_args()
+    set_constants(arguments.set)
     device, tiny = arguments.device, arguments.tiny
     size, dtype = ("tiny", torch.float32) if tiny else (MODEL, torch.bfloat16)
     side, new_tokens = (56, 8) if tiny else (448, NEW_TOKENS)
@@ -248,7 +252,7 @@ def main() -> None:
     model = random_model(tiny, device, dtype)
     print(f"model built in {synchronize(device) - start:.1f} s", flush=True)
     rows: list[dict[str, Any]] = []
-    facts = about("python benchmarks/kernels/gpu_generate.py", device) | {
+    facts = about(command("gpu_generate"), device) | {
         "model": {size: SIZES[size]},
         "runs": {"graph": GRAPH_RUNS, "eager": EAGER_RUNS},
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -266,7 +267,34 @@ def options(description: str, kinds: Iterable[str] = tuple(KINDS)) -> argparse.A
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--tiny", action="store_true", help="a small model, to check the benchmark itself")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="constants of `alone_launch`: MOST_BLOCKS=0 leaves it out",
+    )
     return parser
+
+
+def set_constants(assignments: Iterable[str]) -> None:
+    """Other constants than those chosen, of which groups take one launch for one token.
+
+    Raises `SystemExit` for a name that is none.
+    """
+    if not assignments:
+        return
+    from quant_experts.kernels.gpu_weight_activation import alone_launch
+
+    for name, _, value in (assignment.partition("=") for assignment in assignments):
+        if not isinstance(getattr(alone_launch, name, None), int):
+            sys.exit(f"--set {name}: alone_launch has no such constant.")
+        setattr(alone_launch, name, int(value))
+
+
+def command(name: str) -> str:
+    """The call of a benchmark, as it was made."""
+    return shlex.join(["python", f"benchmarks/kernels/{name}.py", *sys.argv[1:]])
 
 
 def _compile(kind: str, tokens: int, models: list[str]) -> None:

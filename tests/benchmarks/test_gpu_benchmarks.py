@@ -38,6 +38,19 @@ def test_a_block(run: Callable[[str], list[dict[str, Any]]]) -> None:
     }, "what only the reference computes on this device is left out"
 
 
+def test_constants_are_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant_experts.kernels.gpu_weight_activation import alone_launch
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(alone_launch, "MOST_BLOCKS", alone_launch.MOST_BLOCKS)
+    set_constants = import_module("random_blocks").set_constants
+    set_constants(["MOST_BLOCKS=3"])
+    assert alone_launch.MOST_BLOCKS == 3
+    for name in ("NONE", "is_fastest"):
+        with pytest.raises(SystemExit, match=f"--set {name}: .*no such constant"):
+            set_constants([f"{name}=1"])
+
+
 def test_a_model(run: Callable[[str], list[dict[str, Any]]]) -> None:
     rows = run("gpu_generate")
     assert len(rows) == 2 * len(KINDS)

@@ -40,7 +40,7 @@ SHARED, SHARED_MICROSECONDS = 1.25, 3.3
 
 def estimated(tile: tuple[int, int, bool], m: int, n: int, steps: int, count: int) -> float:
     """Microseconds of a product by tiles of so many rows and tokens, and whether they are shared, on so many
-    multiprocessors, less what all tiles take: a model fitted to times of 16 shapes of layers and 5 numbers of tokens on
+    multiprocessors, less what all tiles take: a model fitted to times of 15 shapes of layers and 5 numbers of tokens on
     an H200 (EXPERIMENTS.md)."""
     rows, tokens, shares = tile
     tiles = -(-n // rows) * -(-m // tokens)
