@@ -3,7 +3,7 @@
     python benchmarks/kernels/gpu_power.py [--seconds 1.2] [--out benchmarks/results]
 
 writes gpu_power.json: the linear of Qwen2-VL-7B's gate+up alone, 8,192 tokens, int8 and fp8, on random tokens, on zeros
-and on ones, and `torch._scaled_mm` on random numbers, each for as long: microseconds of the first replay, the median
+and on ones, and `torch._scaled_mm` on random numbers, each for as long: microseconds of the second replay, the median
 and the last, and what `nvidia-smi` reported meanwhile (its watts are means over some time before). Random numbers
 switch more transistors than zeros: where zeros are faster, power is the limit.
 """
@@ -27,7 +27,7 @@ from gpu_linear import SHAPES, Captured, about, layer
 from quant_experts.kernels.gpu_weight_activation import backend
 
 TOKENS, REPEATS = 8192, 4
-QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+QUERY = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
 
 
 def works() -> dict[str, Callable[[], object]]:
@@ -67,10 +67,12 @@ def measure(name: str, work: Callable[[], object], seconds: float) -> dict[str, 
         times.append(graph.time() / REPEATS)
     done.set()
     thread.join()
+    if not samples:
+        sys.exit("nvidia-smi gave no clock and power: is it installed, and was there time for a sample?")
     late = samples[len(samples) // 2 :]
     return {
         "work": name,
-        "first": round(times[1]),
+        "second": round(times[1]),
         "median": round(median(times)),
         "last": round(times[-1]),
         "mhz": [min(s[0] for s in late), max(s[0] for s in late)],

@@ -7,7 +7,8 @@ be chosen, shared or whole, on cold weights in a CUDA graph; medians of rounds i
 
     python benchmarks/kernels/gpu_tiles.py --stored
 
-needs no GPU: it says how much longer the tiles that are chosen take than the best ones, by the times in that file.
+needs no GPU: it says how much longer the tiles that are chosen take than the best ones, by the times in that file, to
+which the estimate was fitted.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def measure(n: int, k: int, tokens: list[int]) -> list[dict[str, Any]]:
     import torch
     from gpu_linear import COLD_BYTES, Captured, layer
 
+    from quant_experts.kernels.gpu.launch import programs
     from quant_experts.kernels.gpu_weight_activation import backend, hopper_launch
 
     made = [layer(n, k, 8, "without_experts", i) for i in range(max(4, -(-COLD_BYTES // (n * k // 2))))]
@@ -55,7 +57,8 @@ def measure(n: int, k: int, tokens: list[int]) -> list[dict[str, Any]]:
 
             return Captured(work)
 
-        graphs = {name(*choice): captured(choice) for choice in hopper_launch.choices(m)}
+        choices = hopper_launch.choices(m, n, programs(y.device))
+        graphs = {name(*choice): captured(choice) for choice in choices}
         rounds = [{tile: graph.time() / len(made) for tile, graph in graphs.items()} for _ in range(ROUNDS)]
         times = {tile: round(median(times[tile] for times in rounds), 1) for tile in graphs}
         rows.append({"n": n, "k": k, "tokens": m, "times": times})
@@ -71,8 +74,9 @@ def losses(rows: list[dict[str, Any]], multiprocessors: int = 132) -> dict[str, 
     found: dict[str, list[float]] = {"chosen": [], "before": []}
     for row in rows:
         best = log(min(row["times"].values()))
-        timed = [choice for choice in choices(row["tokens"]) if name(*choice) in row["times"]]
-        chosen = min(timed, key=lambda c: estimated(c, row["tokens"], row["n"], row["k"] // 128, multiprocessors))
+        m, n, steps = row["tokens"], row["n"], row["k"] // 128
+        timed = [choice for choice in choices(m, n, multiprocessors) if name(*choice) in row["times"]]
+        chosen = min(timed, key=lambda choice: estimated(choice, m, n, steps, multiprocessors))
         found["chosen"].append(log(row["times"][name(*chosen)]) - best)
         if "before" in row:
             found["before"].append(log(row["before"]) - best)

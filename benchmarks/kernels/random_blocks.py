@@ -287,8 +287,8 @@ def set_constants(assignments: Iterable[str]) -> None:
     from quant_experts.kernels.gpu_weight_activation import alone_launch
 
     for name, _, value in (assignment.partition("=") for assignment in assignments):
-        if not isinstance(getattr(alone_launch, name, None), int):
-            sys.exit(f"--set {name}: alone_launch has no such constant.")
+        if not isinstance(getattr(alone_launch, name, None), int) or not value.isdigit():
+            sys.exit(f"--set {name}={value}: alone_launch has no such constant, or this is no number.")
         setattr(alone_launch, name, int(value))
 
 

@@ -46,9 +46,9 @@ def test_constants_are_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     set_constants = import_module("random_blocks").set_constants
     set_constants(["MOST_BLOCKS=3"])
     assert alone_launch.MOST_BLOCKS == 3
-    for name in ("NONE", "is_fastest"):
-        with pytest.raises(SystemExit, match=f"--set {name}: .*no such constant"):
-            set_constants([f"{name}=1"])
+    for wrong in ("NONE=1", "is_fastest=1", "MOST_BLOCKS=x", "MOST_BLOCKS"):
+        with pytest.raises(SystemExit, match=f"--set {wrong}.*no such constant, or this is no number"):
+            set_constants([wrong])
 
 
 def test_a_model(run: Callable[[str], list[dict[str, Any]]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
+from quant_experts.kernels.gpu import launch
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.gpu_weight_activation.layout import Tokens, pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
@@ -192,10 +193,12 @@ def one_token() -> None:
     rows = [(45, 11), (300, 70)]
     if not INTERPRETED:
         rows = [(3584, 4608), (1536, 2048), (640, 17000), (3584, 17000), (8192, 1024), (18944, 512), (18944, 3584)]
-        rows += [(1000, 33), (20480, 96), (20608, 96)]
+        rows += [(1000, 33), (100, 64), (20480, 96), (20608, 96)]
     for i, (k, n) in enumerate(rows):
         dtype = torch.float32 if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)[i % 3]
-        check(tokens(1, k, dtype), *operands(k, (n,), 8, ("smooth", "bias")))
+        group, linears = operands(k, (n,), 8, ("smooth", "bias"))
+        check(tokens(1, k, dtype), group, linears)
+        takes_one_launch(group, linears, dtype, k <= 20480)
     coded = [(300, 40, 5)] if INTERPRETED else [(3584, 4608, 64), (896, 200, 33), (18944, 3584, 64), (9024, 96, 20)]
     for i, (k, n, rank) in enumerate(coded):
         rotation, parts = ((64, ("smooth", "shared")), (0, ("shared", "bias")))[i % 2 if k % 64 == 0 else 1]
@@ -203,12 +206,25 @@ def one_token() -> None:
             k, (n,), 8, parts, rotation=rotation, integer_factors=True, rank=rank, reads_codes=True
         )
         check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
-    for parts in (ALL, ("routed",), ("shared", "smooth")):
+        takes_one_launch(group, linears, torch.bfloat16)
+    for parts, experts in ((ALL, 8), (("routed",), 12), (("shared", "smooth"), 8)):
         k, n = (300, 40) if INTERPRETED else (9000, 700)
-        group, linears = operands(k, (n,), 8, parts, rank=32, experts=8)
+        group, linears = operands(k, (n,), 8, parts, rank=32, experts=experts)
+        takes_one_launch(group, linears, torch.bfloat16)
         if group.router_weight is not None:
             group.router_weight[:, 8:] = 0  # short sums: no near ties
         check(tokens(1, k, torch.float32 if INTERPRETED else torch.bfloat16), group, linears)
+
+
+def takes_one_launch(
+    group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype, expected: bool = True
+) -> None:
+    """Whether one token of it does, on Hopper."""
+    if launch.hopper(torch.device(DEVICE)):
+        from quant_experts.kernels.gpu_weight_activation.alone_launch import takes_alone
+
+        packed = triton_backend.pack(group, linears, dtype)
+        assert takes_alone(packed.group, packed.linear, dtype) == expected
 
 
 @numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
@@ -223,6 +239,7 @@ def hard_inputs_of_one_token() -> None:
             group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
         x, packed = tokens(1, k, dtype), triton_backend.pack(group, linears, dtype)
         clean = triton_backend.apply(x, packed)
+        takes_one_launch(group, linears, dtype)
         for factor in (0, 1e30, 1e-20):
             check(x * factor, group, linears)
         for bad in (torch.nan, torch.inf):

@@ -162,19 +162,24 @@ def test_which_groups_of_one_token_take_one_launch(
     n, k = shape
     factors = 0 if experts is None else experts + 1
     rows = 32 * factors + (32 if experts else 0)
-    kind = Kind(127, torch.int8, True, rotation, factors, experts or 0, 32, rows, 1, reads_codes)
+    kind = Kind(127, torch.int8, True, rotation, factors, experts or 0, 32, rows, 1 if reads_codes else 2, reads_codes)
     device = torch.device("cuda:9")  # a key of its own among the decisions that are kept
     blocks = -(-k // 128)
     assert alone_launch.is_fastest(kind, n, blocks, dtype, device) == expected
     fp8 = kind._replace(code_type=torch.float8_e4m3fn)
     assert not alone_launch.is_fastest(fp8, n, blocks, dtype, device)
+    precise = kind._replace(row_bytes=4)  # laid out for float32 inputs
+    assert not (experts and alone_launch.is_fastest(precise, n, blocks, dtype, device))
     if expected:
         check_cut(alone_launch.constants(kind, n, blocks, device), n, blocks)
 
 
 def check_cut(c: dict[str, Any], n: int, blocks: int) -> None:
     """Every block has a turn, every slice of a projection as well, and shared memory holds them; programs that project
-    are no more than there are, nor than run at once."""
+    are no more than there are, nor than run at once; workspaces hold what they write."""
+    from quant_experts.kernels.gpu import launch
+    from quant_experts.kernels.gpu_weight_activation import hopper_alone
+
     turns = -(-blocks // c["WAYS"])
     assert c["TURNS"] % 2 == 0 and c["TURNS"] * c["WAYS"] * 128 <= 48 * 1024
     assert c["PARTS"] * c["WAYS"] * 256 >= blocks * 128 and c["TURNS"] >= 2 * c["PARTS"]
@@ -183,21 +188,39 @@ def check_cut(c: dict[str, Any], n: int, blocks: int) -> None:
         assert c["SLICES"] * c["SLICE_TURNS"] >= turns > (c["SLICES"] - 1) * c["SLICE_TURNS"]
         assert c["TURNS"] >= c["SLICES"] * c["SLICE_TURNS"] and c["PADDED"] >= c["SLICES"] > 0
         assert c["SLICES"] * (c["TOTAL"] // 16) <= min(132, -(-n // c["BN"]))
+        assert c["SLICES"] * c["TOTAL"] <= launch.ALONE_SUMS
+    assert (2 + hopper_alone.BUNCHES.value) * hopper_alone.LINE.value <= launch.ALONE_COUNTS
 
 
-@pytest.mark.parametrize("n", [1536, 3584, 37888])
-@pytest.mark.parametrize("k", [1536, 3584, 18944])
-@pytest.mark.parametrize("tokens", [17, 64, 200, 512, 1024])
-def test_the_tile_is_the_one_that_is_estimated_to_be_fastest(tokens: int, n: int, k: int) -> None:
-    """Nothing that could be chosen is estimated to be faster, and half as many multiprocessors never make it so."""
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import choices, config, estimated
+@pytest.mark.parametrize(
+    ("tokens", "shape", "fp8", "expected"),
+    [  # rows, tokens, whether fewer tiles than multiprocessors are shared
+        (20, (3584, 3584), False, (128, 32, False)),
+        (48, (28672, 4096), False, (256, 64, False)),  # tokens that are no power of two have a tile that holds them
+        (63, (3584, 18944), False, (128, 64, True)),
+        (100, (28672, 4096), False, (256, 128, False)),
+        (100, (37888, 3584), False, (128, 128, False)),
+        (512, (3584, 3584), False, (128, 128, False)),
+        (1025, (1536, 1536), False, (128, 128, False)),  # not 54 large tiles
+        (8192, (37888, 3584), False, (256, 128, False)),
+        (8192, (37888, 3584), True, (128, 128, False)),
+    ],
+)
+def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expected: tuple[int, int, bool]) -> None:
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import config
 
-    c = config(tokens, n, k, 0, 32, BIAS=False, SORTED=False)
-    chosen = (c.BN.value, c.BM.value, c.SHARES.value)
-    time = estimated(chosen, tokens, n, k // 128, 132)
-    assert chosen in choices(tokens)
-    assert all(estimated(other, tokens, n, k // 128, 132) >= time for other in choices(tokens))
-    assert estimated(chosen, tokens, n, k // 128, 66) >= time
+    c = config(tokens, *shape, 0, 32, BIAS=False, SORTED=False, FP8=fp8)
+    assert (c.BN.value, c.BM.value, c.SHARES.value) == expected
+
+
+def test_an_estimate_grows_with_the_work() -> None:
+    """More tokens, rows and channels, or fewer multiprocessors, never take less time in the same tiles."""
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import choices, estimated
+
+    for tile in choices(512, 3584, 132):
+        time = estimated(tile, 512, 3584, 28, 132)
+        assert 0 < time <= estimated(tile, 512, 3584, 29, 132)
+        assert time <= estimated(tile, 2048, 3584 * 4, 28, 132) and time <= estimated(tile, 512, 3584, 28, 66)
 
 
 def test_the_table_names_the_backend_for_gpus() -> None:

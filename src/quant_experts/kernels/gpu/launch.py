@@ -1,4 +1,4 @@
-"""What every Triton launch shares: the interpreter switch, programmatic launches, and per-stream workspaces."""
+"""What every Triton launch shares: the interpreter switch, programmatic launches, and workspaces."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ MAX_BLOCKS = 1 << 16
 """Token blocks of the launches for many tokens."""
 MAX_PROGRAMS = 160
 """Programs of the Hopper kernel, at most the multiprocessors of a GPU of that generation."""
-ALONE_COUNTS, ALONE_SUMS = 1 << 10, 1 << 16
-"""Counts and sums of the Hopper kernel for one token: of every factor that a layout may have, in 8 slices."""
+ALONE_COUNTS, ALONE_SUMS = 1 << 10, MAX_PROGRAMS * 16
+"""Counts of the Hopper kernel for one token, and sums: 16 of each program that projects."""
 LARGEST_TILE = 256 * 128
 """Sums in a tile of the Hopper kernel."""
 

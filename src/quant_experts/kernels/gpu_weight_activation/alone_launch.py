@@ -16,11 +16,13 @@ from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, GroupLayou
 MOST_SLICES = 8
 """Slices of a projection, whose sums each program adds up."""
 MOST_BLOCKS = 160
-"""Of 128 input channels of a token that programs hold in registers, all of it."""
-MOST_WEIGHTS, MOST_RANK = 1 << 25, 64
-"""Beside an expert that reads codes, but for long tokens; and of experts, whose up factors wait in registers."""
+"""Blocks of 128 input channels, at most: programs hold the whole token in registers."""
+MOST_WEIGHTS = 1 << 25
+"""Weights beside an expert that reads codes, at most, where tokens are not long."""
+MOST_RANK = 64
+"""Of experts: their up factors wait in registers."""
 SHORT_BLOCKS, MEDIUM_BLOCKS, LONG_BLOCKS = 16, 32, 64
-"""Of short tokens, and of medium ones, at most; long ones have more than the last."""
+"""Blocks of a short token at most, of a medium one at most, and of one that is not long at most."""
 KEPT = 4096
 """Decisions that are kept: a model calls every group with the same sizes."""
 
@@ -43,7 +45,7 @@ def is_fastest(kind: Kind, n: int, blocks: int, dtype: torch.dtype, device: torc
     if kind.rank > MOST_RANK or not slices(kind, n, blocks, device):
         return False
     if blocks > LONG_BLOCKS:  # what `prepare` does takes long
-        return kind.reads_codes or dtype == torch.bfloat16
+        return kind.reads_codes or (dtype == torch.bfloat16 and kind.row_bytes == dtype.itemsize)
     return kind.reads_codes and n * blocks * BLOCK <= MOST_WEIGHTS
 
 
@@ -77,17 +79,17 @@ def constants(kind: Kind, n: int, blocks: int, device: torch.device) -> dict[str
     cut = tile(n, blocks, device)
     ways, ahead = cut["WAYS"], cut["AHEAD"]
     turns = -(-blocks // ways)
-    number = each = 0
+    count = slice_turns = 0
     if kind.rows:
-        each = -(-turns // slices(kind, n, blocks, device))
-        number = -(-turns // each)
+        slice_turns = -(-turns // slices(kind, n, blocks, device))
+        count = -(-turns // slice_turns)
     parts = -(-blocks * BLOCK // (256 * ways))
-    held = max(2 * parts, -(-turns // ahead) * ahead, number * each)
+    held = max(2 * parts, -(-turns // ahead) * ahead, count * slice_turns)
     return dict(
         LARGEST=kind.largest_code, SMOOTH=kind.smooths, ROT=kind.rotation, PARTS=parts, TURNS=held + held % 2, **cut,
         EVEN=blocks % (ways * ahead) == 0, ONCE=turns <= ahead, F=kind.factors, E=kind.experts,
-        EP=padded_experts(kind.experts), R=kind.rank, TOTAL=kind.rows, SLICES=number,
-        PADDED=1 << max(0, number - 1).bit_length(), SLICE_TURNS=each, CODES=kind.reads_codes, num_warps=ways,
+        EP=padded_experts(kind.experts), R=kind.rank, TOTAL=kind.rows, SLICES=count,
+        PADDED=1 << max(0, count - 1).bit_length(), SLICE_TURNS=slice_turns, CODES=kind.reads_codes, num_warps=ways,
         enable_fp_fusion=False, **options(device),
     )  # fmt: skip
 

@@ -87,7 +87,9 @@ def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype
     if group.activation_format == "fp8" and device.type == "cuda" and not overlapped(device):
         raise QuantExpertsError(f"{device} is older than Hopper, which fp8 needs: load with backend='reference'.")
     reserve(device)
-    return Packed(pack_group(group, dtype, device), pack_linear(linears, group.activation_format))
+    packed = Packed(pack_group(group, dtype, device), pack_linear(linears, group.activation_format))
+    complete_writes(device)  # a program may ask for weights before it waits
+    return packed
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:

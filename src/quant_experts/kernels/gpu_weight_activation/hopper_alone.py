@@ -8,8 +8,9 @@ owns 16 rows of the stacked down factors and router weights and a slice of the i
 counts itself done, before it multiplies its rows of the weight like all others. After that the sums are there: each
 program adds them up, always in the same order, chooses the expert and adds what it says.
 
-Programs that project are fewer than multiprocessors and come first, so that all of them run before one of them waits.
-The last program to see them done sets the counts to zero for the next launch.
+Programs that project are no more than multiprocessors and come first, so that all of them run before one of them
+waits: programs start in the order of their numbers. The last program to see them done sets the counts to zero for the
+next launch.
 
 Rejected: codes quantized once, by a program that the others wait for; a launch or programs of their own for the
 projection; sums that are read again and again until they are there; programs that take tile after tile
@@ -34,8 +35,8 @@ ROWS = gl.constexpr(16)
 BUNCHES = gl.constexpr(16)
 """Programs that have seen the projection done are counted in so many places: one for all would keep them waiting."""
 LINE = gl.constexpr(32)
-"""Numbers between counts, so that each has a line of the cache: programs that have projected, bunches that have seen it
-done, and programs of each bunch."""
+"""Numbers from count to count, so that each has a line of the cache: first of programs that have projected, then of
+bunches that have seen all of them done, then of such programs of each bunch."""
 
 
 @gluon.jit
@@ -96,7 +97,7 @@ def ask_for_down(down_ptr, block, row, steps, TOTAL: gl.constexpr, WORDS: gl.con
 
 @gluon.jit
 def project(
-    down, down_ptr, x_ptr, codes, sums_ptr, row, slice, steps, K, WAYS: gl.constexpr, SLICE_TURNS: gl.constexpr,
+    down, down_ptr, x_ptr, codes, sums_ptr, row, piece, steps, K, WAYS: gl.constexpr, SLICE_TURNS: gl.constexpr,
     FACTOR_ROWS: gl.constexpr, TOTAL: gl.constexpr, CODES: gl.constexpr, WORDS: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """Sums of ROWS rows of the projection, of the token's codes or values, over the turns of a slice. down: what the
@@ -105,7 +106,7 @@ def project(
     TILE: gl.constexpr = gl.SliceLayout(0, MMA)
     total = gl.zeros([WAYS, ROWS, COLUMNS], gl.int32 if CODES else gl.float32, MMA)
     for i in gl.static_range(SLICE_TURNS):
-        turn = slice * SLICE_TURNS + i
+        turn = piece * SLICE_TURNS + i
         block = turn * WAYS + across(WAYS, 0, WORDS)
         if i > 0:
             down = ask_for_down(down_ptr, block, row, steps, TOTAL, WORDS)
@@ -119,7 +120,7 @@ def project(
                     token = gl.where(row >= FACTOR_ROWS, gl.abs(token), token)  # the router's rows
                 token = gl.broadcast(token, gl.zeros([WAYS, COLUMNS, CHANNELS], token.dtype, WORDS))[0]
             total = multiply(down[run], token, total, 4 if CODES else 2)
-    at = sums_ptr + slice * TOTAL + row + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
+    at = sums_ptr + piece * TOTAL + row + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
     first = gl.arange(0, COLUMNS, gl.SliceLayout(0, TILE)) == 0
     gl.store(at[:, None] + gl.zeros([ROWS, COLUMNS], gl.int32, TILE), gl.sum(total, axis=0), mask=first[None, :])
 
@@ -184,10 +185,10 @@ def ask_for_up(up_ptr, factor, first, N, BN: gl.constexpr, WAYS: gl.constexpr, R
 
 @gluon.jit
 def add_expert(
-    experts, up, sums_ptr, factor, code_scale_ptr, unit, WAYS: gl.constexpr, R: gl.constexpr, TOTAL: gl.constexpr,
-    SLICES: gl.constexpr, CODES: gl.constexpr, HALVES: gl.constexpr,
+    experts, up, sums_ptr, factor, code_scale_ptr, inverse_headroom, inverse, WAYS: gl.constexpr, R: gl.constexpr,
+    TOTAL: gl.constexpr, SLICES: gl.constexpr, CODES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """experts + up times hidden values, in `unit`s, of a factor."""
+    """experts + up times hidden values of a factor. inverse: of the token's scale, for sums of values."""
     for i in gl.static_range(len(up)):
         rank = (i * WAYS + across(WAYS, 0, HALVES)) * RUN + across(RUN, 2, HALVES)
         there = rank < R
@@ -195,9 +196,11 @@ def add_expert(
         total = gl.load(at, mask=there, other=0, cache_modifier=".cg")
         for piece in gl.static_range(1, SLICES):
             total += gl.load(at + piece * TOTAL, mask=there, other=0, cache_modifier=".cg")
-        hidden = total.to(gl.float32) * unit
+        hidden = total.to(gl.float32) * inverse_headroom
         if CODES:
             hidden = hidden * gl.load(code_scale_ptr + rank, mask=there, other=0.0)
+        else:
+            hidden = hidden * inverse
         like = gl.zeros([WAYS, COLUMNS, RUN], gl.float16, HALVES)
         experts = multiply(up[i], gl.broadcast(hidden.to(gl.float16), like)[0], experts, 2)
     return experts
@@ -236,9 +239,9 @@ def kernel(
     if SMOOTH:
         inverses = ask_for_inverses(inverse_ptr, column, K, PARTS, PART)
     if F > 0:
-        slice, down_row = program // (TOTAL // ROWS), program % (TOTAL // ROWS) * ROWS
-        block = slice * SLICE_TURNS * WAYS + across(WAYS, 0, WORDS)
-        down = ask_for_down(down_ptr, block, down_row, gl.where(slice < SLICES, steps, 0), TOTAL, WORDS)
+        piece, down_row = program // (TOTAL // ROWS), program % (TOTAL // ROWS) * ROWS
+        block = piece * SLICE_TURNS * WAYS + across(WAYS, 0, WORDS)
+        down = ask_for_down(down_ptr, block, down_row, gl.where(piece < SLICES, steps, 0), TOTAL, WORDS)
         if F > E:
             shared_up = ask_for_up(up_ptr, 0, first, N, BN, WAYS, R, HALVES)
     wait_for_previous_kernel()
@@ -247,9 +250,9 @@ def kernel(
     token_scale = quantize(raw, inverses, inverse_ptr, column, codes, K, LARGEST, SMOOTH, ROT)
     codes = in_turns(codes, TURNS, WAYS)
     if F > 0:
-        if slice < SLICES:
+        if piece < SLICES:
             project(
-                down, down_ptr, x_ptr, codes, sums_ptr, down_row, slice, steps, K, WAYS, SLICE_TURNS, F * R, TOTAL,
+                down, down_ptr, x_ptr, codes, sums_ptr, down_row, piece, steps, K, WAYS, SLICE_TURNS, F * R, TOTAL,
                 CODES, WORDS, MMA,
             )  # fmt: skip
             barrier()
@@ -267,21 +270,21 @@ def kernel(
     if F > 0:
         wait_for(counts_ptr, SLICES * (TOTAL // ROWS))
         before = gl.atomic_add(counts_ptr + (2 + program % BUNCHES) * LINE, 1, sem="relaxed")
-        unit = inverse_headroom
-        if not CODES:
-            unit = unit * gl.div_rn(1.0, gl.where(token_scale == token_scale, token_scale, 1.0))
+        inverse = gl.div_rn(1.0, gl.where(token_scale == token_scale, token_scale, 1.0))
         experts = gl.zeros([WAYS, BN, COLUMNS], gl.float32, MMA)
         if E > 0:
             factor = F - E + choose(sums_ptr, router_bias_ptr, E, EP, TOTAL, F * R, SLICES, PADDED, WAYS)
             own_up = ask_for_up(up_ptr, factor, first, N, BN, WAYS, R, HALVES)
         if F > E:
             experts = add_expert(
-                experts, shared_up, sums_ptr, 0, code_scale_ptr, unit, WAYS, R, TOTAL, SLICES, CODES, HALVES
-            )
+                experts, shared_up, sums_ptr, 0, code_scale_ptr, inverse_headroom, inverse, WAYS, R, TOTAL, SLICES,
+                CODES, HALVES,
+            )  # fmt: skip
         if E > 0:
             experts = add_expert(
-                experts, own_up, sums_ptr, factor, code_scale_ptr, unit, WAYS, R, TOTAL, SLICES, CODES, HALVES
-            )
+                experts, own_up, sums_ptr, factor, code_scale_ptr, inverse_headroom, inverse, WAYS, R, TOTAL, SLICES,
+                CODES, HALVES,
+            )  # fmt: skip
         y += gl.sum(experts, axis=0)
     y = y * (token_scale * headroom)
     if BIAS:

@@ -21,34 +21,36 @@ HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2
 
 
 MOST_FEW, FEW_RANKS, FEW_BLOCKS = 16, 64, 32
-"""Tokens that `linear_few` takes at most, and ranks and blocks of 128 channels that it takes with more than 8."""
+"""Tokens that `linear_few` takes at most, and ranks and blocks of 128 channels that it takes with more than 8: 72B's
+groups of 64 blocks are faster in tiles of 16 tokens."""
 LEAST_ROWS = 32
 """Rows of the largest tile of `linear_few`: a layout has as many."""
 
 
-STEP_MICROSECONDS = {(256, 128): 0.62, (256, 64): 0.39, (128, 128): 0.34, (128, 64): 0.23, (128, 32): 0.21}
-"""Of a step of 128 channels, by rows and tokens of a tile, where every multiprocessor has a tile at most."""
-BUSY = {256: 1.17, 128: 1.04}
+STEP_MICROSECONDS = {(256, 128): 0.64, (256, 64): 0.40, (128, 128): 0.34, (128, 64): 0.21, (128, 32): 0.20}
+"""Of a step of 128 channels, by rows and tokens of a tile, where no multiprocessor has more than one."""
+BUSY = {256: 1.16, 128: 1.13}
 """How much longer steps of tiles of so many rows take where multiprocessors have several, one after another."""
-ESTIMATED_TOKENS = 1024
-"""More fill all multiprocessors many times: then large tiles are best, with the last waves shared."""
-FINISHING_MICROSECONDS = 0.86
+FINISHING_MICROSECONDS = 0.81
 """Of finishing a tile, or of adding up 8,192 sums of a share."""
-SHARED, SHARED_MICROSECONDS = 1.25, 3.3
-"""How much longer steps take where tiles are shared, and what sharing costs once."""
+SHARED, SHARED_MICROSECONDS = 1.35, 3.1
+"""How much longer steps take where fewer tiles than multiprocessors are shared, and what that costs once."""
+LAST_MICROSECONDS, LAST_SUMS_MICROSECONDS = 4.7, 1.4
+"""Of more tiles than multiprocessors the last are shared: what that costs once, and for each 8,192 sums of a tile."""
 
 
 def estimated(tile: tuple[int, int, bool], m: int, n: int, steps: int, count: int) -> float:
-    """Microseconds of a product by tiles of so many rows and tokens, and whether they are shared, on so many
-    multiprocessors, less what all tiles take: a model fitted to times of 15 shapes of layers and 5 numbers of tokens on
-    an H200 (EXPERIMENTS.md)."""
+    """Microseconds on so many multiprocessors, but for what is the same for all tiles, of a product by tiles of so many
+    rows and tokens, shared or not: a model fitted to times on an H200 (`benchmarks/kernels/gpu_tiles.py`)."""
     rows, tokens, shares = tile
-    tiles = -(-n // rows) * -(-m // tokens)
-    step = STEP_MICROSECONDS[rows, tokens] * (BUSY[rows] if tiles > count else 1)
+    tiles, step, sums = -(-n // rows) * -(-m // tokens), steps * STEP_MICROSECONDS[rows, tokens], rows * tokens / 8192
+    if tiles >= count:
+        each = BUSY[rows] * step + FINISHING_MICROSECONDS
+        return tiles / count * each + LAST_MICROSECONDS + LAST_SUMS_MICROSECONDS * sums
     if not shares:
-        return -(-tiles // count) * (steps * step + FINISHING_MICROSECONDS)
-    finishing = FINISHING_MICROSECONDS * max(1, count / tiles) * rows * tokens / 8192
-    return SHARED * tiles * steps * step / count + finishing + SHARED_MICROSECONDS
+        return step + FINISHING_MICROSECONDS
+    finishing = FINISHING_MICROSECONDS * count / tiles * sums
+    return SHARED * tiles / count * step + finishing + SHARED_MICROSECONDS
 
 
 @cache
@@ -59,15 +61,20 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
     most = 128 if flags.get("FP8") else 256  # two sets of fp8 sums of larger tiles would not fit registers
-    if m > ESTIMATED_TOKENS:
-        return tile(most, 128, True, fixed)
-    fitting = [choice for choice in choices(m) if choice[0] <= most]
+    fitting = [choice for choice in choices(m, n, count) if choice[0] <= most]
     return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
 
 
-def choices(m: int) -> list[tuple[int, int, bool]]:
-    """Tiles for more than 16 tokens, as `estimated` takes them."""
-    return [(*tile, shares) for tile in STEP_MICROSECONDS for shares in (False, True) if tile[1] <= max(m, 32)]
+def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
+    """Tiles for more than 16 tokens, as `estimated` takes them: none with twice the tokens that are needed; shared or
+    not where multiprocessors are more (`count`), because of more tiles the last are shared always."""
+    return [
+        (rows, tokens, shares)
+        for rows, tokens in STEP_MICROSECONDS
+        if tokens < 2 * max(m, 32)
+        for shares in (False, True)
+        if not shares or -(-n // rows) * -(-m // tokens) < count
+    ]
 
 
 def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
