@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, work in works().items():
         rows.append(measure(name, work, arguments.seconds))

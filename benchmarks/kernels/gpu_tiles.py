@@ -97,11 +97,16 @@ def main() -> None:
         from gpu_linear import SHAPES, about
 
         models = arguments.models or list(SHAPES)
+        if unknown := set(models) - set(SHAPES):
+            sys.exit(f"{', '.join(sorted(unknown))}: no such model, choose from {', '.join(SHAPES)}.")
+        arguments.out.mkdir(parents=True, exist_ok=True)
         rows = []
         for model, group in product(models, range(4)):
             rows += measure(*SHAPES[model][group], arguments.tokens)
         facts = about(shlex.join(["python", "benchmarks/kernels/gpu_tiles.py", *sys.argv[1:]]))
         path.write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
+    if not path.exists():
+        sys.exit(f"{path} is not there: leave out --stored on a GPU to make it.")
     rows = json.loads(path.read_text())["rows"]
     for rule, loss in losses(rows).items():
         print(f"tiles {rule} take {loss:.1%} longer than the best ones, in the mean of {len(rows)} shapes and sizes")

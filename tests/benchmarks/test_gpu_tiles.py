@@ -39,3 +39,9 @@ def test_chosen_tiles_are_near_the_best_of_those_measured(
     assert f"in the mean of {len(rows)} shapes" in capsys.readouterr().out
     found = tiles.losses(rows)
     assert 0 < found["chosen"] < 0.03 < found.get("before", 1)
+
+
+def test_times_that_are_not_there(tiles: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_tiles.py", "--stored", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"gpu_tiles\.json is not there: leave out --stored"):
+        tiles.main()

@@ -30,7 +30,7 @@ KEPT = 4096
 def takes_alone(group: GroupLayout, layout: LinearLayout, dtype: torch.dtype) -> bool:
     """Whether `alone` computes a group for one token of a type."""
     if group.before is not None or (layout.up is not None) != (group.kind.rows > 0):
-        return False
+        return False  # PyTorch smooths and rotates first; or linears of the group differ in having experts
     return is_fastest(group.kind, layout.out_features, layout.weight.shape[0], dtype, layout.scale.device)
 
 

@@ -39,10 +39,10 @@ LAST_MICROSECONDS, LAST_SUMS_MICROSECONDS = 4.7, 1.4
 """Of more tiles than multiprocessors the last are shared: what that costs once, and for each 8,192 sums of a tile."""
 
 
-def estimated(tile: tuple[int, int, bool], m: int, n: int, steps: int, count: int) -> float:
+def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: int) -> float:
     """Microseconds on so many multiprocessors, but for what is the same for all tiles, of a product by tiles of so many
     rows and tokens, shared or not: a model fitted to times on an H200 (`benchmarks/kernels/gpu_tiles.py`)."""
-    rows, tokens, shares = tile
+    rows, tokens, shares = choice
     tiles, step, sums = -(-n // rows) * -(-m // tokens), steps * STEP_MICROSECONDS[rows, tokens], rows * tokens / 8192
     if tiles >= count:
         each = BUSY[rows] * step + FINISHING_MICROSECONDS
