@@ -16,8 +16,12 @@ from quant_experts.kernels.gpu_weight_activation import hopper_few
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
 from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, LinearLayout, Tokens, padded_experts
 
-BYTES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=8, rank=2)
-HALVES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+LAYOUTS = {
+    (width, size): gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * size, rank=2)
+    for width in (64, 128)
+    for size in (1, 2)
+}
+"""Of rows of so many bytes, of elements of so many."""
 
 
 MOST_FEW, FEW_RANKS, FEW_BLOCKS = 16, 64, 32
@@ -59,7 +63,7 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
     fixed: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, **flags)
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
-        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
+        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, EVERY=takes_every(16, fixed), **small, **fixed)
     most = 128 if flags.get("FP8") else 256  # two sets of fp8 sums of larger tiles would not fit registers
     fitting = [choice for choice in choices(m, n, count) if choice[0] <= most]
     return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
@@ -80,12 +84,18 @@ def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
 def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
     """A tile's `Config`, with what is decided elsewhere."""
     stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
-    return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares, **fixed)
+    pairs, every = rows * tokens < 256 * 128, takes_every(tokens, fixed)
+    return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=pairs, SHARES=shares, EVERY=every, **fixed)
+
+
+def takes_every(tokens: int, fixed: dict[str, Any]) -> bool:
+    """Whether so many tokens of a tile use nearly all factors."""
+    return not fixed["SORTED"] and 0 < fixed["FACTORS"] <= tokens
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A view of `tensor` as a matrix of `columns`-wide boxes of `rows` rows."""
-    layout = HALVES if tensor.dtype == torch.float16 else BYTES
+    layout = LAYOUTS[columns * tensor.element_size(), tensor.element_size()]
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
 
 
@@ -111,7 +121,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     c = chosen or config(m, n, k, factors, rank, count, **flags)
     bn, bm = c.BN.value, c.BM.value
     weight_rows, up_rows = weight_descriptors(layout, bn)
-    token_rows = descriptor(tokens.codes, bm, BLOCK // 2)
+    token_rows = descriptor(tokens.codes, bm, BLOCK)
     if hidden is None or up_rows is None:
         up_rows = hidden_rows = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
     else:

@@ -75,6 +75,9 @@ class Config:
     """Whether more programs than tiles start, so that tiles are cut into shares."""
     LATER: Constant = False
     """Whether codes are complete when the kernel starts, and hidden values only when the previous one has ended."""
+    EVERY: Constant = False
+    """Whether tiles take all factors without asking which serve their tokens, as nearly all do where tokens are not
+    sorted: so up factors are asked for as weights are, before the previous kernel has ended."""
     STEP: Constant = 128
     """Input channels in one step of the ring: 64 bytes of a packed weight row."""
     CHUNK: Constant = 32
@@ -90,7 +93,9 @@ def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
     """Bit j is set where factor j serves a token of the tile; masks are kept for blocks of 16 tokens."""
     mask = 0
     BLOCKS: gl.constexpr = C.BM // 16
-    if C.FACTORS > 0:
+    if C.EVERY:
+        mask = (1 << C.FACTORS) - 1
+    elif C.FACTORS > 0:
         for i in gl.static_range(BLOCKS):
             block = token_tile * BLOCKS + i
             mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0)
@@ -136,9 +141,8 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
     if not C.LATER:
         wait_for_previous_kernel()
     for i in range(ahead):
-        for half in gl.static_range(2):
-            at = [token_tile * C.BM, (first + i) * C.STEP + half * 64]
-            tma.async_copy_global_to_shared(x_desc, at, ready.index(i), x_ring.index(2 * i + half))
+        at = [token_tile * C.BM, (first + i) * C.STEP]
+        tma.async_copy_global_to_shared(x_desc, at, ready.index(i), x_ring.index(i))
     i = ahead
     for index in range(total):
         tile, first, last = segment(index, steps, start, end, segments, cut)
@@ -150,25 +154,38 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
             mbarrier.expect(ready.index(slot), (C.BN + 2 * C.BM) * 64)
             at = [k * N + row_tile * C.BN, 0]
             tma.async_copy_global_to_shared(w_desc, at, ready.index(slot), w_ring.index(slot))
-            for half in gl.static_range(2):
-                at = [token_tile * C.BM, k * C.STEP + half * 64]
-                tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(2 * slot + half))
+            at = [token_tile * C.BM, k * C.STEP]
+            tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(slot))
             i += 1
+        early = 0
+        if C.EVERY and C.LATER:
+            early = gl.where((index == 0) & (first == 0), gl.minimum(C.FACTORS * CHUNKS, C.STAGES), 0)
+            for step in range(early):
+                ask_for_up(up_desc, i + step, step, row_tile, rings, N, C)
         present = late_factors(present, mask_ptr, token_tile, index, M, C)
         if C.FACTORS > 0 and first == 0:
-            for j in range(C.FACTORS):
-                if (present >> j) & 1 != 0:
-                    for c in gl.static_range(CHUNKS):
-                        slot = i % C.STAGES
-                        mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
-                        mbarrier.expect(ready.index(slot), (C.BN + C.BM) * 64)
-                        up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], X_LAYOUT)
-                        at = [j * N + row_tile * C.BN, c * C.CHUNK]
-                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
-                        hidden = x_ring.index(2 * slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], X_LAYOUT)
-                        at = [token_tile * C.BM, j * C.RANK + c * C.CHUNK]
-                        tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
-                        i += 1
+            for step in range(C.FACTORS * CHUNKS):
+                if (present >> (step // CHUNKS)) & 1 != 0:
+                    if step >= early:
+                        ask_for_up(up_desc, i, step, row_tile, rings, N, C)
+                    slot = i % C.STAGES
+                    hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], X_LAYOUT)
+                    at = [token_tile * C.BM, step * C.CHUNK]
+                    tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
+                    i += 1
+
+
+@gluon.jit
+def ask_for_up(up_desc, i, step, row_tile, rings, N, C: gl.constexpr):
+    """Up factors of some CHUNK ranks to ring step i, which waits for their hidden values too."""
+    w_ring, _x_ring, ready, empty = rings
+    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
+    slot = i % C.STAGES
+    mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), (C.BN + C.BM) * 64)
+    up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], gl.NVMMASharedLayout(64, 16, rank=2))
+    at = [step // CHUNKS * N + row_tile * C.BN, step % CHUNKS * C.CHUNK]
+    tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
 
 
 @gluon.jit
@@ -189,8 +206,9 @@ def unpacked(i, w_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.const
 def multiply_step(acc, i, low, high, x_ring, C: gl.constexpr):
     """Start acc + operands times the tokens of ring step i."""
     slot = i % C.STAGES
-    acc = warpgroup_mma(low, x_ring.index(2 * slot).permute([1, 0]), acc, is_async=True)
-    return warpgroup_mma(high, x_ring.index(2 * slot + 1).permute([1, 0]), acc, is_async=True)
+    tokens = x_ring.index(slot).permute([1, 0])
+    acc = warpgroup_mma(low, tokens.slice(0, 64, dim=0), acc, is_async=True)
+    return warpgroup_mma(high, tokens.slice(64, 64, dim=0), acc, is_async=True)
 
 
 @gluon.jit
@@ -244,7 +262,7 @@ def add_factors(y, i, present, w_ring, x_ring, ready, empty, WG: gl.constexpr, C
                 slot = i % C.STAGES
                 mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
                 up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], LAYOUT).slice(WG * ROWS, ROWS)
-                hidden = x_ring.index(2 * slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
+                hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
                 token = warpgroup_mma(up, hidden.permute([1, 0]), y, is_async=True)
                 y = warpgroup_mma_wait(0, deps=[token])
                 mbarrier.arrive(empty.index(slot))
@@ -365,7 +383,7 @@ def kernel(
 ):  # fmt: skip
     """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts. One program a multiprocessor."""
     w_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 64], w_desc.layout)
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [2 * C.STAGES, C.BM, 64], x_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [C.STAGES, C.BM, C.STEP], x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = C.STAGES
