@@ -52,8 +52,10 @@ CYCLES, L2_BYTES = 1.7e3, 7.5e6
 """Of a multiprocessor, and what the second-level cache gives to all of them, in a microsecond."""
 STARTING_MICROSECONDS = 1.5
 """Of a program: its first copies, and writing its sums."""
-SLICE_MICROSECONDS, SUMS_BYTES = 0.06, 4e6
-"""Of reading one more slice, besides the bytes of its sums, so many in a microsecond."""
+SLICE_MICROSECONDS, SUMS_BYTES = 0.06, 5e6
+"""Of reading one more slice, besides the bytes of its sums, written and read, so many in a microsecond."""
+READ, READ_SORTED = 1.5, 0.3
+"""How often `prepare.end` reads a slice's sums, and those that read them where tokens are sorted by expert."""
 
 
 @dataclass(frozen=True, eq=False)  # hashed at each launch: by identity, as there is one of each
@@ -130,6 +132,15 @@ def zeros(ROWS: gl.constexpr):
 
 
 @gluon.jit
+def zero_sums(C: gl.constexpr):
+    """Of each piece."""
+    sums = ()
+    for p in gl.static_range(C.COUNT):
+        sums = sums + (zeros(C.PIECES[p]),)
+    return sums
+
+
+@gluon.jit
 def add_product(total, x, rows, MAGNITUDES: gl.constexpr):
     """Start total + tokens x (64, STEP), or their magnitudes, times rows (ROWS, STEP) in shared memory."""
     if MAGNITUDES:
@@ -155,9 +166,7 @@ def multiply_step(sums, x, rings, slot, C: gl.constexpr):
 @gluon.jit
 def multiply(count, x_ring, rings, ready, empty, WG: gl.constexpr, C: gl.constexpr):
     """Sums over so many steps of this warp group's tokens."""
-    sums = ()
-    for p in gl.static_range(C.COUNT):
-        sums = sums + (zeros(C.PIECES[p]),)
+    sums = zero_sums(C)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
     for i in range(count):
         slot = i % C.STAGES
@@ -194,19 +203,19 @@ def consumer(sums_ptr, x_ring, rings, ready, empty, place, M, WG: gl.constexpr, 
 
 
 @gluon.jit
-def ring(ROWS: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """Slots of boxes of ROWS rows."""
-    return gl.allocate_shared_memory(gl.bfloat16, [C.STAGES, ROWS, STEP], LAYOUT)
+def ring(ROWS: gl.constexpr, desc, C: gl.constexpr):
+    """Slots of boxes of ROWS rows, as a descriptor lays them out."""
+    return gl.allocate_shared_memory(gl.bfloat16, [C.STAGES, ROWS, STEP], desc.layout)
 
 
 @gluon.jit
 def kernel(x_desc, first_desc, second_desc, third_desc, sums_ptr, slices, M, steps, C: gl.constexpr):
     """x (M, K), magnitudes for the router, times the projection ((Kp / 128) TOTAL, 128) -> sums (slices, M, TOTAL).
     Programs: tiles of tokens x CHUNKS x slices of `steps`, the blocks of 64 channels."""
-    x_ring = ring(TOKENS, x_desc.layout, C)
+    x_ring = ring(TOKENS, x_desc, C)
     rings = ()
     for p in gl.static_range(C.COUNT):
-        rings = rings + (ring(C.PIECES[p], x_desc.layout, C),)
+        rings = rings + (ring(C.PIECES[p], x_desc, C),)
     ready = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = C.STAGES
@@ -264,24 +273,32 @@ def tile(factor_rows: int, router_rows: int, chunks: int) -> Tile | None:
     )  # fmt: skip
 
 
-def estimated(c: Tile, slices: int, m: int, steps: int, count: int) -> float:
-    """Microseconds that m tokens of so many steps take on so many multiprocessors, and whoever adds the slices: a rough
-    model of what limits them."""
-    programs = -(-m // TOKENS.value) * c.CHUNKS.value * slices
+def estimated(choice: tuple[Tile, int], m: int, steps: int, count: int, sorts: bool) -> float:
+    """Microseconds that m tokens of so many steps take on so many multiprocessors, by a tile and so many slices of the
+    input channels, and whoever adds the slices: a rough model of what limits them."""
+    c, slices = choice
+    programs: int = -(-m // TOKENS.value) * c.CHUNKS.value * slices
     cycles = 4 * sum(max(32, rows // 2) for rows in c.PIECES.value)  # of a warp group: few rows take as long as 64
-    multiplying = max(250, cycles * (1 if m <= TOKENS.value // 2 else 2)) / CYCLES
-    copying = (min(m, TOKENS.value) + c.ROWS.value) * 128 * min(programs, count) / L2_BYTES
+    multiplying: float = max(250, cycles * (1 if m <= TOKENS.value // 2 else 2)) / CYCLES
+    copying: float = (min(m, TOKENS.value) + c.ROWS.value) * 128 * min(programs, count) / L2_BYTES
     each = STARTING_MICROSECONDS + -(-steps // slices) * max(multiplying, copying)
-    adding = slices * (m * c.TOTAL.value * 8 / SUMS_BYTES + SLICE_MICROSECONDS)
+    moved: float = m * c.TOTAL.value * 4 * (1 + (READ_SORTED if sorts else READ))
+    adding = slices * (moved / SUMS_BYTES + SLICE_MICROSECONDS)
     return -(-programs // count) * each + adding
 
 
 @cache
-def cut(factor_rows: int, router_rows: int, m: int, steps: int, count: int) -> tuple[Tile, int]:
-    """The tile, and the slices of the input channels, that are estimated to be fastest for m tokens."""
-    tiles = [tile(factor_rows, router_rows, chunks) for chunks in range(1, -(-factor_rows // 32) + 1)]
-    choices = [(c, slices) for c in tiles if c is not None for slices in range(1, min(MOST_SLICES, steps) + 1)]
-    return min(choices, key=lambda choice: estimated(*choice, m, steps, count))
+def cut(factor_rows: int, router_rows: int, m: int, steps: int, count: int, sorts: bool) -> tuple[Tile, int]:
+    """The tile, and the slices of the input channels, that are estimated to be fastest for m tokens on so many
+    multiprocessors; sorts: whether tokens are sorted by expert then."""
+    choices = [(c, slices) for c in tiles(factor_rows, router_rows) for slices in range(1, min(MOST_SLICES, steps) + 1)]
+    return min(choices, key=lambda choice: estimated(choice, m, steps, count, sorts))
+
+
+def tiles(factor_rows: int, router_rows: int) -> list[Tile]:
+    """For programs side by side, from as few as registers allow to one for 32 rows of factors."""
+    cut_by = range(1, -(-factor_rows // 32) + 1)
+    return [c for chunks in cut_by if (c := tile(factor_rows, router_rows, chunks)) is not None]
 
 
 def takes(x: Tensor, layout: GroupLayout) -> bool:

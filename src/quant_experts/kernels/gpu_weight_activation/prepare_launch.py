@@ -35,6 +35,8 @@ FEW_TOKENS = 17 if INTERPRETED else 512
 """Up to here `prepare` prepares tokens of routed experts, above `prepare_many`, which sorts them."""
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels of a token that a program reads at a time; longer tokens are quantized by a launch of their own."""
+LONG = 8192
+"""Input channels of the longest tokens of which a multiprocessor of Hopper quantizes more than one at a time."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
 """Tokens that a program routes or places when they are many."""
 COUNTED_BLOCKS = 1 if INTERPRETED else 64
@@ -123,7 +125,7 @@ def plan(
     adds = sums_type == torch.int32 and m <= ADD_TOKENS
     sorts = kind.experts > 0 and m > FEW_TOKENS
     if copied:
-        cut = _cut_copied(kind, m, padded // BLOCK, device)
+        cut = _cut_copied(kind, m, padded // BLOCK, sorts, device)
     else:
         cut = _cut(kind, m, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES, adds, dtype, device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
@@ -166,13 +168,17 @@ def _cut(kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dty
     return Cut(slices, 1 if adds else slices, tiles * slices, constants)
 
 
-def _cut_copied(kind: Kind, m: int, blocks: int, device: torch.device) -> Cut:
-    """The same, for `hopper_project`."""
+def _cut_copied(kind: Kind, m: int, blocks: int, sorts: bool, device: torch.device) -> Cut:
+    """The same, for `hopper_project`. Programs that quantize long tokens, one each, fill a multiprocessor's registers:
+    a few tokens leave them theirs, so that both run side by side."""
     from quant_experts.kernels.gpu_weight_activation import hopper_project
 
-    factor_rows = kind.factors * kind.rank
-    tile, slices = hopper_project.cut(factor_rows, kind.rows - factor_rows, m, 2 * blocks, programs(device))
-    return Cut(slices, slices, 1, {}, tile)
+    count, factor_rows = programs(device), kind.factors * kind.rank
+    if blocks * BLOCK > LONG and 2 * m <= count:
+        count -= m
+    router_rows = kind.rows - factor_rows
+    tile, slices = hopper_project.cut(factor_rows, router_rows, m, 2 * blocks, count, sorts)
+    return Cut(slices, slices, -(-m // hopper_project.TOKENS.value) * tile.CHUNKS.value * slices, {}, tile)
 
 
 def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
