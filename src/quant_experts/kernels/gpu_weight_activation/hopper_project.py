@@ -52,10 +52,11 @@ CYCLES, L2_BYTES = 1.7e3, 7.5e6
 """Of a multiprocessor, and what the second-level cache gives to all of them, in a microsecond."""
 STARTING_MICROSECONDS = 1.5
 """Of a program: its first copies, and writing its sums."""
-SLICE_MICROSECONDS, SUMS_BYTES = 0.06, 5e6
+SLICE_MICROSECONDS, SUMS_BYTES = 0.03, 5e6
 """Of reading one more slice, besides the bytes of its sums, written and read, so many in a microsecond."""
-READ, READ_SORTED = 1.5, 0.3
-"""How often `prepare.end` reads a slice's sums, and those that read them where tokens are sorted by expert."""
+READ, READ_SORTED = 0.5, 0.1
+"""The share of a slice's sums whose reading is waited for: `prepare.end` runs beside the linear, and where tokens are
+sorted by expert only `route`, which reads the router's, runs beside nothing."""
 
 
 @dataclass(frozen=True, eq=False)  # hashed at each launch: by identity, as there is one of each
