@@ -119,27 +119,31 @@ def compile_launches(capability: int) -> dict[str, CompiledKernel]:
 def operands(
     kind: str, bits: int, activation_format: ActivationFormat, n: int, k: int, code: int
 ) -> tuple[GroupOperands, list[LinearOperands]]:
-    """A group and a linear of ones and one code. kind: "none", "experts", or "codes", as the default recipe."""
+    """A group and a linear of ones and one code. kind: "none", "codes", as the default recipe, "shared", an expert that
+    reads values, or one of ROUTED."""
+    experts, rank = ROUTED.get(kind, (0, 32))
 
     def factor(*shape: int) -> Factor | None:
-        if kind == "none" or (kind == "codes" and len(shape) == 3):
+        if kind == "none" or 0 in shape:
             return None
         if kind == "codes":
             return Factor(torch.ones(shape, dtype=torch.int8), torch.ones(shape[:-1]))
         return Factor(torch.ones(shape).half(), None)
 
-    router = (torch.ones(8, k), torch.ones(8)) if kind == "experts" else (None, None)
+    router = (torch.ones(experts, k), torch.ones(experts)) if experts else (None, None)
     group = GroupOperands(
-        bits, torch.ones(k), 64 if kind == "codes" else 0, factor(32, k), factor(8, 32, k), *router,
+        bits, torch.ones(k), 64 if kind == "codes" else 0, factor(rank, k), factor(experts, rank, k), *router,
         kind == "codes" and bits < 16, activation_format,
     )  # fmt: skip
     size = None if bits < 16 else 128
     scale = torch.ones(n, 1 if size is None else k // size)
     codes = torch.full((n, k), code, dtype=torch.int8)
     bias = torch.ones(n) if kind == "experts" else None
-    return group, [LinearOperands(codes, scale, None, size, factor(n, 32), factor(8, n, 32), bias)]
+    return group, [LinearOperands(codes, scale, None, size, factor(n, rank), factor(experts, n, rank), bias)]
 
 
+ROUTED = {"experts": (8, 32), "wide experts": (8, 64), "many experts": (16, 32)}
+"""Routed experts, beside a shared one, and the rank of each."""
 KINDS = ("none", "experts", "codes")
 CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[int, ...], tuple[str, ...]]] = [
     (triton_backend, 8, "int", torch.bfloat16, 4608, 8192, 0, (1, 12, 100, 600), KINDS),
@@ -150,6 +154,8 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "int", torch.float32, 64, 300, 0, (3,), KINDS[1:]),
     (triton_backend, 8, "int", torch.float32, 64, 256, 0, (5000,), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 256, 0, (5000,), KINDS[1:2]),
+    (triton_backend, 8, "int", torch.bfloat16, 64, 1000, 0, (64, 4096), ("shared", "wide experts", "many experts")),
+    (triton_backend, 8, "int", torch.bfloat16, 64, 18944, 0, (64, 2048), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 20480, 0, (20,), KINDS[2:]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 29568, 0, (20,), KINDS[:1]),
     (triton_backend, 8, "fp8", torch.float16, 512, 3584, 0, (5, 40, 300), KINDS[1:]),

@@ -414,6 +414,7 @@ def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads
         sizes = [(m, 18944, 4096, torch.float32) for m in (1, 4, 12, 40, 200, 300)]
         sizes += [(1, 18944, 4096, torch.bfloat16)]
         sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9, 16, 17, 256, 257, 512, 513)]
+        sizes += [(m, 18944, 4096, torch.bfloat16) for m in (40, 200, 700)]
         sizes += [(2, 8960, 1536, torch.bfloat16), (2, 1536, 17920, torch.bfloat16), (8, 3584, 17920, torch.bfloat16)]
     for m, k, n, dtype in sizes:
         parts = ("smooth", "shared") if reads_codes else ALL
@@ -538,6 +539,53 @@ def large_layers() -> None:
             check(tokens(m, k, dtype), group, linears)
 
 
+def dense_projections() -> None:
+    """On Hopper, sums of every tile of values against float64: tokens and rows that do not fill tiles, a token that is
+    not finite beside others; and outputs of tokens that take it in each pipeline."""
+    if not launch.hopper(torch.device(DEVICE)):
+        return
+    for m, k, experts, rank, parts in [
+        (17, 3584, 8, 32, ALL), (65, 1000, 8, 64, ALL), (129, 1000, 16, 32, ALL), (300, 4736, 8, 32, ALL),
+        (200, 1000, 0, 32, ("smooth", "shared")), (65, 200, 0, 64, ("shared",)), (129, 1000, 8, 5, ("routed",)),
+    ]:  # fmt: skip
+        sums_of_every_tile(tokens(m, k, torch.bfloat16), *operands(k, (1,), 8, parts, experts=experts, rank=rank))
+    for m, k in [(17, 3584), (65, 9472), (129, 1000), (500, 9472), (513, 3584), (2500, 1000), (2500, 9472)]:
+        group, linears = operands(k, (200,), 8, rank=32, experts=8)
+        assert group.router_weight is not None
+        group.router_weight[:, 8:] = 0  # short sums: no near ties among thousands of tokens
+        x = tokens(m, k, torch.bfloat16)
+        clean, packed = check(x, group, linears), triton_backend.pack(group, linears, x.dtype)
+        apart = torch.zeros(m * k + 1, dtype=x.dtype, device=DEVICE)[1:].view(m, k)  # which the copy engine cannot read
+        torch.testing.assert_close(triton_backend.apply(apart.copy_(x), packed), clean)
+        x[m - 2, 900] = torch.nan
+        y = triton_backend.apply(x, packed)
+        others = [i for i in range(m) if i != m - 2]
+        assert y[m - 2].isnan().all()
+        torch.testing.assert_close(y[others], clean[others])
+
+
+def sums_of_every_tile(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> None:
+    """With one slice of the input channels and with several."""
+    from quant_experts.kernels.gpu_weight_activation import hopper_project
+
+    layout = triton_backend.pack(group, linears, x.dtype).group
+    assert layout.projection is not None and hopper_project.takes(x, layout)
+    m, k = x.shape
+    x[m // 2, 5] = torch.nan
+    others = [i for i in range(m) if i != m // 2]
+    rows = layout.projection.transpose(0, 1).reshape(layout.kind.rows, -1)[:, :k].double()
+    factor_rows = layout.factors * layout.rank
+    values, magnitudes = x.double(), x.double().abs()
+    expected = torch.cat([values @ rows[:factor_rows].T, magnitudes @ rows[factor_rows:].T], dim=1)[others]
+    free = 1e-5 * (magnitudes @ rows.abs().T)[others]
+    for tile in hopper_project.tiles(factor_rows, layout.kind.rows - factor_rows):
+        for slices in (1, min(5, -(-k // 128))):
+            sums = torch.full((slices, m, layout.kind.rows), torch.nan, device=DEVICE)
+            hopper_project.project(x, layout, sums, tile, **launch.options(x.device))
+            assert ((sums.double().sum(dim=0)[others] - expected).abs() <= free).all(), (tile.PIECES, slices)
+            assert sums[0, m // 2].isnan().all() and not sums[1:].isnan().any()
+
+
 def a_model_runs_stacked(scheme: str = "W4A6") -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from kernels.case_runs import check_a_stacked_model
@@ -558,7 +606,8 @@ CASES: list[Callable[[], None]] = [
     inputs_of_codes_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
     fp8_non_finite_tokens, fp8_inputs_follow_one_another,
-    fp8_inputs_of_codes_follow_one_another, large_layers, a_model_runs_stacked, fp8_model_runs_stacked,
+    fp8_inputs_of_codes_follow_one_another, large_layers, dense_projections,
+    a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -33,39 +33,49 @@ def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype", "rows", "shared_memory", "most"),
-    [
-        (32, torch.bfloat16, 128, 232_448, 3),
-        (32, torch.bfloat16, 128, 101_376, 1),
-        (64, torch.bfloat16, 64, 232_448, 3),
-        (32, torch.float16, 64, 232_448, 3),
-        (32, torch.float32, 64, 101_376, 1),
-        (128, torch.float32, 64, 232_448, 0),
-    ],
+    ("dtype", "shared_memory", "steps"),
+    [(torch.bfloat16, 232_448, 8), (torch.bfloat16, 101_376, 3), (torch.float32, 101_376, 1)],
 )
 def test_steps_fit_the_chip(
-    monkeypatch: pytest.MonkeyPatch, rank: int, dtype: torch.dtype, rows: int, shared_memory: int, most: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shared_memory: int, steps: int
 ) -> None:
-    """As many steps of a block of very many tokens as a multiprocessor's shared memory holds; where it holds none, that
-    is said."""
-    from quant_experts.errors import QuantExpertsError
+    """As many steps of a block of 64 tokens as a multiprocessor's shared memory holds."""
     from quant_experts.kernels.gpu_weight_activation import prepare_launch
-    from quant_experts.kernels.gpu_weight_activation.layout import pack_group
-    from quant_experts.kernels.operands import Factor, GroupOperands
+    from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     monkeypatch.setattr(prepare_launch, "shared_memory", lambda device: shared_memory)
-    monkeypatch.setattr(prepare_launch, "BLOCK_TOKENS", 64)
-    factor = Factor(torch.ones(8, rank, 128).half(), None)
-    group = GroupOperands(8, None, 0, factor[0], factor, torch.ones(8, 128), torch.ones(8))
-    device = torch.device("cpu")
-    tokens = prepare_launch.block_tokens(5000, dtype, rank)
-    assert tokens == rows and prepare_launch.block_tokens(4095, dtype, rank) == 64
-    asked = (pack_group(group, dtype, device).kind, dtype, device, 3 * rank, 3, tokens)
-    if most:
-        assert prepare_launch.stages(*asked) == most
-    else:
-        with pytest.raises(QuantExpertsError, match=f"rank {rank} .*reference"):
-            prepare_launch.stages(*asked)
+    kind = Kind(127, torch.int8, False, 0, 9, 8, 32, 320, dtype.itemsize, False)
+    assert prepare_launch.stages(kind, dtype, torch.device("cpu"), 32, 100, 64) == steps
+
+
+@pytest.mark.parametrize(
+    ("factor_rows", "router_rows"),
+    [(288, 32), (256, 32), (576, 32), (544, 64), (1152, 32), (992, 128), (32, 0), (64, 0)],
+)
+def test_tiles_of_a_projection(factor_rows: int, router_rows: int) -> None:
+    """Programs side by side own each row once, and no row of the other kind; rings and registers fit the chip."""
+    from quant_experts.kernels.gpu_weight_activation import hopper_project
+
+    tiles = hopper_project.tiles(factor_rows, router_rows)
+    assert tiles and len({tile.CHUNKS.value for tile in tiles}) == len(tiles)
+    for tile in tiles:
+        owned = []
+        for chunk in range(tile.CHUNKS.value):
+            pieces = zip(tile.PIECES.value, tile.FIRST.value, tile.STRIDE.value, tile.END.value, strict=True)
+            for p, (rows, first, stride, end) in enumerate(pieces):
+                row = chunk * stride + first
+                owned += range(row, min(row + rows, end))
+                of_router = router_rows > 0 and p == tile.COUNT.value - 1
+                assert end == (factor_rows + router_rows if of_router else factor_rows)
+                assert rows & (rows - 1) == 0 and 16 <= rows <= 256 and (row >= factor_rows or not of_router)
+        assert sorted(owned) == list(range(factor_rows + router_rows))
+        assert tile.COUNT.value <= 3 and tile.STAGES.value >= 3
+        assert tile.STAGES.value * (128 + tile.ROWS.value) * 128 <= hopper_project.RING_BYTES
+        assert 12 * 32 * tile.LAUNCH_REGISTERS.value <= 65536
+    for m in (17, 500, 9000, 100_000):
+        chosen, slices = hopper_project.cut(factor_rows, router_rows, m, 56, 132, m > 512)
+        assert chosen in tiles and 1 <= slices <= 20
+    assert hopper_project.cut(factor_rows, router_rows, 40, 2, 132, False)[1] <= 2
 
 
 def rows_on_no_device(n: int, k: int) -> Any:

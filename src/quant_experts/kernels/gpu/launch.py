@@ -56,7 +56,6 @@ def zeros(name: str, size: int, device: torch.device) -> Tensor:
 
 def reserve(device: torch.device) -> None:
     """Make the workspaces of a GPU whose sizes are known, once, when the first layer is laid out for it."""
-    zeros("many tokens", MAX_BLOCKS, device)
     if hopper(device):
         zeros("hopper sums", MAX_PROGRAMS * LARGEST_TILE, device)
         zeros("hopper shares", MAX_PROGRAMS * 2, device)
@@ -64,8 +63,6 @@ def reserve(device: torch.device) -> None:
         zeros("alone sums", ALONE_SUMS, device)
 
 
-MAX_BLOCKS = 1 << 16
-"""Token blocks of the launches for many tokens."""
 MAX_PROGRAMS = 160
 """Programs of the Hopper kernel, at most the multiprocessors of a GPU of that generation."""
 ALONE_COUNTS, ALONE_SUMS = 1 << 10, MAX_PROGRAMS * 16

@@ -105,6 +105,11 @@ class GroupLayout:
             reads_codes=self.code_scale is not None,
         )
 
+    @cached_property
+    def descriptors(self) -> dict[Any, Any]:
+        """As `LinearLayout.descriptors`, of the projection."""
+        return {}
+
 
 @dataclass(frozen=True)
 class LinearLayout:

@@ -13,18 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
-    MAX_BLOCKS,
     hopper,
     options,
     overlapped,
     programs,
     ptr,
     shared_memory,
-    zeros,
 )
 from quant_experts.kernels.gpu_weight_activation.layout import (
     BLOCK,
@@ -35,18 +31,16 @@ from quant_experts.kernels.gpu_weight_activation.layout import (
     padded_experts,
 )
 
-FEW_TOKENS, LONG_TOKENS = (17, 17) if INTERPRETED else (512, 256)
-"""Up to here `prepare` prepares tokens of routed experts, above `prepare_many`; the second for tokens of more than LONG
-channels, whose projection reads so much more than the factors of one expert that sorting pays earlier."""
-LONG = 8192
+FEW_TOKENS = 17 if INTERPRETED else 512
+"""Up to here `prepare` prepares tokens of routed experts, above `prepare_many`, which sorts them."""
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels of a token that a program reads at a time; longer tokens are quantized by a launch of their own."""
+LONG = 8192
+"""Input channels of the longest tokens of which a multiprocessor of Hopper quantizes more than one at a time."""
 BLOCK_TOKENS = 16 if INTERPRETED else 64
-"""Tokens that one program takes when tokens are many."""
+"""Tokens that a program routes or places when they are many."""
 COUNTED_BLOCKS = 1 if INTERPRETED else 64
 """Blocks of tokens whose experts a program that places tokens counts at a time."""
-VERY_MANY = 4096
-"""From here on it takes twice as many, where registers hold them: bfloat16 ones, for experts of the least rank."""
 PROJECT_TILES = (
     (8, dict(RC=16, BM=8, WAYS=2 if INTERPRETED else 4), 20),
     (16, dict(RC=32, BM=16, WAYS=1), 10),
@@ -60,8 +54,6 @@ MAX_SLICES = 32
 """Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
 UNSETTLED_SLICES = 8
 """The same, where the linear adds up."""
-WAVES = 2
-"""Programs for each multiprocessor when tokens are many."""
 PLANS = 4096
 """Plans that are kept."""
 
@@ -69,9 +61,19 @@ PLANS = 4096
 def prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
     """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values where tokens are few."""
     m, k = x.shape
-    if layout.experts and m > (FEW_TOKENS if k <= LONG else LONG_TOKENS):
-        return _prepare_many(x, layout)
-    return _prepare(x, layout, plan(layout.kind, m, k, x.dtype, x.device, settled)) if m else _allocate(x, layout)
+    if not m:
+        return _allocate(x, layout)
+    p = plan(layout.kind, m, k, x.dtype, x.device, settled, _copied(x, layout))
+    return _prepare_many(x, layout, p) if p.sorts else _prepare(x, layout, p)
+
+
+def _copied(x: Tensor, layout: GroupLayout) -> bool:
+    """Whether `hopper_project` projects."""
+    if not hopper(x.device):
+        return False
+    from quant_experts.kernels.gpu_weight_activation import hopper_project
+
+    return hopper_project.takes(x, layout)
 
 
 class Cut(NamedTuple):
@@ -83,6 +85,8 @@ class Cut(NamedTuple):
     """That are to be added up: as many as slices, or one, if they were added already."""
     programs: int
     constants: dict[str, Any]
+    tile: Any = None
+    """Of `hopper_project`, which then projects"""
 
 
 NO_PROJECTION = Cut(0, 0, 0, {})
@@ -97,6 +101,8 @@ class Plan:
     """M, K, Kp"""
     settled: bool
     """Whether there are experts, and their hidden values are finished here."""
+    sorts: bool
+    """Whether tokens are sorted by expert."""
     beside: bool
     """Whether `begin` projects values beside quantization."""
     cut: Cut
@@ -110,21 +116,27 @@ class Plan:
 
 
 @lru_cache(PLANS)
-def plan(kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, settled: bool) -> Plan:
-    """For m tokens of k channels."""
+def plan(
+    kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, settled: bool, copied: bool = False
+) -> Plan:
+    """For m tokens of k channels; copied: whether `hopper_project` projects them."""
     padded = max(1, -(-k // BLOCK)) * BLOCK
     sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
     adds = sums_type == torch.int32 and m <= ADD_TOKENS
-    cut = _cut(kind, m, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES, adds, dtype, device)
+    sorts = kind.experts > 0 and m > FEW_TOKENS
+    if copied:
+        cut = _cut_copied(kind, m, padded // BLOCK, sorts, device)
+    else:
+        cut = _cut(kind, m, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES, adds, dtype, device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
     constants = dict(
         F=kind.factors, E=kind.experts, EP=padded_experts(kind.experts), R=kind.rank, TOTAL=kind.rows,
         SLICES=1 << max(0, cut.sums - 1).bit_length(), CODES=kind.reads_codes,
     )  # fmt: skip
     return Plan(
-        kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
-        beside=cut.programs > 0 and not kind.reads_codes and padded <= CHUNK, cut=cut, sums_type=sums_type,
-        adds=adds, launch=launch, end=constants | launch,
+        kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0, sorts=sorts,
+        beside=cut.programs > 0 and not (kind.reads_codes or copied or sorts) and padded <= CHUNK, cut=cut,
+        sums_type=sums_type, adds=adds, launch=launch, end=constants | launch,
     )  # fmt: skip
 
 
@@ -154,6 +166,19 @@ def _cut(kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dty
     fitting = stages(kind, dtype, device, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
     constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=fitting)
     return Cut(slices, 1 if adds else slices, tiles * slices, constants)
+
+
+def _cut_copied(kind: Kind, m: int, blocks: int, sorts: bool, device: torch.device) -> Cut:
+    """The same, for `hopper_project`. Programs that quantize long tokens, one each, fill a multiprocessor's registers:
+    a few tokens leave them theirs, so that both run side by side."""
+    from quant_experts.kernels.gpu_weight_activation import hopper_project
+
+    count, factor_rows = programs(device), kind.factors * kind.rank
+    if blocks * BLOCK > LONG and 2 * m <= count:
+        count -= m
+    router_rows = kind.rows - factor_rows
+    tile, slices = hopper_project.cut(factor_rows, router_rows, m, 2 * blocks, count, sorts)
+    return Cut(slices, slices, -(-m // hopper_project.TOKENS.value) * tile.CHUNKS.value * slices, {}, tile)
 
 
 def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
@@ -194,6 +219,10 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
 
 def _project(x: Tensor, layout: GroupLayout, sums: Tensor, p: Plan) -> None:
     """Of values x, or codes."""
+    if p.cut.tile is not None:
+        from quant_experts.kernels.gpu_weight_activation import hopper_project
+
+        return hopper_project.project(x, layout, sums, p.cut.tile, **options(x.device))
     from quant_experts.kernels.gpu_weight_activation.prepare import project
 
     m, _, padded = p.sizes
@@ -243,24 +272,9 @@ def _allocate(x: Tensor, layout: GroupLayout, **more: Any) -> Tokens:
 
 
 def stages(kind: Kind, dtype: torch.dtype, device: torch.device, rows: int, most: int, tokens: int) -> int:
-    """How many steps of 128 channels, of so many tokens and rows of the projection, fit shared memory.
-
-    Raises `QuantExpertsError` where none does.
-    """
+    """How many steps of 128 channels, of so many tokens and rows of the projection, fit shared memory."""
     step = BLOCK * (tokens * dtype.itemsize + rows * kind.row_bytes)
-    fitting = shared_memory(device) * 9 // 10 // step
-    if not fitting:
-        raise QuantExpertsError(
-            f"{kind.experts or 'No'} routed experts of rank {kind.rank} with {dtype} inputs are too large for this "
-            "GPU's shared memory: load the model with backend='reference'."
-        )
-    return min(most, fitting)
-
-
-def block_tokens(m: int, dtype: torch.dtype, rank: int) -> int:
-    """How many of many tokens one program takes."""
-    wide = m >= VERY_MANY and dtype == torch.bfloat16 and rank == RANK_MULTIPLE
-    return BLOCK_TOKENS * (2 if wide else 1)
+    return min(most, shared_memory(device) * 9 // 10 // step)
 
 
 def _hidden(m: int, layout: GroupLayout, device: torch.device) -> dict[str, Any]:
@@ -273,34 +287,27 @@ def _hidden(m: int, layout: GroupLayout, device: torch.device) -> dict[str, Any]
     )
 
 
-def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
-    from quant_experts.kernels.gpu_weight_activation.prepare_many import place, project, score
+def _prepare_many(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
+    from quant_experts.kernels.gpu_weight_activation.prepare_many import place, route, settle
 
-    (m, k), device, rank, kind = x.shape, x.device, layout.rank, layout.kind
-    padded = max(1, -(-k // BLOCK)) * BLOCK
-    factors, experts, width = layout.factors, layout.experts, padded_experts(layout.experts)
-    rows = block_tokens(m, x.dtype, rank)
-    blocks = -(-m // rows)
-    slices = min(padded // BLOCK, max(1, WAVES * programs(device) // blocks), MAX_SLICES)
+    m, device, kind, cut = p.sizes[0], x.device, p.kind, p.cut
+    width, blocks = padded_experts(kind.experts), -(-m // BLOCK_TOKENS)
+    sums = torch.empty(cut.sums, m, kind.rows, dtype=p.sums_type, device=device)
     expert, order = (torch.empty(m, dtype=torch.int32, device=device) for _ in range(2))
     counts = torch.empty(blocks, width, dtype=torch.int32, device=device)
-    part = torch.empty(blocks * slices * rows * max(4 * width, 2 * rank), dtype=torch.float32, device=device)
-    done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
-    launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
-    tokens = _allocate(x, layout, **_hidden(m, layout, device), order=order)
-    score[(blocks, slices)](
-        x, layout.projection, layout.router_bias, expert, counts, part, done, m, k, padded, slices,
-        FACTOR_ROWS=factors * rank, TOTAL=kind.rows, E=experts, EP=width, ROWS=rows,
-        STAGES=stages(kind, x.dtype, device, 4 * width, 4, rows), **launch,
+    tokens = _allocate(x, layout, **_hidden(m, layout, device), order=order, hidden_comes_later=True)
+    common = dict(E=kind.experts, TOTAL=kind.rows, SLICES=p.end["SLICES"], **p.launch)
+    _project(x, layout, sums, p)
+    route[(blocks,)](
+        sums, layout.router_bias, expert, counts, m, cut.sums, FACTOR_ROWS=kind.factors * kind.rank, EP=width,
+        ROWS=BLOCK_TOKENS, **common,
     )  # fmt: skip
     place[(blocks,)](
-        expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=rows, BLOCKS=COUNTED_BLOCKS, **launch
+        expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=BLOCK_TOKENS, BLOCKS=COUNTED_BLOCKS, **p.launch
     )
     _quantize(x, layout, tokens, order)
-    read = 2 + (factors > experts)  # factors in a step
-    project[(blocks, slices)](
-        x, layout.projection, tokens.expert, order, tokens.token_scale, tokens.hidden, tokens.present, part, done,
-        m, k, padded, slices, 1.0 / layout.headroom, TOTAL=kind.rows, F=factors, E=experts, R=rank, ROWS=rows,
-        STAGES=stages(kind, x.dtype, device, read * rank, 3, rows), **launch,
+    settle[(-(-m // MASK_TOKENS),)](
+        sums, order, tokens.expert, tokens.token_scale, tokens.hidden, tokens.present, m, cut.sums,
+        1.0 / layout.headroom, F=kind.factors, R=kind.rank, **common,
     )  # fmt: skip
     return tokens

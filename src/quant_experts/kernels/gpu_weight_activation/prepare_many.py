@@ -1,9 +1,6 @@
-"""`prepare` for many tokens of routed experts, in launches: `score` (the expert of each token), `place` (a stable
-counting sort by expert), `prepare.quantize` of tokens in that order, and beside it `project` (hidden values of the
-shared expert and of those that a block of tokens uses).
-
-Programs of `score` and `project` own a block of tokens and a slice of the input channels; the last slice to finish adds
-them up in order, so that results do not depend on timing.
+"""`prepare` for many tokens of routed experts, which are sorted by expert: after the projection of all of them, `route`
+(the expert of each token), `place` (a stable counting sort by expert), `prepare.quantize` of tokens in that order, and
+`settle` (their hidden values, in that order).
 
 Exactness. Codes and scales are the oracle's bit for bit, the same float32 products; a rotation's sums come in another
 order, so that its codes may differ by one where a value lies on a tie. Routers and experts that read values read the
@@ -20,48 +17,44 @@ import triton.language as tl
 
 from quant_experts.kernels.gpu.tokens import (
     ROUTER_PARTS,
-    add_product,
     choose,
     factors_used,
-    load_raw,
     reciprocal,
     wait_for_previous_kernel,
 )
 
 
 @triton.jit
-def score(
-    x_ptr, projection_ptr, bias_ptr, expert_ptr, count_ptr, part_ptr, done_ptr, M, K, Kp, SLICES,
-    FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+def added(at, there, stride, slices, SLICES: tl.constexpr):
+    """The sum over slices, `stride` apart, of what lies at addresses (rows, columns), zero where not there; in order,
+    and unrolled, so that all loads are under way at once. SLICES: slices, padded."""
+    total = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+    for piece in tl.static_range(1, SLICES):
+        total += tl.load(at + piece * stride, mask=there & (piece < slices), other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def route(
+    sums_ptr, bias_ptr, expert_ptr, count_ptr, M, slices, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Per token: the expert. Per block of ROWS tokens: how many go to each expert (blocks, EP)."""
+    """From sums (slices, M, TOTAL) per token: the expert. Per block of ROWS tokens, a program each: how many go to each
+    expert (blocks, EP)."""
     wait_for_previous_kernel(PDL)
-    WIDTH: tl.constexpr = ROUTER_PARTS * EP
-    block, piece = tl.program_id(0), tl.program_id(1)
+    block = tl.program_id(0)
     token = block * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    scores = tl.zeros((ROWS, WIDTH), tl.float32)
-    steps = Kp // 128
-    for step in tl.range(piece * steps // SLICES, (piece + 1) * steps // SLICES, num_stages=STAGES):
-        x = load_raw(x_ptr, token, token < M, step * 128 + tl.arange(0, 128), K)
-        at = projection_ptr + (step * TOTAL + FACTOR_ROWS + column)[None, :].to(tl.int64) * 128
-        scores = add_product(scores, tl.abs(x), tl.load(at + tl.arange(0, 128)[:, None]))
-    at = part_ptr + block.to(tl.int64) * SLICES * (ROWS * WIDTH)
-    at += tl.arange(0, ROWS)[:, None] * WIDTH + column[None, :]
-    tl.store(at + piece * (ROWS * WIDTH), scores)
-    tl.debug_barrier()
-    if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
-        tl.debug_barrier()
-        tl.store(done_ptr + block, 0)
-        scores = tl.zeros((ROWS, WIDTH), tl.float32)
-        for i in tl.range(SLICES, num_stages=4):
-            scores += tl.load(at + i * (ROWS * WIDTH), cache_modifier=".cg")
-        expert = choose(tl.sum(tl.reshape(scores, (ROWS, ROUTER_PARTS, EP)), axis=1), bias_ptr, E, EP)
-        tl.store(expert_ptr + token, expert, mask=token < M)
-        place = tl.arange(0, EP)
-        chosen = (expert[:, None] == place[None, :]) & (token < M)[:, None]
-        tl.store(count_ptr + block * EP + place, tl.sum(chosen.to(tl.int32), axis=0))
+    column = tl.arange(0, EP)[None, :]
+    there = (token < M)[:, None]
+    stride = M.to(tl.int64) * TOTAL
+    at = sums_ptr + token.to(tl.int64)[:, None] * TOTAL + FACTOR_ROWS + column
+    scores = added(at, there, stride, slices, SLICES)
+    for part in tl.static_range(1, ROUTER_PARTS - 1):
+        scores += added(at + part * EP, there, stride, slices, SLICES)
+    expert = choose(scores, bias_ptr, E, EP)
+    tl.store(expert_ptr + token, expert, mask=token < M)
+    chosen = (expert[:, None] == column) & there
+    tl.store(count_ptr + block * EP + tl.arange(0, EP), tl.sum(chosen.to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -92,97 +85,36 @@ def place(
 
 
 @triton.jit
-def factor_at(projection_ptr, factor, step, TOTAL: tl.constexpr, R: tl.constexpr):
-    """(128, R) addresses of a block of a down factor."""
-    rank = (step * TOTAL + factor * R + tl.arange(0, R)).to(tl.int64)
-    return projection_ptr + rank[None, :] * 128 + tl.arange(0, 128)[:, None]
-
-
-@triton.jit
-def project_slice(
-    x_ptr, token, used, expert, projection_ptr, begin, end, K, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    R: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+def settle(
+    sums_ptr, order_ptr, expert_ptr, token_scale_ptr, hidden_ptr, present_ptr, M, slices, inverse_headroom,
+    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, R) sums over steps [begin, end) of a block's channels, of the shared expert and of each token's own."""
-    first = tl.minimum(tl.min(tl.where(used, expert, E), axis=0), E - 1)
-    last = tl.max(tl.where(used, expert, 0), axis=0)
-    # In most blocks all tokens have one expert: then the second is the first once more.
-    second = tl.minimum(tl.min(tl.where(used & (expert > first), expert, E), axis=0), tl.maximum(last, first))
-    shared = tl.zeros((ROWS, R), tl.float32)
-    own = tl.zeros((ROWS, R), tl.float32)
-    others = tl.zeros((ROWS, R), tl.float32)
-    for step in tl.range(begin, end, num_stages=STAGES):
-        x = load_raw(x_ptr, token, used, step * 128 + tl.arange(0, 128), K)
-        if F > E:
-            shared = add_product(shared, x, tl.load(factor_at(projection_ptr, 0, step, TOTAL, R)))
-        own = add_product(own, x, tl.load(factor_at(projection_ptr, F - E + first, step, TOTAL, R)))
-        others = add_product(others, x, tl.load(factor_at(projection_ptr, F - E + second, step, TOTAL, R)))
-    own = tl.where((expert == first)[:, None], own, others)
-    for e in range(second + 1, last + 1):  # three experts and more in one block: few tokens, or rare ones
-        others = tl.zeros((ROWS, R), tl.float32)
-        for step in range(begin, end):
-            x = load_raw(x_ptr, token, used, step * 128 + tl.arange(0, 128), K)
-            others = add_product(others, x, tl.load(factor_at(projection_ptr, F - E + e, step, TOTAL, R)))
-        own = tl.where((expert == e)[:, None], others, own)
-    return shared, own
+    """Hidden values in units of scale * headroom, zeros for experts that a token does not use, and the factors in use.
+    Programs: blocks of 16 places of the sorted order.
 
-
-@triton.jit
-def store_hidden(
-    shared, own, expert, unit, hidden_ptr, present_ptr, place, block, M,
-    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Hidden sums times unit (ROWS,), zeros for experts that a token does not use; and the factors in use."""
-    at = hidden_ptr + place.to(tl.int64)[:, None] * (F * R) + tl.arange(0, R)[None, :]
-    mask = (place < M)[:, None]
+    Sums, order and experts were complete when the kernel before this one, which quantizes, started; token scales are
+    when it has ended, and codes, so that the linear may start then.
+    """
+    place = tl.program_id(0) * 16 + tl.arange(0, 16)
+    rank = tl.arange(0, R)[None, :]
+    used = place < M
+    there = used[:, None]
+    token = tl.load(order_ptr + place, mask=used, other=0, cache_modifier=".cg")
+    expert = tl.load(expert_ptr + place, mask=used, other=0, cache_modifier=".cg")
+    stride = M.to(tl.int64) * TOTAL
+    at = sums_ptr + token.to(tl.int64)[:, None] * TOTAL + rank
+    own = added(at + (expert + (F - E))[:, None] * R, there, stride, slices, SLICES)
+    shared = own
     if F > E:
-        tl.store(at, (shared * unit[:, None]).to(tl.float16), mask=mask)
+        shared = added(at, there, stride, slices, SLICES)
+    wait_for_previous_kernel(PDL)
+    scale = tl.load(token_scale_ptr + place, mask=used, other=1.0, cache_modifier=".cg")
+    unit = reciprocal(tl.where(scale == scale, scale, 1.0))[:, None]
+    own = own * inverse_headroom * unit
+    at = hidden_ptr + place.to(tl.int64)[:, None] * (F * R) + rank
+    if F > E:
+        tl.store(at, (shared * inverse_headroom * unit).to(tl.float16), mask=there)
     for e in range(E):
-        kept = tl.where((expert == e)[:, None], own * unit[:, None], 0.0)
-        tl.store(at + (F - E + e) * R, kept.to(tl.float16), mask=mask)
-    masks = block * (ROWS // 16) + tl.arange(0, ROWS // 16)
-    tl.store(present_ptr + masks, factors_used(expert, place < M, F, E), mask=masks * 16 < M)
-
-
-@triton.jit
-def project(
-    x_ptr, projection_ptr, expert_ptr, order_ptr, token_scale_ptr, hidden_ptr, present_ptr, part_ptr, done_ptr, M, K,
-    Kp, SLICES, inverse_headroom, TOTAL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Hidden values of ROWS places of the sorted order. The order was complete when the kernel before this one started;
-    token scales are when it has ended."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    block, piece = tl.program_id(0), tl.program_id(1)
-    place = block * ROWS + tl.arange(0, ROWS)
-    token = tl.load(order_ptr + place, mask=place < M, other=0, cache_modifier=".cg")
-    expert = tl.load(expert_ptr + place, mask=place < M, other=0, cache_modifier=".cg")
-    steps = Kp // 128
-    shared, own = project_slice(
-        x_ptr, token, place < M, expert, projection_ptr, piece * steps // SLICES, (piece + 1) * steps // SLICES, K,
-        TOTAL, F, E, R, ROWS, STAGES,
-    )  # fmt: skip
-    PARTS: tl.constexpr = 2 if F > E else 1
-    base = part_ptr + block.to(tl.int64) * SLICES * (PARTS * ROWS * R)
-    inner = tl.arange(0, ROWS)[:, None] * R + tl.arange(0, R)[None, :]
-    at = base + piece * (PARTS * ROWS * R) + inner
-    if F > E:
-        tl.store(at, shared)
-    tl.store(at + (PARTS - 1) * ROWS * R, own)
-    tl.debug_barrier()
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if tl.atomic_add(done_ptr + block, 1, sem="acq_rel") == SLICES - 1:
-        tl.debug_barrier()
-        tl.store(done_ptr + block, 0)
-        shared = tl.zeros_like(shared)
-        own = tl.zeros_like(own)
-        for i in tl.range(SLICES, num_stages=3):
-            at = base + i * (PARTS * ROWS * R) + inner
-            if F > E:
-                shared += tl.load(at, cache_modifier=".cg")
-            own += tl.load(at + (PARTS - 1) * ROWS * R, cache_modifier=".cg")
-        scale = tl.load(token_scale_ptr + place, mask=place < M, other=1.0, cache_modifier=".cg")
-        unit = reciprocal(tl.where(scale == scale, scale, 1.0)) * inverse_headroom
-        store_hidden(shared, own, expert, unit, hidden_ptr, present_ptr, place, block, M, F, E, R, ROWS)
+        kept = tl.where((expert == e)[:, None], own, 0.0)
+        tl.store(at + (F - E + e) * R, kept.to(tl.float16), mask=there)
+    tl.store(present_ptr + tl.program_id(0) + tl.arange(0, 1), factors_used(expert, used, F, E))
