@@ -549,6 +549,7 @@ def dense_projections() -> None:
         (200, 1000, 0, 32, ("smooth", "shared")), (65, 200, 0, 64, ("shared",)), (129, 1000, 8, 5, ("routed",)),
     ]:  # fmt: skip
         sums_of_every_tile(tokens(m, k, torch.bfloat16), *operands(k, (1,), 8, parts, experts=experts, rank=rank))
+    tolerance = EXPERTS_TOLERANCE + torch.finfo(torch.bfloat16).eps
     for m, k in [(17, 3584), (65, 9472), (129, 1000), (500, 9472), (513, 3584), (2500, 1000), (2500, 9472)]:
         group, linears = operands(k, (200,), 8, rank=32, experts=8)
         assert group.router_weight is not None
@@ -556,12 +557,13 @@ def dense_projections() -> None:
         x = tokens(m, k, torch.bfloat16)
         clean, packed = check(x, group, linears), triton_backend.pack(group, linears, x.dtype)
         apart = torch.zeros(m * k + 1, dtype=x.dtype, device=DEVICE)[1:].view(m, k)  # which the copy engine cannot read
-        torch.testing.assert_close(triton_backend.apply(apart.copy_(x), packed), clean)
+        outputs = triton_backend.apply(apart.copy_(x), packed).double()
+        assert ((outputs - clean).norm(dim=1) <= tolerance * clean.double().norm(dim=1)).all()
         x[m - 2, 900] = torch.nan
         y = triton_backend.apply(x, packed)
         others = [i for i in range(m) if i != m - 2]
         assert y[m - 2].isnan().all()
-        torch.testing.assert_close(y[others], clean[others])
+        assert torch.equal(y[others], clean[others])
 
 
 def sums_of_every_tile(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> None:

@@ -63,7 +63,7 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
     fixed: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, **flags)
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
-        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, EVERY=takes_every(16, fixed), **small, **fixed)
+        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
     most = 128 if flags.get("FP8") else 256  # two sets of fp8 sums of larger tiles would not fit registers
     fitting = [choice for choice in choices(m, n, count) if choice[0] <= most]
     return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
@@ -84,13 +84,7 @@ def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
 def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
     """A tile's `Config`, with what is decided elsewhere."""
     stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
-    pairs, every = rows * tokens < 256 * 128, takes_every(tokens, fixed)
-    return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=pairs, SHARES=shares, EVERY=every, **fixed)
-
-
-def takes_every(tokens: int, fixed: dict[str, Any]) -> bool:
-    """Whether so many tokens of a tile use nearly all factors."""
-    return not fixed["SORTED"] and 0 < fixed["FACTORS"] <= tokens
+    return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares, **fixed)
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -117,6 +111,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     fp8 = tokens.codes.dtype == torch.float8_e4m3fn
     flags = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
+    flags["EVERY"] = factors > 0 and tokens.experts == 0
     count = programs(device)
     c = chosen or config(m, n, k, factors, rank, count, **flags)
     bn, bm = c.BN.value, c.BM.value

@@ -76,8 +76,8 @@ class Config:
     LATER: Constant = False
     """Whether codes are complete when the kernel starts, and hidden values only when the previous one has ended."""
     EVERY: Constant = False
-    """Whether tiles take all factors without asking which serve their tokens, as nearly all do where tokens are not
-    sorted: so up factors are asked for as weights are, before the previous kernel has ended."""
+    """Whether all factors serve all tokens, none being routed: so up factors are asked for as weights are, before the
+    previous kernel has ended."""
     STEP: Constant = 128
     """Input channels in one step of the ring: 64 bytes of a packed weight row."""
     CHUNK: Constant = 32

@@ -163,7 +163,8 @@ def _cut(kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dty
     waves = 2 if kind.reads_codes else 3
     slices = min(-(-steps // tile["WAYS"]), max(1, waves * programs(device) // tiles))
     slices = slices if adds else min(slices, most, most_slices)
-    fitting = stages(kind, dtype, device, tile["RC"], 3 if tile["WAYS"] == 1 else 1, tile["BM"])
+    ahead = 1 if tile["WAYS"] > 1 else 6 if m <= 16 else 3  # a few tokens' weights are most of a step's bytes
+    fitting = stages(kind, dtype, device, tile["RC"], ahead, tile["BM"])
     constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=fitting)
     return Cut(slices, 1 if adds else slices, tiles * slices, constants)
 
