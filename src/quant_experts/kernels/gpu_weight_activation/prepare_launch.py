@@ -24,6 +24,7 @@ from quant_experts.kernels.gpu.launch import (
     programs,
     ptr,
     shared_memory,
+    start,
     zeros,
 )
 from quant_experts.kernels.gpu_weight_activation.layout import (
@@ -172,7 +173,8 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     codes = tokens.codes
     assert codes is not None
     if p.beside:
-        begin[(m + cut.programs,)](
+        start(
+            begin, (m + cut.programs,),
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, tokens.token_scale,
             layout.projection, sums, *p.sizes, cut.slices, **cut.constants,
             **_constants_of_quantize(p.kind, p.sizes[2], x.device),
@@ -185,7 +187,8 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
             _project(x, layout, sums, p)
         _quantize(x, layout, tokens, early=cut.programs > 0)
     if p.settled:
-        end[(layout.factors * -(-m // MASK_TOKENS),)](
+        start(
+            end, (layout.factors * -(-m // MASK_TOKENS),),
             tokens.token_scale, sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.hidden,
             tokens.present, ptr(tokens.expert, sums), m, cut.sums, 1.0 / layout.headroom, **p.end,
         )  # fmt: skip
@@ -197,9 +200,10 @@ def _project(x: Tensor, layout: GroupLayout, sums: Tensor, p: Plan) -> None:
     from quant_experts.kernels.gpu_weight_activation.prepare import project
 
     m, _, padded = p.sizes
-    project[(p.cut.programs,)](
-        x, layout.projection, sums, p.cut.slices, m, x.shape[1], padded, ADD=p.adds, **p.cut.constants, **p.launch
-    )
+    start(
+        project, (p.cut.programs,),
+        x, layout.projection, sums, p.cut.slices, m, x.shape[1], padded, ADD=p.adds, **p.cut.constants, **p.launch,
+    )  # fmt: skip
 
 
 def _quantize(
@@ -219,7 +223,8 @@ def _quantize(
     else:
         from quant_experts.kernels.gpu_weight_activation.prepare import quantize
 
-        quantize[(len(x),)](
+        start(
+            quantize, (len(x),),
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, scale, ptr(order, scale), ptr(sums, scale),
             x.shape[1], codes.shape[1], SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1],
             EARLY=early, **_constants_of_quantize(layout.kind, codes.shape[1], x.device),
@@ -288,17 +293,20 @@ def _prepare_many(x: Tensor, layout: GroupLayout) -> Tokens:
     done = zeros("many tokens", max(blocks, MAX_BLOCKS), device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
     tokens = _allocate(x, layout, **_hidden(m, layout, device), order=order)
-    score[(blocks, slices)](
+    start(
+        score, (blocks, slices),
         x, layout.projection, layout.router_bias, expert, counts, part, done, m, k, padded, slices,
         FACTOR_ROWS=factors * rank, TOTAL=kind.rows, E=experts, EP=width, ROWS=rows,
         STAGES=stages(kind, x.dtype, device, 4 * width, 4, rows), **launch,
     )  # fmt: skip
-    place[(blocks,)](
-        expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=rows, BLOCKS=COUNTED_BLOCKS, **launch
-    )
+    start(
+        place, (blocks,),
+        expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=rows, BLOCKS=COUNTED_BLOCKS, **launch,
+    )  # fmt: skip
     _quantize(x, layout, tokens, order)
     read = 2 + (factors > experts)  # factors in a step
-    project[(blocks, slices)](
+    start(
+        project, (blocks, slices),
         x, layout.projection, tokens.expert, order, tokens.token_scale, tokens.hidden, tokens.present, part, done,
         m, k, padded, slices, 1.0 / layout.headroom, TOTAL=kind.rows, F=factors, E=experts, R=rank, ROWS=rows,
         STAGES=stages(kind, x.dtype, device, read * rank, 3, rows), **launch,
