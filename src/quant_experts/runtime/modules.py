@@ -62,8 +62,9 @@ class InputGroup(nn.Module):
         _register(self, GROUP_TENSORS, group_tensors(spec, in_features))
         self.backend: str | None = None
         """Name of a backend to use instead of the table's choice."""
-        self._last: tuple[Tensor, int, dict[int, Tensor]] | None = None
-        """(input, its version, outputs that linears have yet to take, by their place in the group)"""
+        self._last: list[tuple[Tensor, int, dict[int, Tensor]]] = []
+        """One of (input, its version, outputs that linears have yet to take, by their place in the group), or none: a
+        list, because setting an attribute of a module takes long."""
         self._linears: list[QuantizedLinear] = []
         self._stack: Any = None
         """The group's tensors and its stacked weights as the backend lays them out, where it wants that."""
@@ -104,7 +105,7 @@ class InputGroup(nn.Module):
         """
         tracing = torch.compiler.is_compiling()
         version = 0 if tracing or x.is_inference() else x._version
-        last, self._last = self._last, None
+        last = self._last.pop() if self._last else None
         if last is None or last[0] is not x or last[1] != version or place not in last[2]:
             # No gradient goes through rounding: traced outputs are constants, like those of a group that runs eagerly.
             parts = [group_outputs(x.detach(), self.number)] if tracing else self.outputs(x)
@@ -114,7 +115,7 @@ class InputGroup(nn.Module):
         y = last[2].pop(place)
         # Dropped after the last linear's use, so that no activation outlives its layer.
         if last[2]:
-            self._last = last
+            self._last.append(last)
         return y
 
     def outputs(self, x: Tensor) -> list[Tensor]:
@@ -230,7 +231,7 @@ class QuantizedLinear(nn.Module):
     @property
     def group(self) -> InputGroup:
         """The input group that this linear reads, its own or another linear's."""
-        group = self.get_submodule(GROUP_CHILD) if self._group is None else self._group[0]
+        group = self._modules[GROUP_CHILD] if self._group is None else self._group[0]
         assert isinstance(group, InputGroup)
         return group
 

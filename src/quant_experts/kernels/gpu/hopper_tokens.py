@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.assembly import EIGHT, HADAMARD_16, HADAMARD_32, HADAMARD_64, HADAMARD_128
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
-from quant_experts.kernels.gpu.launch import options, programs, ptr
+from quant_experts.kernels.gpu.launch import options, programs, ptr, start
 from quant_experts.kernels.gpu.tokens import ROUNDING, SMALLEST
 
 WARPS = ((4096, 4), (8192, 8), (32768, 16), (1 << 31, 32))
@@ -173,7 +173,8 @@ def write_tokens(
     (m, k), warps = x.shape, next(warps for most, warps in WARPS if padded <= most)
     parts = -(-padded // (256 * warps))
     held = warps <= 16 and parts * x.element_size() <= 10
-    kernel[(min(m, programs(x.device) * 16 // warps) if held else m,)](
+    start(
+        kernel, (min(m, programs(x.device) * 16 // warps) if held else m,),
         x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), m, k, padded, values.shape[1],
         LARGEST=largest, PARTS=parts, WARPS=warps, SMOOTH=inverse_smooth is not None, ROT=rotation,
         SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1], EARLY=early, HELD=held, num_warps=warps,

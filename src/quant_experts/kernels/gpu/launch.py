@@ -1,10 +1,11 @@
-"""What every Triton launch shares: the interpreter switch, programmatic launches, and workspaces."""
+"""What every Triton launch shares: kernels that are kept once compiled, the interpreter switch, programmatic launches,
+and workspaces."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,133 @@ from quant_experts.errors import QuantExpertsError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on the CPU, element by element: what continuous integration tests."""
+
+
+KEPT = 8192
+"""Keys by which compiled kernels are kept for launches. Each number of tokens makes new ones."""
+KNOWN = ("3.6.", "3.7.")
+"""Versions of Triton whose launchers take what `start` gives them; with others every launch goes Triton's way."""
+
+
+class Boxes(NamedTuple):
+    """A tensor as the copy engine reads it, in boxes: what launches read of Gluon's `TensorDescriptor`, whose checks
+    take as long as one. They depend on what a key of `start` holds, but for alignment: one of each key is checked."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: tuple[int, ...]
+    layout: Any
+    padding: str = "zero"
+    round_f32_to_tf32: bool = False
+    """Read by launches of Triton 3.7, unknown to 3.6: always False."""
+
+    def checked(self) -> Any:
+        """Gluon's own. Raises `AssertionError` for what the copy engine does not take."""
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        shape, strides, block_shape = list(self.shape), list(self.strides), list(self.block_shape)
+        return TensorDescriptor(self.base, shape, strides, block_shape, self.layout, self.padding)
+
+
+class _Loaded(NamedTuple):
+    """A compiled kernel, on the GPU, and the arguments that it is compiled for."""
+
+    kernel: Any
+    """Triton's function. A key holds its `id`, which no other has while it is kept here: hashing its source is slow."""
+    run: Any
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+    """Those after the positional ones."""
+
+
+_loaded: dict[Any, _Loaded] = {}
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """As `kernel[grid](*args, **constants)`, in a third of the time: Triton takes longer to find the compiled kernel
+    again than to launch it, a group of linears has up to five launches, and a short prefill waits for them.
+
+    args: tensors, `Boxes`, and what hashes by value. constants: what hashes by value. The key is finer than what Triton
+    compiles for: numbers themselves instead of whether they are 1 or multiples of 16. Of addresses it knows nothing, so
+    tensors that do not begin at a multiple of 16 bytes go Triton's way, as do launches that someone watches. Whether
+    globals that a kernel was compiled with have changed since, Triton asks at the first launch of each key only.
+    """
+    if INTERPRETED:
+        kernel[grid](*args, **constants)
+        return
+    runtime, compilation, drivers = _triton()
+    parts, addresses = _described(args)
+    driver = drivers.active
+    device = driver.get_current_device()
+    key = (id(kernel), device, tuple(parts), tuple(constants), tuple(constants.values()))
+    ordinary = addresses % 16 != 0 or _watched(runtime, compilation)
+    loaded = None if ordinary else _loaded.get(key)
+    if loaded is None:
+        compiled = kernel[grid](*[arg.checked() if type(arg) is Boxes else arg for arg in args], **constants)
+        if not ordinary:
+            _keep(key, kernel, compiled, len(args), constants)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = driver.get_current_stream(device)
+    _, run, function, metadata, rest = loaded
+    run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
+
+
+def _described(args: tuple[Any, ...]) -> tuple[list[Any], int]:
+    """What Triton compiles for, or finer, but for addresses; and all addresses, their bits in one."""
+    parts: list[Any] = []
+    addresses = 0
+    for arg in args:
+        kind = type(arg)
+        if kind is int or kind is float:
+            parts.append(kind)  # equal numbers of two types hash alike
+            parts.append(arg)
+        elif isinstance(arg, Tensor):
+            addresses |= arg.data_ptr()
+            parts.append(arg.dtype)
+        elif kind is Boxes:
+            addresses |= arg.base.data_ptr()
+            parts += arg.base.dtype, arg[1:]
+        else:
+            parts += kind, arg
+    return parts, addresses
+
+
+def _keep(key: Any, kernel: Any, compiled: Any, given: int, constants: dict[str, Any]) -> None:
+    """For the next launch with that key; unless nothing was loaded, or for a GPU whose kernels depend on more, or by a
+    Triton that is not known, or a keyword names what the kernel is not compiled for."""
+    import triton
+
+    if getattr(compiled, "function", None) is None or compiled.metadata.target.backend != "cuda":
+        return
+    if not triton.__version__.startswith(KNOWN):
+        return
+    rest = kernel.params[given:]
+    if not all(param.is_constexpr for param in rest):
+        return
+    if len(_loaded) >= KEPT:
+        _loaded.clear()
+    values = tuple(constants.get(param.name, param.default) for param in rest)
+    _loaded[key] = _Loaded(kernel, compiled.run, compiled.function, compiled.packed_metadata, values)
+
+
+def _watched(runtime: Any, compilation: Any) -> bool:
+    """Whether Triton is told to do more at a launch than to launch: a profiler's hooks, or debugging."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    return bool(hooked or runtime.debug or compilation.instrumentation_mode)
+
+
+@cache
+def _triton() -> tuple[Any, Any, Any]:
+    """Its settings for launches and for compilation, and its drivers. Imported late: where it is not installed, other
+    backends run."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return knobs.runtime, knobs.compilation, driver
 
 
 def options(device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_experts.kernels.gpu.launch import ALONE_COUNTS, ALONE_SUMS, options, programs, ptr, zeros
+from quant_experts.kernels.gpu.launch import ALONE_COUNTS, ALONE_SUMS, options, programs, ptr, start, zeros
 from quant_experts.kernels.gpu_weight_activation import hopper_alone
 from quant_experts.kernels.gpu_weight_activation.hopper_launch import LEAST_ROWS, is_wide
 from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, GroupLayout, Kind, LinearLayout, padded_experts
@@ -102,7 +102,8 @@ def alone(x: Tensor, group: GroupLayout, layout: LinearLayout) -> Tensor:
     counts = zeros("alone counts", ALONE_COUNTS, device)
     sums = zeros("alone sums", ALONE_SUMS, device)  # written before it is read: need not stay zero
     nothing = layout.scale
-    hopper_alone.kernel[(-(-n // chosen["BN"]),)](
+    start(
+        hopper_alone.kernel, (-(-n // chosen["BN"]),),
         layout.weight, x, ptr(group.inverse_smooth, nothing), ptr(group.projection, nothing), ptr(layout.up, nothing),
         ptr(group.router_bias, nothing), ptr(group.code_scale, nothing), y, layout.scale, ptr(layout.bias, nothing),
         sums if kind.reads_codes else sums.view(torch.float32), counts, n, x.shape[1], blocks, group.headroom,

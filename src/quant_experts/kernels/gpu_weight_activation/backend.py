@@ -21,6 +21,7 @@ from quant_experts.kernels.gpu.launch import (
     programs,
     ptr,
     reserve,
+    start,
     zeros,
 )
 from quant_experts.kernels.gpu_weight_activation import prepare_launch
@@ -181,7 +182,8 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     experts = 0 if up is None or tokens.expert is None else tokens.experts
     tiles = -(-n // FEW_TILE["BN"])
     stages = ALONE_STAGES if tiles <= programs(device) else FEW_STAGES
-    linear_few[(tiles,)](
+    start(
+        linear_few, (tiles,),
         linear.weight, tokens.codes, ptr(up, linear.weight), ptr(tokens.hidden, linear.scale),
         ptr(tokens.present, linear.scale), y, linear.scale, tokens.token_scale, ptr(linear.bias, linear.scale),
         m, n, padded, tokens.headroom, 1.0 / tokens.headroom, BM=8, F=factors, E=experts, R=rank,
@@ -207,7 +209,8 @@ def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     sums = zeros("linear sums", tiles * bn * bm if shares > 1 else 1, device)
     done = zeros("linear done", tiles if shares > 1 else 1, device)
     factors = layout.up is not None and tokens.hidden is not None
-    kernel[(-(-n // bn), -(-m // bm), shares)](
+    start(
+        kernel, (-(-n // bn), -(-m // bm), shares),
         layout.weight, tokens.codes, ptr(layout.up, layout.weight), ptr(tokens.hidden, layout.weight),
         ptr(tokens.present, done), y, layout.scale, tokens.token_scale, ptr(layout.bias, layout.scale),
         ptr(tokens.order, done), sums, done, m, n, padded, tokens.headroom,

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
-from quant_experts.kernels.gpu.launch import LARGEST_TILE, options, programs, ptr, zeros
+from quant_experts.kernels.gpu.launch import LARGEST_TILE, Boxes, options, programs, ptr, start, zeros
 from quant_experts.kernels.gpu_weight_activation import hopper_few
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
 from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, LinearLayout, Tokens, padded_experts
@@ -87,15 +86,15 @@ def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
     return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares, **fixed)
 
 
-def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(tensor: Tensor, rows: int, columns: int) -> Boxes:
     """A view of `tensor` as a matrix of `columns`-wide boxes of `rows` rows."""
     layout = LAYOUTS[columns * tensor.element_size(), tensor.element_size()]
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+    return Boxes(tensor, tensor.shape, tensor.stride(), (rows, columns), layout)
 
 
-def weight_descriptors(layout: LinearLayout, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+def weight_descriptors(layout: LinearLayout, rows: int) -> tuple[Boxes, Boxes | None]:
     """Of weights, and of up factors if there are any, in boxes of so many rows."""
-    kept: dict[int, tuple[TensorDescriptor, TensorDescriptor | None]] = layout.descriptors
+    kept: dict[int, tuple[Boxes, Boxes | None]] = layout.descriptors
     if rows not in kept:
         up = None if layout.up is None else descriptor(layout.up.view(-1, layout.up.shape[2]), rows, 32)
         kept[rows] = descriptor(layout.weight.view(-1, BLOCK // 2), rows, BLOCK // 2), up
@@ -126,7 +125,8 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     done = zeros("hopper shares", count * 2, device)
     tiles = -(-n // bn) * -(-m // bm)
     used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
-    kernel[(used,)](
+    start(
+        kernel, (used,),
         weight_rows, token_rows, up_rows, hidden_rows, done if tokens.present is None else tokens.present, y,
         layout.scale, tokens.token_scale, layout.scale if layout.bias is None else layout.bias,
         done if tokens.order is None else tokens.order, sums, done, m, n,
@@ -177,7 +177,8 @@ def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
     experts = tokens.experts if factors else 0
     used = factors - experts + min(experts, 1 << (m - 1).bit_length())
-    hopper_few.kernel[(-(-n // tile["BN"]),)](
+    start(
+        hopper_few.kernel, (-(-n // tile["BN"]),),
         layout.weight, tokens.codes, ptr(up, nothing), ptr(hidden, nothing), ptr(tokens.present, nothing),
         ptr(tokens.router_bias, nothing), ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale,
         ptr(layout.bias, nothing), m, n, k, tokens.headroom, 1.0 / tokens.headroom, BM=8 if m <= 8 else 16, **tile,

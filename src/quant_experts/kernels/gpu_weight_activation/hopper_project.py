@@ -27,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
+from quant_experts.kernels.gpu.launch import Boxes, start
 from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier
 from quant_experts.kernels.gpu_weight_activation.layout import GroupLayout
 
@@ -316,14 +316,14 @@ def takes(x: Tensor, layout: GroupLayout) -> bool:
     )
 
 
-def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+def descriptor(tensor: Tensor, rows: int) -> Boxes:
     """A view of a matrix as boxes of `rows` rows and STEP columns."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, STEP.value], SWIZZLED)
+    return Boxes(tensor, tensor.shape, tensor.stride(), (rows, STEP.value), SWIZZLED)
 
 
-def projection_descriptors(layout: GroupLayout, pieces: tuple[int, ...]) -> list[TensorDescriptor]:
+def projection_descriptors(layout: GroupLayout, pieces: tuple[int, ...]) -> list[Boxes]:
     """Of the projection in boxes of so many rows, three whatever the pieces."""
-    kept: dict[tuple[int, ...], list[TensorDescriptor]] = layout.descriptors
+    kept: dict[tuple[int, ...], list[Boxes]] = layout.descriptors
     if pieces not in kept:
         assert layout.projection is not None
         rows = layout.projection.view(-1, layout.projection.shape[2])
@@ -336,7 +336,8 @@ def project(x: Tensor, layout: GroupLayout, sums: Tensor, c: Tile, **launch: Any
     """x (M, K) -> sums (slices, M, rows of the projection) float32; launch: options of any launch."""
     (slices, m, _), steps = sums.shape, -(-x.shape[1] // 128) * 2
     rows = projection_descriptors(layout, c.PIECES.value)
-    kernel[(-(-m // TOKENS.value) * c.CHUNKS.value * slices,)](
+    start(
+        kernel, (-(-m // TOKENS.value) * c.CHUNKS.value * slices,),
         descriptor(x, TOKENS.value), *rows, sums, slices, m, steps, c, num_warps=4, maxnreg=c.LAUNCH_REGISTERS.value,
         **launch,
     )  # fmt: skip

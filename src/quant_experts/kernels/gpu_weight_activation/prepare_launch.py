@@ -21,6 +21,7 @@ from quant_experts.kernels.gpu.launch import (
     programs,
     ptr,
     shared_memory,
+    start,
 )
 from quant_experts.kernels.gpu_weight_activation.layout import (
     BLOCK,
@@ -198,7 +199,8 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     codes = tokens.codes
     assert codes is not None
     if p.beside:
-        begin[(m + cut.programs,)](
+        start(
+            begin, (m + cut.programs,),
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, tokens.token_scale,
             layout.projection, sums, *p.sizes, cut.slices, **cut.constants,
             **_constants_of_quantize(p.kind, p.sizes[2], x.device),
@@ -211,7 +213,8 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
             _project(x, layout, sums, p)
         _quantize(x, layout, tokens, early=cut.programs > 0)
     if p.settled:
-        end[(layout.factors * -(-m // MASK_TOKENS),)](
+        start(
+            end, (layout.factors * -(-m // MASK_TOKENS),),
             tokens.token_scale, sums, ptr(layout.router_bias, sums), ptr(layout.code_scale, sums), tokens.hidden,
             tokens.present, ptr(tokens.expert, sums), m, cut.sums, 1.0 / layout.headroom, **p.end,
         )  # fmt: skip
@@ -227,9 +230,10 @@ def _project(x: Tensor, layout: GroupLayout, sums: Tensor, p: Plan) -> None:
     from quant_experts.kernels.gpu_weight_activation.prepare import project
 
     m, _, padded = p.sizes
-    project[(p.cut.programs,)](
-        x, layout.projection, sums, p.cut.slices, m, x.shape[1], padded, ADD=p.adds, **p.cut.constants, **p.launch
-    )
+    start(
+        project, (p.cut.programs,),
+        x, layout.projection, sums, p.cut.slices, m, x.shape[1], padded, ADD=p.adds, **p.cut.constants, **p.launch,
+    )  # fmt: skip
 
 
 def _quantize(
@@ -249,7 +253,8 @@ def _quantize(
     else:
         from quant_experts.kernels.gpu_weight_activation.prepare import quantize
 
-        quantize[(len(x),)](
+        start(
+            quantize, (len(x),),
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, scale, ptr(order, scale), ptr(sums, scale),
             x.shape[1], codes.shape[1], SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1],
             EARLY=early, **_constants_of_quantize(layout.kind, codes.shape[1], x.device),
@@ -299,15 +304,18 @@ def _prepare_many(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     tokens = _allocate(x, layout, **_hidden(m, layout, device), order=order, hidden_comes_later=True)
     common = dict(E=kind.experts, TOTAL=kind.rows, SLICES=p.end["SLICES"], **p.launch)
     _project(x, layout, sums, p)
-    route[(blocks,)](
+    start(
+        route, (blocks,),
         sums, layout.router_bias, expert, counts, m, cut.sums, FACTOR_ROWS=kind.factors * kind.rank, EP=width,
         ROWS=BLOCK_TOKENS, **common,
     )  # fmt: skip
-    place[(blocks,)](
-        expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=BLOCK_TOKENS, BLOCKS=COUNTED_BLOCKS, **p.launch
-    )
+    start(
+        place, (blocks,),
+        expert, counts, order, tokens.expert, blocks, m, EP=width, ROWS=BLOCK_TOKENS, BLOCKS=COUNTED_BLOCKS, **p.launch,
+    )  # fmt: skip
     _quantize(x, layout, tokens, order)
-    settle[(-(-m // MASK_TOKENS),)](
+    start(
+        settle, (-(-m // MASK_TOKENS),),
         sums, order, tokens.expert, tokens.token_scale, tokens.hidden, tokens.present, m, cut.sums,
         1.0 / layout.headroom, F=kind.factors, R=kind.rank, **common,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from quant_experts.kernels.gpu.launch import (
     overlapped,
     programs,
     ptr,
+    start,
     zeros,
 )
 from quant_experts.kernels.gpu_weight_only.layout import (
@@ -142,7 +143,8 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
         write_tokens(x, inverse, rotation, 0, values, unit, padded)
     else:
         chunk = min(CHUNK, max(1 << (padded - 1).bit_length(), 16 * rotation))
-        scale_tokens[(m, -(-padded // chunk) if m <= 64 else 1)](
+        start(
+            scale_tokens, (m, -(-padded // chunk) if m <= 64 else 1),
             x, ptr(inverse, unit), ptr(layout.signs, unit), values, unit, k, padded, width, CHUNK=chunk, ROT=rotation,
             SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=8, **options(device),
         )  # fmt: skip
@@ -182,7 +184,8 @@ def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     experts = 0 if up is None else tokens.experts
     used = factors["F"] - experts + min(experts, 1 << (m - 1).bit_length())
     tile = decode_tile(n, padded // STEP[4], programs(device))
-    kernel[(-(-n // tile["BN"]),)](
+    start(
+        kernel, (-(-n // tile["BN"]),),
         layout.low, layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y), tokens.unit, layout.scale,
         ptr(layout.bias, layout.scale), y, m, n, padded, width, layout.pieces * PIECE // STEP[4], tokens.headroom,
         1.0 / tokens.headroom, BM=8, E=experts, **factors, USED=used, BIAS=layout.bias is not None, **tile,
@@ -219,7 +222,8 @@ def _linear_in_registers(tokens: Tokens, layout: LinearLayout, y: Tensor) -> Non
     shares = _shares(tiles, padded // STEP[layout.bits], tile.programs * programs(device))
     sums = torch.empty(tiles * shares * tile.rows * tile.tokens if shares > 1 else 1, device=device)
     up, factors = _factors(tokens, layout)
-    kernel[(tiles, shares)](
+    start(
+        kernel, (tiles, shares),
         layout.low, ptr(layout.high, layout.low), layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y),
         tokens.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums, _counters(device), m, n, padded, width,
         shares, tokens.headroom, BITS=layout.bits, PER=layout.pieces, E=0 if up is None else tokens.experts, **factors,
@@ -241,13 +245,15 @@ def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     steps, pdl = padded // STEP[layout.bits] + (up is not None), overlapped(device)
     for first in range(0, n, rows):
         end = min(n, first + rows)
-        dequantize_rows[(steps, -(-(end - first) // tile))](
+        start(
+            dequantize_rows, (steps, -(-(end - first) // tile)),
             layout.low, ptr(layout.high, layout.low), layout.pairs, layout.scale, layout.unit, ptr(up, weights),
             weights, first, end, n, padded, width, tokens.headroom, BITS=layout.bits, PER=layout.pieces, **factors,
             BN=tile, ASSEMBLY=not INTERPRETED, PDL=pdl, num_warps=4, **options(device),
         )  # fmt: skip
         torch.mm(values, weights[: end - first].T, out=sums[:, first:end])
-        rescale[(-(-m // 8), -(-(end - first) // 512))](
+        start(
+            rescale, (-(-m // 8), -(-(end - first) // 512)),
             sums, y, tokens.unit, layout.unit, ptr(layout.bias, layout.unit), first, end, m, n,
             BIAS=layout.bias is not None, BM=8, BN=512, PDL=pdl, num_warps=4, **options(device),
         )  # fmt: skip
@@ -274,7 +280,8 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
     experts = 16 if router is None else len(router)
     shares = _shares(blocks * chunks, padded // 128, programs(device))
     sums = torch.empty(blocks * chunks * shares * rows * max(chunk, experts) if shares > 1 else 1, device=device)
-    project[(blocks, chunks, shares)](
+    start(
+        project, (blocks, chunks, shares),
         x, ptr(inverse, sums), tokens.values, tokens.unit, layout.down, ptr(router, layout.down),
         ptr(layout.router_bias, sums), ptr(tokens.expert, sums), sums, _counters(device), m, x.shape[1], padded, width,
         shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts, ROWS=rows,
@@ -282,7 +289,8 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
         **options(device),
     )  # fmt: skip
     if layout.experts and dequantizes(m, tokens.dtype):
-        drop_unused[(-(-m // 64), layout.experts)](
+        start(
+            drop_unused, (-(-m // 64), layout.experts),
             tokens.values[:, padded:], tokens.expert, m, width, F=layout.factors, E=layout.experts,
             R=len(layout.down) // layout.factors, ROWS=64, PDL=overlapped(device), num_warps=4, **options(device),
         )  # fmt: skip
