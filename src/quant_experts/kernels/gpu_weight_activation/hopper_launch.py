@@ -110,7 +110,6 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     fp8 = tokens.codes.dtype == torch.float8_e4m3fn
     flags = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
-    flags["EVERY"] = factors > 0 and tokens.experts == 0
     count = programs(device)
     c = chosen or config(m, n, k, factors, rank, count, **flags)
     bn, bm = c.BN.value, c.BM.value

@@ -38,7 +38,7 @@ from quant_experts.kernels.gpu_weight_activation.hopper_work import (
     unpack_int8,
 )
 
-FP8_STEPS = gl.constexpr(2)
+FP8_STEPS = gl.constexpr(16)
 """Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units."""
 Constant = Any
 """An int or a bool, wrapped as the compiler wants it."""
@@ -75,9 +75,6 @@ class Config:
     """Whether more programs than tiles start, so that tiles are cut into shares."""
     LATER: Constant = False
     """Whether codes are complete when the kernel starts, and hidden values only when the previous one has ended."""
-    EVERY: Constant = False
-    """Whether all factors serve all tokens, none being routed: so up factors are asked for as weights are, before the
-    previous kernel has ended."""
     STEP: Constant = 128
     """Input channels in one step of the ring: 64 bytes of a packed weight row."""
     CHUNK: Constant = 32
@@ -93,9 +90,7 @@ def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
     """Bit j is set where factor j serves a token of the tile; masks are kept for blocks of 16 tokens."""
     mask = 0
     BLOCKS: gl.constexpr = C.BM // 16
-    if C.EVERY:
-        mask = (1 << C.FACTORS) - 1
-    elif C.FACTORS > 0:
+    if C.FACTORS > 0:
         for i in gl.static_range(BLOCKS):
             block = token_tile * BLOCKS + i
             mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0)
@@ -157,35 +152,21 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
             at = [token_tile * C.BM, k * C.STEP]
             tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(slot))
             i += 1
-        early = 0
-        if C.EVERY and C.LATER:
-            early = gl.where((index == 0) & (first == 0), gl.minimum(C.FACTORS * CHUNKS, C.STAGES), 0)
-            for step in range(early):
-                ask_for_up(up_desc, i + step, step, row_tile, rings, N, C)
         present = late_factors(present, mask_ptr, token_tile, index, M, C)
         if C.FACTORS > 0 and first == 0:
-            for step in range(C.FACTORS * CHUNKS):
-                if (present >> (step // CHUNKS)) & 1 != 0:
-                    if step >= early:
-                        ask_for_up(up_desc, i, step, row_tile, rings, N, C)
-                    slot = i % C.STAGES
-                    hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], X_LAYOUT)
-                    at = [token_tile * C.BM, step * C.CHUNK]
-                    tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
-                    i += 1
-
-
-@gluon.jit
-def ask_for_up(up_desc, i, step, row_tile, rings, N, C: gl.constexpr):
-    """Up factors of some CHUNK ranks to ring step i, which waits for their hidden values too."""
-    w_ring, _x_ring, ready, empty = rings
-    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
-    slot = i % C.STAGES
-    mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
-    mbarrier.expect(ready.index(slot), (C.BN + C.BM) * 64)
-    up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], gl.NVMMASharedLayout(64, 16, rank=2))
-    at = [step // CHUNKS * N + row_tile * C.BN, step % CHUNKS * C.CHUNK]
-    tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
+            for j in range(C.FACTORS):
+                if (present >> j) & 1 != 0:
+                    for c in gl.static_range(CHUNKS):
+                        slot = i % C.STAGES
+                        mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
+                        mbarrier.expect(ready.index(slot), (C.BN + C.BM) * 64)
+                        up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], X_LAYOUT)
+                        at = [j * N + row_tile * C.BN, c * C.CHUNK]
+                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
+                        hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], X_LAYOUT)
+                        at = [token_tile * C.BM, j * C.RANK + c * C.CHUNK]
+                        tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
+                        i += 1
 
 
 @gluon.jit
