@@ -62,9 +62,9 @@ class InputGroup(nn.Module):
         _register(self, GROUP_TENSORS, group_tensors(spec, in_features))
         self.backend: str | None = None
         """Name of a backend to use instead of the table's choice."""
-        self._last: list[tuple[Tensor, int, dict[int, Tensor]]] = []
-        """One of (input, its version, outputs that linears have yet to take, by their place in the group), or none: a
-        list, because setting an attribute of a module takes long."""
+        self._last: list[tuple[Tensor, int, dict[int, Tensor]] | None] = [None]
+        """(input, its version, outputs that linears have yet to take, by their place in the group), in a list, because
+        setting an attribute of a module takes long."""
         self._linears: list[QuantizedLinear] = []
         self._stack: Any = None
         """The group's tensors and its stacked weights as the backend lays them out, where it wants that."""
@@ -79,6 +79,7 @@ class InputGroup(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is a group of its own."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._last = [None]
         self._register_number()
 
     def select_backend(self, device: torch.device) -> Backend:
@@ -105,7 +106,7 @@ class InputGroup(nn.Module):
         """
         tracing = torch.compiler.is_compiling()
         version = 0 if tracing or x.is_inference() else x._version
-        last = self._last.pop() if self._last else None
+        last, self._last[0] = self._last[0], None
         if last is None or last[0] is not x or last[1] != version or place not in last[2]:
             # No gradient goes through rounding: traced outputs are constants, like those of a group that runs eagerly.
             parts = [group_outputs(x.detach(), self.number)] if tracing else self.outputs(x)
@@ -115,7 +116,7 @@ class InputGroup(nn.Module):
         y = last[2].pop(place)
         # Dropped after the last linear's use, so that no activation outlives its layer.
         if last[2]:
-            self._last.append(last)
+            self._last[0] = last
         return y
 
     def outputs(self, x: Tensor) -> list[Tensor]:

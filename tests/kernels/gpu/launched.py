@@ -181,13 +181,16 @@ def check_watched(driver: WritesDown, ways: list[Any]) -> None:
 
 
 def check_limits(driver: WritesDown) -> None:
-    """What is kept has an end."""
+    """What is kept has an end, and what came last is kept."""
     x = torch.zeros(64)
     launch.KEPT = 10
+    launch._loaded.clear()
     for n in range(100, 150):
         case = Case(number, (x, x, n, 0.5), dict(c=2))
         assert launched(driver, case, by_start) == launched(driver, case, by_triton)
         assert len(launch._loaded) <= 10
+        assert launched(driver, case, by_start) == launched(driver, case, by_triton)
+        assert any(n in part for key in launch._loaded for part in key if isinstance(part, tuple))
 
 
 def check_refusals() -> None:

@@ -50,7 +50,18 @@ def test_steps_fit_the_chip(
 
 @pytest.mark.parametrize(
     ("factor_rows", "router_rows"),
-    [(288, 32), (256, 32), (576, 32), (544, 64), (1152, 32), (992, 128), (32, 0), (64, 0)],
+    [
+        (288, 32),
+        (256, 32),
+        (576, 32),
+        (544, 64),
+        (1152, 32),
+        (992, 128),
+        (32, 0),
+        (64, 0),
+        (9 * 256, 32),
+        (31 * 256, 128),
+    ],
 )
 def test_tiles_of_a_projection(factor_rows: int, router_rows: int) -> None:
     """Programs side by side own each row once, and no row of the other kind; rings and registers fit the chip."""

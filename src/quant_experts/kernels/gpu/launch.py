@@ -70,12 +70,12 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
     if INTERPRETED:
         kernel[grid](*args, **constants)
         return
-    runtime, compilation, drivers = _triton()
+    knobs, drivers, known = _triton()
     parts, addresses = _described(args)
     driver = drivers.active
     device = driver.get_current_device()
     key = (id(kernel), device, tuple(parts), tuple(constants), tuple(constants.values()))
-    ordinary = addresses % 16 != 0 or _watched(runtime, compilation)
+    ordinary = not known or addresses % 16 != 0 or _watched(kernel, knobs)
     loaded = None if ordinary else _loaded.get(key)
     if loaded is None:
         compiled = kernel[grid](*[arg.checked() if type(arg) is Boxes else arg for arg in args], **constants)
@@ -109,38 +109,36 @@ def _described(args: tuple[Any, ...]) -> tuple[list[Any], int]:
 
 
 def _keep(key: Any, kernel: Any, compiled: Any, given: int, constants: dict[str, Any]) -> None:
-    """For the next launch with that key; unless nothing was loaded, or for a GPU whose kernels depend on more, or by a
-    Triton that is not known, or a keyword names what the kernel is not compiled for."""
-    import triton
-
+    """For the next launch with that key; unless nothing was loaded, or for a GPU whose kernels depend on more, or a
+    keyword names what the kernel is not compiled for. Of too many the oldest half go."""
     if getattr(compiled, "function", None) is None or compiled.metadata.target.backend != "cuda":
-        return
-    if not triton.__version__.startswith(KNOWN):
         return
     rest = kernel.params[given:]
     if not all(param.is_constexpr for param in rest):
         return
     if len(_loaded) >= KEPT:
-        _loaded.clear()
+        for old in list(_loaded)[: KEPT // 2]:
+            del _loaded[old]
     values = tuple(constants.get(param.name, param.default) for param in rest)
     _loaded[key] = _Loaded(kernel, compiled.run, compiled.function, compiled.packed_metadata, values)
 
 
-def _watched(runtime: Any, compilation: Any) -> bool:
+def _watched(kernel: Any, knobs: Any) -> bool:
     """Whether Triton is told to do more at a launch than to launch: a profiler's hooks, or debugging."""
+    runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
-    return bool(hooked or runtime.debug or compilation.instrumentation_mode)
+    hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
+    return bool(hooked or runtime.debug or knobs.compilation.instrumentation_mode)
 
 
 @cache
-def _triton() -> tuple[Any, Any, Any]:
-    """Its settings for launches and for compilation, and its drivers. Imported late: where it is not installed, other
+def _triton() -> tuple[Any, Any, bool]:
+    """Its settings, its drivers, and whether its version is known. Imported late: where it is not installed, other
     backends run."""
-    from triton import knobs
+    from triton import __version__, knobs
     from triton.runtime import driver
 
-    return knobs.runtime, knobs.compilation, driver
+    return knobs, driver, __version__.startswith(KNOWN)
 
 
 def options(device: torch.device) -> dict[str, Any]:

@@ -6,8 +6,8 @@ never touch shared memory, and few tokens cost few columns. Work is counted in s
 or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step adds up
 the other shares, always in the same order. Expert factors pass through the same ring as further steps.
 
-int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of a few steps
-are added up in float32 outside.
+int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of FP8_STEPS
+steps are added up in float32 outside.
 
 Layouts are those of `layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
 figures are in docs/performance.md.

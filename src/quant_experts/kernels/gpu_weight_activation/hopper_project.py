@@ -13,7 +13,7 @@ programs own as many rows as registers hold sums, where tokens are enough to giv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ MOST_FEW_ROWS = 80
 """Up to here a program leaves registers for those of the next kernel, which quantize beside it."""
 MOST_SLICES = 20
 """Programs that share the input channels of a tile, at most."""
+CUTS = 4096
+"""Choices that are kept."""
 RING_BYTES = 220 * 1024
 MOST_STAGES = 12
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -209,7 +211,7 @@ def ring(ROWS: gl.constexpr, desc, C: gl.constexpr):
     return gl.allocate_shared_memory(gl.bfloat16, [C.STAGES, ROWS, STEP], desc.layout)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["slices", "M", "steps"])  # else prompts of each kind of length compile it anew
 def kernel(x_desc, first_desc, second_desc, third_desc, sums_ptr, slices, M, steps, C: gl.constexpr):
     """x (M, K), magnitudes for the router, times the projection ((Kp / 128) TOTAL, 128) -> sums (slices, M, TOTAL).
     Programs: tiles of tokens x CHUNKS x slices of `steps`, the blocks of 64 channels."""
@@ -254,7 +256,7 @@ def pieces(run: int) -> tuple[int, ...]:
     return (wide, rest) if rest < wide and rest else (wide + rest,)
 
 
-@cache
+@lru_cache(CUTS)
 def tile(factor_rows: int, router_rows: int, chunks: int) -> Tile | None:
     """Where the rows of a projection are cut into so many runs; None if those are more than registers hold."""
     factors = pieces(-(-factor_rows // chunks))
@@ -288,10 +290,17 @@ def estimated(choice: tuple[Tile, int], m: int, steps: int, count: int, sorts: b
     return -(-programs // count) * each + adding
 
 
-@cache
 def cut(factor_rows: int, router_rows: int, m: int, steps: int, count: int, sorts: bool) -> tuple[Tile, int]:
     """The tile, and the slices of the input channels, that are estimated to be fastest for m tokens on so many
-    multiprocessors; sorts: whether tokens are sorted by expert then."""
+    multiprocessors; sorts: whether tokens are sorted by expert then. Numbers of tokens that differ little are not told
+    apart: to choose takes longer than to launch."""
+    run = 16 if m <= TOKENS.value else TOKENS.value
+    return _cut(factor_rows, router_rows, -(-m // run) * run, steps, count, sorts)
+
+
+@lru_cache(CUTS)
+def _cut(factor_rows: int, router_rows: int, m: int, steps: int, count: int, sorts: bool) -> tuple[Tile, int]:
+    """As `cut`."""
     choices = [(c, slices) for c in tiles(factor_rows, router_rows) for slices in range(1, min(MOST_SLICES, steps) + 1)]
     return min(choices, key=lambda choice: estimated(choice, m, steps, count, sorts))
 

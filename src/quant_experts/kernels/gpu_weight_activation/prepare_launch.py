@@ -280,7 +280,7 @@ def _allocate(x: Tensor, layout: GroupLayout, **more: Any) -> Tokens:
 def stages(kind: Kind, dtype: torch.dtype, device: torch.device, rows: int, most: int, tokens: int) -> int:
     """How many steps of 128 channels, of so many tokens and rows of the projection, fit shared memory."""
     step = BLOCK * (tokens * dtype.itemsize + rows * kind.row_bytes)
-    return min(most, shared_memory(device) * 9 // 10 // step)
+    return max(1, min(most, shared_memory(device) * 9 // 10 // step))
 
 
 def _hidden(m: int, layout: GroupLayout, device: torch.device) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def added(at, there, stride, slices, SLICES: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "slices"])
 def route(
     sums_ptr, bias_ptr, expert_ptr, count_ptr, M, slices, FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
@@ -84,7 +84,7 @@ def place(
     tl.store(sorted_expert_ptr + position, expert, mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "slices"])
 def settle(
     sums_ptr, order_ptr, expert_ptr, token_scale_ptr, hidden_ptr, present_ptr, M, slices, inverse_headroom,
     F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
