@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
@@ -21,29 +22,27 @@ import torch
 import triton
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels" / "gpu"))
-from compiled import NoGpu, gpu, operands
-
 from quant_experts.kernels.gpu import hopper_tokens, launch
 from quant_experts.kernels.gpu_weight_activation import alone_launch, backend, hopper_launch, hopper_project
 from quant_experts.kernels.gpu_weight_activation import prepare_launch as prepare
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels" / "gpu"))
+compiled: Any = import_module("compiled")
+"""What the tests compile kernels with where there is no GPU."""
 MODULES = (launch, backend, hopper_launch, hopper_project, hopper_tokens, alone_launch, prepare)
 SIZES = ((1, 3584, 4608), (100, 3584, 4608), (2000, 3584, 4608))
 """Tokens, input and output channels: the 7B's qkv."""
 ROUNDS, CALLS = 25, 40
 
 
-class NoLaunches(NoGpu):
+def no_launches() -> Any:
     """A driver that loads nothing, and launches by doing nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(90)
-        properties = {"max_shared_mem": 232_448}
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties, load_binary=lambda *_: (0, 1, 0, 0, 1024)
-        )
-        self.launcher_cls = lambda source, metadata: lambda *given: None
+    driver, properties = compiled.NoGpu(90), {"max_shared_mem": 232_448}
+    driver.utils = SimpleNamespace(
+        get_device_properties=lambda device: properties, load_binary=lambda *_: (0, 1, 0, 0, 1024)
+    )
+    driver.launcher_cls = lambda source, metadata: lambda *given: None
+    return driver
 
 
 def by_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -53,9 +52,9 @@ def by_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) 
 
 def pretend() -> None:
     """From here on there is a Hopper GPU, whose tensors lie in ordinary memory."""
-    triton.runtime.driver.set_active(NoLaunches())
+    triton.runtime.driver.set_active(no_launches())
     for module in MODULES:
-        for name, value in gpu(90).items():
+        for name, value in compiled.gpu(90).items():
             if name != "zeros" and hasattr(module, name):  # workspaces are made once, as on a GPU
                 setattr(module, name, value)
 
@@ -86,7 +85,8 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: |")
     for kind, title in {"none": "none", "experts": "8 routed, one shared", "codes": "default recipe"}.items():
         for m, k, n in SIZES:
-            packed = backend.pack(*operands(kind, 8, "int", n, k, 0), torch.bfloat16)
+            group, linears = compiled.operands(kind, 8, "int", n, k, 0)
+            packed = backend.pack(group, linears, torch.bfloat16)
             before, after = both(torch.ones(m, k, dtype=torch.bfloat16), packed)
             ratios = [a / b for a, b in zip(after, before, strict=True)]
             low, *_, high = quantiles(ratios, n=10)
