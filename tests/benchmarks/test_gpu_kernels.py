@@ -38,6 +38,34 @@ def test_weight_only_groups(tmp_path: Path) -> None:
     assert (tmp_path / "gpu_weight_only.md").read_text().count("\n|") == 2 + 2
 
 
+WITHOUT_A_GPU = """
+import launch_times, gpu_copies, torch
+launch_times.ROUNDS, launch_times.CALLS, launch_times.SIZES = 2, 2, ((20, 256, 512),)
+launch_times.main()
+kernels = launch_times.compiled.compile_launches(90)
+weights, tokens = [torch.zeros(2 * 512 * 64, dtype=torch.int8)], torch.zeros(20, 256, dtype=torch.int8)
+for width in (64, 128):
+    gpu_copies.copies(weights, tokens, 512, (128, 64), WIDTH=width, WEIGHTS=True, TOKENS=True)()
+print(len(kernels), "kernels that copy")
+"""
+
+
+def test_launches_are_timed_and_copies_compile_without_a_gpu() -> None:
+    """In a process of its own, whose driver is another one."""
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_GPU],
+        env=os.environ | {"PYTHONPATH": str(FOLDER), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2 + 3 + 1 and lines[-1] == "2 kernels that copy"
+    for line in lines[2:5]:
+        before, after = (int(cell) for cell in line.split("|")[3:5])
+        assert before > 0 and after > 0
+
+
 def test_a_timeline_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two replays of one block: of its four groups the first launches two kernels, the others one each."""
     monkeypatch.syspath_prepend(str(FOLDER))
