@@ -1,5 +1,6 @@
 """The CPU backend against the reference: the same integers, the same experts, rows in the same order."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,9 +13,10 @@ SIZES = [(1, 1, 1), (1, 7, 3), (1, 2048, 5), (2, 1, 3), (17, 33, 9), (16, 64, 64
 EMPTY = [(0, 5, 3), (3, 5, 0), (3, 0, 2)]
 
 
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    assert cpu_int8.is_exact(), "this processor's int8 product is not exact: these tests would say nothing"
+@pytest.fixture(autouse=True, params=["by instructions for integers", "in float32"])
+def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cpu_int8, "has_fast_integers", lambda: request.param == "by instructions for integers")
+    assert cpu_int8.is_exact.__wrapped__(), "its product is not exact here: these tests would say nothing"
     yield
 
 
@@ -33,6 +35,17 @@ def test_sums_are_bit_equal(size: tuple[int, int, int], extreme: bool) -> None:
     assert product.dtype == torch.int32 and product.shape == (m, n)
     assert torch.equal(product, a.long().mm(b.long().T).int())
     assert torch.equal(product, reference.integer_product(a, b))
+
+
+def test_the_faster_product_is_found_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever takes longer is not chosen, whatever this processor has."""
+    monkeypatch.undo()
+    for slow in ("_int_mm", "float_product"):
+        with monkeypatch.context() as patched:
+            module = torch if slow == "_int_mm" else cpu_int8
+            fast = getattr(module, slow)
+            patched.setattr(module, slow, lambda *operands, fast=fast: (time.sleep(0.1), fast(*operands))[1])
+            assert cpu_int8.has_fast_integers.__wrapped__() == (slow == "float_product")
 
 
 def test_sums_of_a_slice_of_columns_are_bit_equal() -> None:

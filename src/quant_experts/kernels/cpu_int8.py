@@ -1,4 +1,5 @@
-"""Integer products on the CPU through `torch._int_mm` (oneDNN, VNNI or AMX where the processor has them).
+"""Integer products on the CPU through `torch._int_mm` where it uses instructions for them (VNNI or AMX), and elsewhere,
+where it is a plain loop, in float32.
 
 Tokens are sorted by expert in `prepare`, so that each expert works on one contiguous slice of rows and adds its part in
 place; one gather at the end of `linear` restores the order. Rejected: masking per expert as the reference does (each
@@ -12,7 +13,9 @@ experts' become slower than the passes become faster).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -37,18 +40,58 @@ def is_exact() -> bool:
         b = torch.randint(-128, 128, (31, 257), generator=generator, dtype=torch.int8)
         a[0], b[0] = 127, -128
         a[1], b[1] = -128, -128
-        return torch.equal(integer_product(a, b), reference.integer_product(a, b))
+        expected = reference.integer_product(a, b)
+        return torch.equal(integer_product(a, b), expected) and torch.equal(integer_product(a[:1], b), expected[:1])
     except RuntimeError:  # a build without the operator
         return False
 
 
+@cache
+def has_fast_integers() -> bool:
+    """Whether `_int_mm` is faster than a product in float32, several times as it should be: on processors without VNNI
+    it is tens of times slower. Timed, once, because PyTorch does not tell."""
+    a, b = torch.ones(32, 512, dtype=torch.int8), torch.ones(512, 512, dtype=torch.int8)
+    times, ways = [], (lambda: torch._int_mm(a, b.T), lambda: float_product(a, b))
+    product: Callable[[], Tensor]
+    for product in ways:
+        runs = []
+        for _ in range(4):
+            begin = perf_counter()
+            product()
+            runs.append(perf_counter() - begin)
+        times.append(min(runs))
+    return times[0] <= times[1]
+
+
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32."""
+    """a (M, K) int8, b (N, K) int8 -> a b^T (M, N) int32, exact."""
     if 0 in (*a.shape, *b.shape):
         return torch.zeros(len(a), len(b), dtype=torch.int32)
     if a.shape[1] == 1:  # strides of (1, 1) mislead oneDNN into reading past the operand
         return a.int() * b.int().T
+    if len(a) > 1 and not has_fast_integers():
+        return float_product(a, b)
     return torch._int_mm(a, b.T)
+
+
+def float_product(a: Tensor, b: Tensor) -> Tensor:
+    """As `integer_product`, none of whose operands may be empty, by float32: as many channels at a time as any order of
+    their sums is exact for, and rows of b in blocks, because writing fresh memory takes long."""
+    largest = _largest(a) * _largest(b)
+    product: Tensor | None = None
+    for left, right in zip(*(part.split(max(1, 2**24 // max(1, largest)), dim=1) for part in (a, b)), strict=True):
+        left, part = left.float(), a.new_empty(len(a), len(b), dtype=torch.int32)
+        for rows in _row_blocks(*right.shape):
+            part[:, rows] = left @ right[rows].float().T
+        product = part if product is None else product.add_(part)
+    assert product is not None
+    return product
+
+
+def _largest(codes: Tensor) -> int:
+    """Magnitude."""
+    least, most = codes.aminmax()
+    return max(-int(least), int(most))
 
 
 def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
