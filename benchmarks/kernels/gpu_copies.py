@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_linear import COLD_BYTES, GROUPS, SHAPES, Captured, about
+from gpu_linear import COLD_BYTES, GROUPS, SHAPES, Captured, about, require_gpu
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -143,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
+    require_gpu()
     rows = []
     for case in TILES:
         rows.append(measure(*case))

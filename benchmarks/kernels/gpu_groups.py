@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_linear import COLD_BYTES, GROUPS, HEADS, LAYERS, OURS, SHAPES, about, compile_ahead, layer, median_time
+from gpu_linear import (
+    COLD_BYTES,
+    GROUPS,
+    HEADS,
+    LAYERS,
+    OURS,
+    SHAPES,
+    about,
+    compile_ahead,
+    layer,
+    median_time,
+    require_gpu,
+)
 from torch import Tensor
 
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
@@ -67,6 +79,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8, help="activation bits")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
+    require_gpu()
     compile_ahead(arguments.tokens, [arguments.model], arguments.kinds)
     rows = measure(arguments.model, arguments.tokens, arguments.kinds, arguments.bits)
     facts = about(shlex.join(["python", "benchmarks/kernels/gpu_groups.py", *sys.argv[1:]]))

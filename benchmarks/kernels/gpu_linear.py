@@ -128,6 +128,13 @@ def median_time(work: Callable[[], object], replays: int = ROUNDS) -> float:
     return median(captured.time() for _ in range(replays))
 
 
+def require_gpu() -> None:
+    """End the program with a sentence, and status 2, where there is no GPU to time."""
+    if not torch.cuda.is_available():
+        print("There is no NVIDIA GPU that this PyTorch can use: run this where there is one.", file=sys.stderr)
+        sys.exit(2)
+
+
 def chip_limits() -> dict[str, float]:
     """Measured copy bandwidth (bytes read plus written, TB/s) and 8-bit matrix rate (TOP/s)."""
     source = torch.randn(2**30, device="cuda")  # 4 GiB
@@ -318,6 +325,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    require_gpu()
     kinds = [kind for kind in KINDS if kind == "bf16" or kind in arguments.kinds]
     if arguments.compile_only:
         for model in arguments.models:

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_linear import COLD_BYTES, GROUPS, LAYERS, OURS, SHAPES, about, compile_ahead, layer
+from gpu_linear import COLD_BYTES, GROUPS, LAYERS, OURS, SHAPES, about, compile_ahead, layer, require_gpu
 
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8, help="activation bits")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
+    require_gpu()
     compile_ahead(arguments.tokens, [arguments.model], arguments.kinds)
     rows = [
         {"tokens": m, "kind": kind} | row

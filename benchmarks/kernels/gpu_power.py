@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_linear import SHAPES, Captured, about, layer
+from gpu_linear import SHAPES, Captured, about, layer, require_gpu
 
 from quant_experts.kernels.gpu_weight_activation import backend
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
+    require_gpu()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, work in works().items():

@@ -94,11 +94,12 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.out / "gpu_tiles.json"
     if not arguments.stored:
-        from gpu_linear import SHAPES, about
+        from gpu_linear import SHAPES, about, require_gpu
 
         models = arguments.models or list(SHAPES)
         if unknown := set(models) - set(SHAPES):
             sys.exit(f"{', '.join(sorted(unknown))}: no such model, choose from {', '.join(SHAPES)}.")
+        require_gpu()
         arguments.out.mkdir(parents=True, exist_ok=True)
         rows = []
         for model, group in product(models, range(4)):

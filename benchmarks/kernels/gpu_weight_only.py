@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_linear import COLD_BYTES, EXPERTS, RANK, SHAPES, TOKENS
+from gpu_linear import COLD_BYTES, EXPERTS, RANK, SHAPES, TOKENS, require_gpu
 from random_blocks import about, replay_times, spread, write
 from torch import Tensor
 
@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device, tokens = arguments.device, arguments.tokens
+    if device.type == "cuda":
+        require_gpu()
     for name, _, value in (constant.partition("=") for constant in arguments.set):
         getattr(weight_only_backend, name)  # an unknown one is an error
         setattr(weight_only_backend, name, int(value))

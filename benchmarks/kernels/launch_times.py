@@ -9,6 +9,7 @@ rounds in which they take turns, and the ratio within a round with its 10th and 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -80,6 +81,7 @@ def both(x: Tensor, packed: backend.Packed) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pretend()
     print("| experts | tokens | Triton's way, us | start, us | start / Triton's way |")
     print("| --- | ---: | ---: | ---: | ---: |")

@@ -102,7 +102,12 @@ def title(name: str) -> str:
 
 
 def served_kinds(names: Iterable[str], device: torch.device) -> list[str]:
-    """Those of the kinds that another backend than the reference serves; says which it leaves out."""
+    """Those of the kinds that another backend than the reference serves; says which it leaves out. Ends the program
+    where there is no such device."""
+    if device.type == "cuda":
+        import gpu_linear
+
+        gpu_linear.require_gpu()
     served = []
     for name in names:
         if backend(name, device) == "reference":

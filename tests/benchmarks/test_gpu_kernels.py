@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "kernels"
 
@@ -64,6 +65,13 @@ def test_launches_are_timed_and_copies_compile_without_a_gpu() -> None:
     for line in lines[2:5]:
         before, after = (int(cell) for cell in line.split("|")[3:5])
         assert before > 0 and after > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("name", ["gpu_linear", "gpu_copies", "gpu_block"])
+def test_no_gpu_is_said_in_a_sentence(name: str) -> None:
+    run = subprocess.run([sys.executable, str(FOLDER / f"{name}.py")], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("There is no NVIDIA GPU") and len(run.stderr.splitlines()) == 1
 
 
 def test_a_timeline_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
