@@ -21,7 +21,6 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -31,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
 from quant_experts.kernels.gpu_weight_activation.hopper_work import (
     barrier,
+    ring_barriers,
     segment,
     share,
     tile_place,
@@ -365,14 +365,7 @@ def kernel(
     """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts. One program a multiprocessor."""
     w_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 64], w_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [C.STAGES, C.BM, C.STEP], x_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
-    STAGES: gl.constexpr = C.STAGES
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    fence_async_shared()
-    barrier()
+    ready, empty = ring_barriers(C.STAGES)
     allow_next_kernel()
     tiles_n = gl.cdiv(N, C.BN)
     tiles_m = gl.cdiv(M, C.BM)

@@ -21,7 +21,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -30,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
 from quant_experts.kernels.gpu.launch import Boxes, start
-from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier
+from quant_experts.kernels.gpu_weight_activation.hopper_work import ring_barriers
 from quant_experts.kernels.gpu_weight_activation.layout import GroupLayout
 
 TOKENS = gl.constexpr(128)
@@ -219,14 +218,7 @@ def kernel(x_desc, first_desc, second_desc, third_desc, sums_ptr, slices, M, ste
     rings = ()
     for p in gl.static_range(C.COUNT):
         rings = rings + (ring(C.PIECES[p], x_desc, C),)
-    ready = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], mbarrier.MBarrierLayout())
-    STAGES: gl.constexpr = C.STAGES
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    fence_async_shared()
-    barrier()
+    ready, empty = ring_barriers(C.STAGES)
     piece = gl.program_id(0) % slices
     chunk = gl.program_id(0) // slices % C.CHUNKS
     tile = gl.program_id(0) // (slices * C.CHUNKS)

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from quant_experts.kernels.gpu.assembly import FP8_CODES, INT8_CODES
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
+
+
+@gluon.jit
+def ring_barriers(STAGES: gl.constexpr):
+    """Of the slots of a ring: that one is full, which the copying warp says, and that it is empty again, which both
+    multiplying groups do."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    barrier()
+    return ready, empty
 
 
 @gluon.jit
