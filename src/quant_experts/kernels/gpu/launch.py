@@ -4,7 +4,10 @@ and workspaces."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +51,8 @@ class _Loaded(NamedTuple):
 
     kernel: Any
     """Triton's function. A key holds its `id`, which no other has while it is kept here: hashing its source is slow."""
+    compiled: Any
+    """What Triton made of it."""
     run: Any
     function: Any
     metadata: Any
@@ -56,6 +61,47 @@ class _Loaded(NamedTuple):
 
 
 _loaded: dict[Any, _Loaded] = {}
+
+
+class Noted(NamedTuple):
+    """A launch that was made."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+
+
+class _Notes(local):
+    """Of a thread."""
+
+    launches: list[Noted | None] | None = None
+
+
+_notes = _Notes()
+
+
+@contextmanager
+def noted() -> Iterator[list[Noted | None]]:
+    """The launches that `start` makes meanwhile; None for one that went Triton's way."""
+    _notes.launches = []
+    try:
+        yield _notes.launches
+    finally:
+        _notes.launches = None
+
+
+def repeatable(device: torch.device) -> bool:
+    """Whether launches may be repeated without Triton: its version is known, and nobody watches."""
+    if device.type != "cuda":
+        return False
+    knobs, _, known = _triton()
+    return known and not _watched(knobs)
+
+
+def current_stream(device: torch.device) -> int:
+    """Its address, or whatever else the CUDA driver knows it by."""
+    stream: int = _triton()[1].active.get_current_stream(device.index)
+    return stream
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -75,17 +121,19 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
     driver = drivers.active
     device = driver.get_current_device()
     key = (id(kernel), device, tuple(parts), tuple(constants), tuple(constants.values()))
-    ordinary = not known or addresses % 16 != 0 or _watched(kernel, knobs)
+    ordinary = not known or addresses % 16 != 0 or kernel.pre_run_hooks or _watched(knobs)
     loaded = None if ordinary else _loaded.get(key)
     if loaded is None:
         compiled = kernel[grid](*[arg.checked() if type(arg) is Boxes else arg for arg in args], **constants)
         if not ordinary:
-            _keep(key, kernel, compiled, len(args), constants)
-        return
-    x, y, z = (*grid, 1, 1)[:3]
-    stream = driver.get_current_stream(device)
-    _, run, function, metadata, rest = loaded
-    run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
+            loaded = _keep(key, kernel, compiled, len(args), constants)
+    else:
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = driver.get_current_stream(device)
+        _, _, run, function, metadata, rest = loaded
+        run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
+    if _notes.launches is not None:
+        _notes.launches.append(None if loaded is None else Noted(loaded.compiled, grid, args))
 
 
 def _described(args: tuple[Any, ...]) -> tuple[list[Any], int]:
@@ -108,26 +156,27 @@ def _described(args: tuple[Any, ...]) -> tuple[list[Any], int]:
     return parts, addresses
 
 
-def _keep(key: Any, kernel: Any, compiled: Any, given: int, constants: dict[str, Any]) -> None:
+def _keep(key: Any, kernel: Any, compiled: Any, given: int, constants: dict[str, Any]) -> _Loaded | None:
     """For the next launch with that key; unless nothing was loaded, or for a GPU whose kernels depend on more, or a
     keyword names what the kernel is not compiled for. Of too many the oldest half go."""
     if getattr(compiled, "function", None) is None or compiled.metadata.target.backend != "cuda":
-        return
+        return None
     rest = kernel.params[given:]
     if not all(param.is_constexpr for param in rest):
-        return
+        return None
     if len(_loaded) >= KEPT:
         for old in list(_loaded)[: KEPT // 2]:
             del _loaded[old]
     values = tuple(constants.get(param.name, param.default) for param in rest)
-    _loaded[key] = _Loaded(kernel, compiled.run, compiled.function, compiled.packed_metadata, values)
+    _loaded[key] = _Loaded(kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata, values)
+    return _loaded[key]
 
 
-def _watched(kernel: Any, knobs: Any) -> bool:
+def _watched(knobs: Any) -> bool:
     """Whether Triton is told to do more at a launch than to launch: a profiler's hooks, or debugging."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
+    hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
     return bool(hooked or runtime.debug or knobs.compilation.instrumentation_mode)
 
 
@@ -178,6 +227,11 @@ def zeros(name: str, size: int, device: torch.device) -> Tensor:
             _outgrown.append(kept)
         kept = _zeros[name, device] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
+
+
+def workspaces(device: torch.device) -> list[Tensor]:
+    """All that there are on a GPU, the outgrown ones too: none of them is ever given back."""
+    return [kept for kept in (*_zeros.values(), *_outgrown) if kept.device == device]
 
 
 def reserve(device: torch.device) -> None:

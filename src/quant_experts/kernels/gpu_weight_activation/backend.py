@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
+from quant_experts.kernels.gpu import recorded
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
@@ -78,6 +79,11 @@ class Packed:
     group: GroupLayout
     linear: LinearLayout
 
+    @cached_property
+    def operands(self) -> recorded.Operands | None:
+        """What launches read of it; None where PyTorch smooths and rotates before them."""
+        return None if self.group.before is not None else recorded.operands(self)
+
 
 def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype = torch.float32) -> Packed:
     """Lay a group out for inputs of a dtype; see `layout`.
@@ -95,6 +101,11 @@ def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
+    return recorded.run(_apply, x, packed, packed.operands)
+
+
+def _apply(x: Tensor, packed: Packed) -> Tensor:
+    """As `apply`, by launches that are decided on now."""
     if x.shape[0] == 1 and hopper(x.device):
         from quant_experts.kernels.gpu_weight_activation import alone_launch
 

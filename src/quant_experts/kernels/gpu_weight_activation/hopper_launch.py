@@ -30,6 +30,8 @@ LEAST_ROWS = 32
 """Rows of the largest tile of `linear_few`: a layout has as many."""
 
 
+FP8_CHANNELS = 4096
+"""Input channels whose fp8 sums may be left to the matrix units altogether, where tiles have 256 rows."""
 STEP_MICROSECONDS = {(256, 128): 0.64, (256, 64): 0.40, (128, 128): 0.34, (128, 64): 0.21, (128, 32): 0.20}
 """Of a step of 128 channels, by rows and tokens of a tile, where no multiprocessor has more than one."""
 BUSY = {256: 1.16, 128: 1.13}
@@ -63,7 +65,9 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
-    most = 128 if flags.get("FP8") else 256  # two sets of fp8 sums of larger tiles would not fit registers
+    most = (
+        128 if flags.get("FP8") and k > FP8_CHANNELS else 256
+    )  # two sets of larger tiles' sums would not fit registers
     fitting = [choice for choice in choices(m, n, count) if choice[0] <= most]
     return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
 

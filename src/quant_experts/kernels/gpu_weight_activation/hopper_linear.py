@@ -223,32 +223,49 @@ def multiply_fp8(i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl
     those sums are added up in float32."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
     total = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
-    for first in range(0, count, FP8_STEPS):
-        acc = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
-        acc, i = multiply(acc, i, gl.minimum(FP8_STEPS, count - first), w_ring, x_ring, ready, empty, WG, C)
-        total += acc
+    if C.BN == 256:
+        total, i = multiply(total, i, count, w_ring, x_ring, ready, empty, WG, C)
+    else:
+        for first in range(0, count, FP8_STEPS):
+            acc = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
+            acc, i = multiply(acc, i, gl.minimum(FP8_STEPS, count - first), w_ring, x_ring, ready, empty, WG, C)
+            total += acc
     return total, i
 
 
 @gluon.jit
 def add_factors(y, i, present, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl.constexpr):
-    """y + up factors of the experts present times hidden, float16 products, float32 sums."""
-    ROWS: gl.constexpr = C.BN // 2
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
+    """y + up factors of the experts present times hidden, float16 products, float32 sums. Two ring steps at a time."""
     CHUNKS: gl.constexpr = C.RANK // C.CHUNK
     y = gl.convert_layout(y, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16]))  # moves nothing
-    for j in range(C.FACTORS):
-        if (present >> j) & 1 != 0:
-            for _ in gl.static_range(CHUNKS):
-                slot = i % C.STAGES
-                mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
-                up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], LAYOUT).slice(WG * ROWS, ROWS)
-                hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
-                token = warpgroup_mma(up, hidden.permute([1, 0]), y, is_async=True)
-                y = warpgroup_mma_wait(0, deps=[token])
-                mbarrier.arrive(empty.index(slot))
-                i += 1
+    count = 0
+    for j in gl.static_range(C.FACTORS):
+        count += ((present >> j) & 1) * CHUNKS
+    for _ in range(count // 2):
+        token = multiply_factor(y, i, w_ring, x_ring, ready, WG, C)
+        token = multiply_factor(token, i + 1, w_ring, x_ring, ready, WG, C)
+        y = warpgroup_mma_wait(0, deps=[token])
+        mbarrier.arrive(empty.index(i % C.STAGES))
+        mbarrier.arrive(empty.index((i + 1) % C.STAGES))
+        i += 2
+    if count % 2 != 0:
+        token = multiply_factor(y, i, w_ring, x_ring, ready, WG, C)
+        y = warpgroup_mma_wait(0, deps=[token])
+        mbarrier.arrive(empty.index(i % C.STAGES))
+        i += 1
     return y, i
+
+
+@gluon.jit
+def multiply_factor(y, i, w_ring, x_ring, ready, WG: gl.constexpr, C: gl.constexpr):
+    """Start y + the factors of ring step i times their hidden values."""
+    ROWS: gl.constexpr = C.BN // 2
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
+    slot = i % C.STAGES
+    mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
+    up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], LAYOUT).slice(WG * ROWS, ROWS)
+    hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
+    return warpgroup_mma(up, hidden.permute([1, 0]), y, is_async=True)
 
 
 @gluon.jit

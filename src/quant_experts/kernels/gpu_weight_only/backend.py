@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant_experts.kernels import reference
+from quant_experts.kernels.gpu import recorded
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
     complete_writes,
@@ -92,6 +93,11 @@ class Packed:
     group: GroupLayout
     linear: LinearLayout
 
+    @cached_property
+    def operands(self) -> recorded.Operands | None:
+        """What launches read of it."""
+        return recorded.operands(self)
+
 
 def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtype = torch.float32) -> Packed:
     """Lay a group out; see `gpu_weight_only.layout`."""
@@ -102,6 +108,11 @@ def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtyp
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
+    return recorded.run(_apply, x, packed, packed.operands)
+
+
+def _apply(x: Tensor, packed: Packed) -> Tensor:
+    """As `apply`, by launches that are decided on now."""
     return linear(prepare(x, packed.group), packed.linear)
 
 

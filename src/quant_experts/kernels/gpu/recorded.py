@@ -1,0 +1,397 @@
+"""A group's launches, recorded once and repeated for other inputs and other groups of the same sizes.
+
+To decide on a group's launches takes Python longer than it takes the GPU to run them, up to some thousand tokens, and
+everything decided depends on sizes and types alone. What differs from call to call are addresses: of the input, the
+output, what is allocated in between, and the group's own tensors. So the first call of each kind runs as it is written
+while its launches are noted; later ones write the new addresses into the noted arguments and call the driver.
+
+A call is repeated only if its launches explain it entirely: every address that they were given is one of those, and
+nothing else ran. Otherwise it keeps running as it is written, with the same results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quant_experts.errors import QuantExpertsError
+from quant_experts.kernels.gpu import launch
+from quant_experts.kernels.gpu.launch import Boxes
+
+KEPT = 2048
+"""Programs that are kept: one for each kind of group, number of tokens and type."""
+ATTEMPTS = 3
+"""Calls of a kind that are noted at most: the first ones may also make workspaces."""
+ALIGNED = 256
+"""Bytes to a multiple of which whatever is allocated in a call begins, in the one tensor that takes its place."""
+MAP_BYTES, MAP_ALIGNED, MAPS_KEPT = 128, 64, 1024
+"""Of a tensor map, with which the copy engine reads boxes: its size and alignment; and how many an argument keeps."""
+FIXED, INPUT, OUTPUT, WORK, OWN = range(5)
+"""Where an address comes from: from nowhere, and the first of a group's own tensors."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the CUDA driver."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of the CUDA driver."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+OVERLAPPED = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
+INVALID_CONTEXT = 201
+"""CUDA_ERROR_INVALID_CONTEXT: this thread has not used the GPU yet."""
+MAP_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+"""CUtensorMapDataType"""
+SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+"""CUtensorMapSwizzle of rows of so many bytes."""
+PROMOTION = 2
+"""CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton's launches have it."""
+FORMATS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+"""Numbers among a kernel's arguments."""
+
+
+class Operands(NamedTuple):
+    """What a call reads beside its input."""
+
+    number: int
+    """Of its kind: equal for groups that differ in addresses alone."""
+    addresses: tuple[int, ...]
+    sizes: tuple[int, ...]
+    """Bytes of each."""
+
+
+_numbers: dict[Hashable, int] = {}
+
+
+def operands(packed: Any) -> Operands | None:
+    """Of dataclasses that hold tensors, numbers and what hashes; None where they hold what does not, or a tensor that a
+    launch would not take as it is."""
+    tensors: list[Tensor] = []
+
+    def described(value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return value.dtype, tuple(value.shape), value.stride(), value.device
+        if is_dataclass(value) and not isinstance(value, type):
+            return type(value), tuple(described(getattr(value, field.name)) for field in fields(value))
+        return type(value), value
+
+    try:
+        number = _numbers.setdefault(described(packed), len(_numbers))
+    except TypeError:
+        return None
+    if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors):
+        return None
+    return Operands(number, tuple(t.data_ptr() for t in tensors), tuple(t.nbytes for t in tensors))
+
+
+_programs: dict[Hashable, Program | int] = {}
+"""By kind of group, tokens and type; or how often that was noted in vain."""
+
+
+def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any, own: Operands | None) -> Tensor:
+    """work(x, packed), by its recorded launches where there are such. x (M, K); own: `operands` of packed."""
+    if own is None or not x.numel() or not launch.repeatable(x.device) or driver() is None:
+        return work(x, packed)
+    x = x.contiguous()
+    key = (own.number, len(x), x.dtype, x.device)
+    program = _programs.get(key, 0)
+    if x.data_ptr() % 16:
+        return work(x, packed)
+    if isinstance(program, Program):
+        y = program.repeat(x, own.addresses)
+        return work(x, packed) if y is None else y
+    if program >= ATTEMPTS:
+        return work(x, packed)
+    with _Allocations() as allocations, launch.noted() as launches:
+        y = work(x, packed)
+    made = None if allocations.others else program_of(launches, x, y, own, allocations.found)
+    if len(_programs) >= KEPT:
+        for old in list(_programs)[: KEPT // 2]:
+            del _programs[old]
+    _programs[key] = program + 1 if made is None else made
+    return y
+
+
+class _Allocations(TorchDispatchMode):
+    """Watches what PyTorch does in a call: tensors allocated and not written, views, or others."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Tensor] = []
+        """Kept, so that no two of them share their memory."""
+        self.others = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
+            self.found.append(result)
+        elif not function.is_view:
+            self.others = True
+        return result
+
+
+class _Place(NamedTuple):
+    """Where an address stands."""
+
+    word: int
+    """Of 8 bytes, in the arguments of all launches"""
+    source: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Map:
+    """Where a tensor map stands, and what it maps but for the address."""
+
+    byte: int
+    source: int
+    offset: int
+    boxes: tuple[Any, ...]
+    """Arguments of `encoded`"""
+    known: dict[int, bytes]
+    """Maps by address"""
+
+
+class _UnexplainedError(Exception):
+    """A launch is given something that cannot be repeated."""
+
+
+class Program:
+    """Launches that are repeated, and what of their arguments changes."""
+
+    def __init__(self, y: Tensor, work_bytes: int, argument_bytes: int) -> None:
+        self.shape, self.dtype, self.device, self.work_bytes = y.shape, y.dtype, y.device, work_bytes
+        self.lock = Lock()
+        """Of what a call writes: threads take turns."""
+        self.places: list[_Place] = []
+        self.maps: list[_Map] = []
+        self.launches: list[tuple[_Config, Any, Any, Any]] = []
+        """Configuration, a reference to it, the kernel, addresses of its arguments."""
+        self.compiled: list[Any] = []
+        """Kernels, which stay loaded."""
+        self.stream = 0
+        memory = bytearray(argument_bytes + 2 * MAP_ALIGNED)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        shift = -self.address % MAP_ALIGNED
+        self.address += shift
+        self.bytes = memoryview(memory)[shift : shift + -(-argument_bytes // 8) * 8]
+        """Arguments of all launches"""
+        self.words = self.bytes.cast("Q")
+
+    def repeat(self, x: Tensor, own: tuple[int, ...]) -> Tensor | None:
+        """The output for x and a group's tensors; None where this thread has not used the GPU yet."""
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        work = torch.empty(self.work_bytes, dtype=torch.uint8, device=self.device)
+        addresses = (0, x.data_ptr(), y.data_ptr(), work.data_ptr(), *own)
+        stream, call = launch.current_stream(self.device), driver().cuLaunchKernelEx
+        words = self.words
+        with self.lock:
+            for word, source, offset in self.places:
+                words[word] = addresses[source] + offset
+            for box in self.maps:
+                address = addresses[box.source] + box.offset
+                found = box.known.get(address) or _new_map(box, address)
+                self.bytes[box.byte : box.byte + MAP_BYTES] = found
+            if stream != self.stream:
+                for config, *_ in self.launches:
+                    config.stream = stream
+                self.stream = stream
+            for i, (_, config, kernel, arguments) in enumerate(self.launches):
+                status = call(config, kernel, arguments, None)
+                if status:
+                    if status == INVALID_CONTEXT and i == 0:
+                        return None
+                    raise QuantExpertsError(f"The GPU did not take a kernel: error {status} of the CUDA driver.")
+        return y
+
+
+def _new_map(box: _Map, address: int) -> bytes:
+    if len(box.known) >= MAPS_KEPT:
+        box.known.clear()
+    found = box.known[address] = encoded(address, *box.boxes)
+    return found
+
+
+def program_of(
+    launches: list[launch.Noted | None], x: Tensor, y: Tensor, own: Operands, allocated: list[Tensor]
+) -> Program | None:
+    """The program of a call: its launches, None for one that cannot be repeated, its input, output, and tensors that it
+    allocated, the output among them. None if they do not explain each other."""
+    noted = [one for one in launches if one is not None]
+    if len(noted) < len(launches):
+        return None
+    between = [t for t in allocated if t.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()]
+    sources = [(x.data_ptr(), x.nbytes, INPUT, 0), (y.data_ptr(), y.nbytes, OUTPUT, 0)]
+    sources += [
+        (address, size, OWN + i, 0) for i, (address, size) in enumerate(zip(own.addresses, own.sizes, strict=True))
+    ]
+    sources += [(tensor.data_ptr(), tensor.nbytes, FIXED, tensor.data_ptr()) for tensor in launch.workspaces(x.device)]
+    work_bytes = 0
+    for tensor in between:
+        sources.append((tensor.data_ptr(), tensor.nbytes, WORK, work_bytes))
+        work_bytes += -(-tensor.nbytes // ALIGNED) * ALIGNED
+
+    def source_of(address: int) -> tuple[int, int]:
+        for start, size, source, offset in sources:
+            if start <= address < start + size:
+                return source, offset + address - start
+        raise _UnexplainedError
+
+    try:
+        layouts = [arguments_of(one) for one in noted]
+        starts, end = _starts(layouts)
+        program = Program(y, work_bytes, end)
+        for one, layout, own_starts in zip(noted, layouts, starts, strict=True):
+            for argument, start in zip(layout, own_starts, strict=True):
+                _write(program, argument, start, source_of)
+            config, given = _config(one), [program.address + start for start in own_starts]
+            kernel = ctypes.c_void_p(one.compiled.function)
+            program.launches.append((config, ctypes.byref(config), kernel, (ctypes.c_void_p * len(given))(*given)))
+            program.compiled.append(one.compiled)
+    except _UnexplainedError:
+        return None
+    return program
+
+
+def _starts(layouts: list[list[_Argument]]) -> tuple[list[list[int]], int]:
+    """Where the arguments of each launch begin, in bytes, and where all end."""
+    end, starts = 0, []
+    for layout in layouts:
+        own = []
+        for argument in layout:
+            unit = MAP_ALIGNED if argument.size == MAP_BYTES else 8
+            own.append(-(-end // unit) * unit)
+            end = own[-1] + argument.size
+        starts.append(own)
+    return starts, end
+
+
+class _Argument(NamedTuple):
+    """One that a kernel takes."""
+
+    size: int
+    value: Any
+    """An address, a number of ctypes, or `Boxes`"""
+
+
+def arguments_of(noted: launch.Noted) -> list[_Argument]:
+    """Of a launch, flat, as the compiled kernel takes them. Raises `_UnexplainedError` for those that are not known, or
+    that do not agree with what the driver says of the kernel."""
+    found: list[_Argument] = []
+    types = list(noted.compiled.src.signature.values())
+    for value, kind in zip((*noted.args, *[None] * (len(types) - len(noted.args))), types, strict=True):
+        if kind == "constexpr":
+            continue
+        if isinstance(value, Tensor) and kind.startswith("*"):
+            found.append(_Argument(8, value.data_ptr()))
+        elif type(value) is Boxes and kind.startswith("tensordesc") and noted.compiled.metadata.tensordesc_meta:
+            found.append(_Argument(MAP_BYTES, value))
+            found += [_Argument(4, ctypes.c_int32(size)) for size in value.shape]
+            found += [_Argument(8, ctypes.c_int64(stride)) for stride in value.strides]
+        elif kind in FORMATS and isinstance(value, int | float):
+            found.append(_Argument(ctypes.sizeof(FORMATS[kind]), FORMATS[kind](value)))
+        else:
+            raise _UnexplainedError
+    found += [_Argument(8, 0)] * 2  # scratch memory, of which our kernels need none
+    if [argument.size for argument in found] != sizes_of_arguments(noted.compiled.function):
+        raise _UnexplainedError
+    return found
+
+
+def sizes_of_arguments(function: int) -> list[int] | None:
+    """Bytes of each argument of a loaded kernel, as the driver knows them; None where it does not tell."""
+    sizes: list[int] = []
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        ask = driver().cuFuncGetParamInfo
+    except AttributeError:  # before CUDA 12.4
+        return None
+    while not ask(ctypes.c_void_p(function), ctypes.c_size_t(len(sizes)), ctypes.byref(offset), ctypes.byref(size)):
+        sizes.append(size.value)
+    return sizes
+
+
+def _write(program: Program, argument: _Argument, start: int, source_of: Callable[[int], tuple[int, int]]) -> None:
+    """An argument that stays, or where one stands that changes."""
+    value = argument.value
+    if isinstance(value, Boxes):
+        source, offset = source_of(value.base.data_ptr())
+        program.maps.append(_Map(start, source, offset, boxes_of(value), {}))
+    elif isinstance(value, int):
+        source, offset = (FIXED, 0) if not value else source_of(value)
+        if source == FIXED:
+            program.words[start // 8] = offset
+        else:
+            program.places.append(_Place(start // 8, source, offset))
+    else:
+        program.bytes[start : start + argument.size] = bytes(value)
+
+
+def _config(noted: launch.Noted) -> _Config:
+    metadata = noted.compiled.metadata
+    if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.global_scratch_size:
+        raise _UnexplainedError
+    grid = (*noted.grid, 1, 1)[:3]
+    config = _Config(grid, (32 * metadata.num_warps, 1, 1), metadata.shared, 0, None, 0)
+    if metadata.launch_pdl:
+        config.attributes = ctypes.pointer(_Attribute(OVERLAPPED, 0, (ctypes.c_int * 16)(1)))
+        config.count = 1
+    return config
+
+
+def boxes_of(boxes: Boxes) -> tuple[Any, ...]:
+    """All arguments of `encoded` but the address."""
+    if boxes.base.dtype not in MAP_TYPES or boxes.padding != "zero" or boxes.round_f32_to_tf32:
+        raise _UnexplainedError
+    size = boxes.base.element_size()
+    strides = tuple(stride * size for stride in boxes.strides[:-1])
+    swizzle = SWIZZLES[boxes.layout.swizzle_byte_width]
+    return MAP_TYPES[boxes.base.dtype], tuple(boxes.shape), strides, tuple(boxes.block_shape), swizzle
+
+
+def encoded(
+    address: int, kind: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
+) -> bytes:
+    """A tensor map, by the driver. strides in bytes, but the last one."""
+    memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNED)
+    aligned = ctypes.addressof(memory) + -ctypes.addressof(memory) % MAP_ALIGNED
+    rank = len(shape)
+    status = driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(aligned), kind, rank, ctypes.c_void_p(address), (ctypes.c_uint64 * rank)(*shape[::-1]),
+        (ctypes.c_uint64 * max(1, rank - 1))(*strides[::-1]), (ctypes.c_uint32 * rank)(*box[::-1]),
+        (ctypes.c_uint32 * rank)(*[1] * rank), 0, swizzle, PROMOTION, 0,
+    )  # fmt: skip
+    if status:
+        raise QuantExpertsError(f"The GPU's copy engine did not take a tensor: error {status} of the CUDA driver.")
+    return ctypes.string_at(aligned, MAP_BYTES)
+
+
+@cache
+def driver() -> Any:
+    """The CUDA driver's library; None where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None

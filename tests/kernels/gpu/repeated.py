@@ -1,0 +1,266 @@
+"""Recorded launches of whole groups, and the same ones as they are made without recording, on a machine without a GPU:
+both must give the same kernels the same arguments, byte by byte but for where memory lies. Kernels are compiled for
+Hopper and loaded nowhere; what the CUDA driver would be given is written down.
+
+A program of its own, as it has another driver, and kernels must not be interpreted.
+"""
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from compiled import NoGpu, gpu, operands
+from torch import Tensor
+
+from quant_experts.errors import QuantExpertsError
+from quant_experts.kernels.gpu import hopper_tokens, launch, recorded
+from quant_experts.kernels.gpu.launch import Boxes
+from quant_experts.kernels.gpu_weight_activation import alone_launch, hopper_launch, hopper_project, prepare_launch
+from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
+
+BACKENDS = (triton_backend, weight_only_backend)
+MODULES = (*BACKENDS, launch, hopper_launch, hopper_project, hopper_tokens, alone_launch, prepare_launch)
+PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(u64|u32|f32|b8)[^,)]*?(?:\[(\d+)\])?\s*[,)]")
+SIZES = {"u64": 8, "u32": 4, "f32": 4, "b8": 1}
+STREAM = 77
+
+
+class WritesDown(NoGpu):
+    """Triton's driver: numbers for loaded kernels, and launches as what their kernels are given."""
+
+    def __init__(self) -> None:
+        super().__init__(90)
+        numbers, properties = count(1), {"max_shared_mem": 232_448}
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties, load_binary=lambda *_: (0, next(numbers), 0, 0, 1024)
+        )
+        self.launches: list[Any] = []
+        self.signatures: dict[int, list[str]] = {}
+        self.launcher_cls = self.launcher
+
+    def get_current_stream(self, device: object = None) -> int:
+        return STREAM
+
+    def launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
+        kinds = list(source.signature.values())
+
+        def launched(x: int, y: int, z: int, stream: int, function: int, packed: Any, *given: Any) -> None:
+            found: list[Any] = []
+            for value, kind in zip(given[3:], kinds, strict=True):
+                if kind.startswith("tensordesc"):
+                    found += [described(value), *value.shape, *value.strides]
+                elif kind != "constexpr":
+                    found.append(value.data_ptr() if isinstance(value, Tensor) else value)
+            threads, memory = 32 * metadata.num_warps, metadata.shared
+            self.launches.append([(x, y, z), threads, memory, stream, function, metadata.launch_pdl, *found, 0, 0])
+
+        return launched
+
+
+def described(value: Any) -> tuple[Any, ...]:
+    """What the copy engine is told of a tensor."""
+    boxes = Boxes(value.base, value.shape, value.strides, value.block_shape, value.layout)
+    return value.base.data_ptr(), *recorded.boxes_of(boxes)
+
+
+class Cuda:
+    """The CUDA driver's library: launches written down in the same form, and sizes of arguments out of the PTX."""
+
+    def __init__(self, triton_s: WritesDown) -> None:
+        self.triton_s = triton_s
+        self.maps: dict[bytes, tuple[Any, ...]] = {}
+        self.status = 0
+
+    def parameters(self, function: int) -> list[tuple[str, int]]:
+        """Type and size of each argument of a kernel."""
+        compiled = next(one.compiled for one in launch._loaded.values() if one.function == function)
+        entry = compiled.asm["ptx"].partition(".entry")[2].partition("{")[0]
+        return [(kind, SIZES[kind] * int(times or 1)) for kind, times in PARAMETER.findall(entry)]
+
+    def parameter(self, function: Any, index: Any, _: Any, size: Any) -> int:
+        parameters = self.parameters(function.value)
+        if index.value >= len(parameters):
+            return 1
+        size._obj.value = parameters[index.value][1]
+        return 0
+
+    def encode(
+        self, to: Any, kind: int, rank: int, address: Any, shape: Any, strides: Any, box: Any, steps: Any, *rest: int
+    ) -> int:
+        assert rank == 2 and to.value % 64 == 0 and list(steps) == [1, 1] and rest[0] == 0 and rest[2:] == (2, 0)
+        made = (address.value, kind, tuple(shape)[::-1], tuple(strides)[::-1], tuple(box)[::-1], rest[1])
+        number = len(self.maps).to_bytes(recorded.MAP_BYTES, "little")
+        self.maps[number] = made
+        ctypes.memmove(to.value, number, recorded.MAP_BYTES)
+        return 0
+
+    def launch(self, config: Any, function: Any, given: Any, _: None) -> int:
+        config = config._obj
+        found: list[Any] = []
+        for address, (kind, size) in zip(given, self.parameters(function.value), strict=True):
+            read = ctypes.string_at(address, size)
+            if kind == "b8":
+                found.append(self.maps[read])
+            elif kind == "f32":
+                found.append(ctypes.c_float.from_buffer_copy(read).value)
+            else:
+                found.append(int.from_bytes(read, "little", signed=kind == "u32"))
+        overlapped = bool(config.count) and (config.attributes[0].id, config.attributes[0].value[0]) == (6, 1)
+        assert tuple(config.block)[1:] == (1, 1)
+        shape = (tuple(config.grid), config.block[0], config.shared)
+        self.triton_s.launches.append([*shape, config.stream, function.value, overlapped, *found])
+        return self.status
+
+
+def without_addresses(launches: list[Any], known: dict[int, str]) -> list[Any]:
+    """Launches with names for addresses: of known tensors, else in the order in which they come, with those that lie in
+    what was allocated told apart as often as they differ."""
+    names = dict(known)
+    result = []
+    for one in launches:
+        named = []
+        for value in one:
+            address = value[0] if isinstance(value, tuple) and len(value) == 6 else value
+            if isinstance(address, int) and address > 1 << 32:
+                address = names.setdefault(address, f"new {len(names)}")
+            named.append((address, *value[1:]) if isinstance(value, tuple) and len(value) == 6 else address)
+        result.append(named)
+    return result
+
+
+def names(x: Tensor, packed: Any) -> dict[int, str]:
+    """Of tensors that a call is given."""
+    own = recorded.operands(packed)
+    assert own is not None
+    return {x.data_ptr(): "x"} | {address: f"own {i}" for i, address in enumerate(own.addresses)}
+
+
+CASES: tuple[tuple[Any, int, Any, int, int, tuple[int, ...], tuple[str, ...]], ...] = (
+    (triton_backend, 8, "int", 3584, 0, (1, 4, 100, 600), ("none", "experts", "codes")),
+    (triton_backend, 8, "fp8", 256, 0, (100,), ("experts",)),
+    (weight_only_backend, 16, "int", 512, -8, (1, 100, 600), ("codes",)),
+)
+"""Backend, bits and format of activations, input channels, a code, tokens, kinds."""
+OUTPUTS = 512
+
+
+def groups() -> Iterator[tuple[Any, Any, Any, int, int, str]]:
+    """Backends, two groups of one kind, tokens and input channels."""
+    for backend, bits, form, k, code, tokens, kinds in CASES:
+        for kind in kinds:
+            of = (kind, bits, form, OUTPUTS, k, code)
+            first, second = (backend.pack(*operands(*of), torch.bfloat16) for _ in range(2))
+            for m in tokens:
+                yield backend, first, second, m, k, f"{backend.__name__} {form} {kind} {k} channels, {m} tokens"
+
+
+def check(driver: WritesDown, cuda: Cuda) -> None:
+    """The second call and those after it are repeated, and their launches are those of a call that is not."""
+    for backend, first, second, m, k, name in groups():
+        x, other = (torch.ones(m, k, dtype=torch.bfloat16) for _ in range(2))
+        for _ in range(2):  # the first one makes workspaces
+            backend.apply(x, first)
+        made = recorded._programs.get((first.operands.number, m, x.dtype, x.device))
+        in_memory = backend is weight_only_backend and m >= 512  # PyTorch multiplies there
+        if in_memory:
+            assert isinstance(made, int), name
+            continue
+        assert isinstance(made, recorded.Program), name
+        for given, packed in ((x, first), (other, second), (x, second), (other, first)):
+            driver.launches.clear()
+            y = backend.apply(given, packed)
+            found = without_addresses(driver.launches, names(given, packed) | {y.data_ptr(): "y"})
+            driver.launches.clear()
+            with recorded._Allocations():  # which keeps what is allocated, so that addresses differ
+                y = backend._apply(given, packed)
+            expected = without_addresses(driver.launches, names(given, packed) | {y.data_ptr(): "y"})
+            assert found == expected and found, name
+        assert y.shape == backend.apply(x, first).shape
+    assert len(cuda.maps) > 10
+
+
+def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
+    """What cannot be repeated runs as it is written, and an error of the driver is told."""
+    packed = triton_backend.pack(*operands("none", 8, "int", OUTPUTS, 256, 0), torch.bfloat16)
+    memory = torch.ones(8 * 256 + 8, dtype=torch.bfloat16)
+    aligned, apart = memory[:-8].view(8, 256), memory[1:-7].view(8, 256)
+    for _ in range(2):
+        triton_backend.apply(aligned, packed)
+    cuda.status = 1
+    triton_backend.apply(apart, packed)  # not by the program
+    for status, what in ((719, "error 719"), (recorded.INVALID_CONTEXT, "")):
+        cuda.status = status
+        driver.launches.clear()
+        try:
+            triton_backend.apply(aligned, packed)
+        except QuantExpertsError as error:
+            assert what and what in str(error)
+        else:
+            assert not what and len(driver.launches) == 3  # the refused one, and the same two by Triton
+    cuda.status = 0
+    calls: list[int] = []
+
+    def other(x: Tensor, packed: Any) -> Tensor:
+        """Does what no launch explains."""
+        calls.append(len(x))
+        return triton_backend._apply(x + 1, packed)
+
+    own = recorded.operands((packed, "other"))
+    assert own is not None and own.number != packed.operands.number
+    for _ in range(5):
+        recorded.run(other, aligned, packed, own)
+    assert len(calls) == 5
+
+
+def check_limits() -> None:
+    """Programs that are kept have an end, and the last one is kept."""
+    packed = triton_backend.pack(*operands("none", 8, "int", OUTPUTS, 256, 0), torch.bfloat16)
+    recorded.KEPT = 10
+    recorded._programs.clear()
+    for m in range(20, 50):
+        triton_backend.apply(torch.ones(m, 256, dtype=torch.bfloat16), packed)
+        assert len(recorded._programs) <= 10
+        assert any(m in key for key in recorded._programs)  # type: ignore[operator]
+
+
+def pretend() -> tuple[WritesDown, Cuda]:
+    """From here on there is a Hopper GPU, whose tensors lie in ordinary memory."""
+    driver = WritesDown()
+    triton.runtime.driver.set_active(driver)
+    cuda, kept = Cuda(driver), dict[Any, Tensor]()
+
+    def zeros(name: str, size: int, device: torch.device) -> Tensor:
+        """Made once, as on a GPU."""
+        if name not in kept or kept[name].numel() < size:
+            kept[name] = torch.zeros(size, dtype=torch.int32)
+        return kept[name]
+
+    replaced = {name: (getattr(launch, name), value) for name, value in (gpu(90) | dict(zeros=zeros)).items()}
+    for module in MODULES:
+        for name, (before, value) in replaced.items():
+            if getattr(module, name, None) is before:
+                setattr(module, name, value)
+    library = SimpleNamespace(
+        cuFuncGetParamInfo=cuda.parameter, cuTensorMapEncodeTiled=cuda.encode, cuLaunchKernelEx=cuda.launch
+    )
+    recorded.driver = lambda: library  # type: ignore[assignment]
+    launch.repeatable = lambda device: True
+    launch.workspaces = lambda device: list(kept.values())
+    return driver, cuda
+
+
+def main() -> None:
+    driver, cuda = pretend()
+    check(driver, cuda)
+    check_refusals(driver, cuda)
+    check_limits()
+
+
+if __name__ == "__main__":
+    main()
