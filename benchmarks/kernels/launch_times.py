@@ -1,49 +1,39 @@
-"""What Python takes to launch the kernels of a group, by `launch.start` and by Triton's own way. Needs no GPU.
+"""What Python takes to launch the kernels of a group: recorded launches repeated, single ones by `launch.start`, and
+Triton's own way. Needs no GPU.
 
     python benchmarks/kernels/launch_times.py
 
 Kernels are compiled for Hopper and loaded nowhere: launching one does nothing, so that what is timed is Python alone,
-allocations and checks included. Prints microseconds of a group's product (`backend.apply`) by both ways, medians of
-rounds in which they take turns, and the ratio within a round with its 10th and 90th percentile.
+allocations and checks included. Prints microseconds of a group's product by all ways, medians of rounds in which they
+take turns, and the ratio to Triton's way within a round with its 10th and 90th percentile.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from statistics import median, quantiles
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from quant_experts.kernels.gpu import hopper_tokens, launch
-from quant_experts.kernels.gpu_weight_activation import alone_launch, backend, hopper_launch, hopper_project
-from quant_experts.kernels.gpu_weight_activation import prepare_launch as prepare
+from quant_experts.kernels.gpu import launch, recorded
+from quant_experts.kernels.gpu_weight_activation import backend
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels" / "gpu"))
 compiled: Any = import_module("compiled")
 """What the tests compile kernels with where there is no GPU."""
-MODULES = (launch, backend, hopper_launch, hopper_project, hopper_tokens, alone_launch, prepare)
+repeated: Any = import_module("repeated")
+"""What they pretend a GPU with."""
 SIZES = ((1, 3584, 4608), (100, 3584, 4608), (2000, 3584, 4608))
 """Tokens, input and output channels: the 7B's qkv."""
 ROUNDS, CALLS = 25, 40
-
-
-def no_launches() -> Any:
-    """A driver that loads nothing, and launches by doing nothing."""
-    driver, properties = compiled.NoGpu(90), {"max_shared_mem": 232_448}
-    driver.utils = SimpleNamespace(
-        get_device_properties=lambda device: properties, load_binary=lambda *_: (0, 1, 0, 0, 1024)
-    )
-    driver.launcher_cls = lambda source, metadata: lambda *given: None
-    return driver
 
 
 def by_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -51,13 +41,15 @@ def by_triton(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) 
     kernel[grid](*[arg.checked() if isinstance(arg, launch.Boxes) else arg for arg in args], **constants)
 
 
-def pretend() -> None:
-    """From here on there is a Hopper GPU, whose tensors lie in ordinary memory."""
-    triton.runtime.driver.set_active(no_launches())
-    for module in MODULES:
-        for name, value in compiled.gpu(90).items():
-            if name != "zeros" and hasattr(module, name):  # workspaces are made once, as on a GPU
-                setattr(module, name, value)
+def pretend() -> Any:
+    """From here on there is a Hopper GPU, whose tensors lie in ordinary memory and which does nothing. -> the library
+    that stands for its driver, which calls a function of C to launch."""
+    driver, _ = repeated.pretend()
+    driver.launcher_cls = lambda source, metadata: lambda *given: None
+    library = recorded.driver()
+    library.cuLaunchKernelEx = ctypes.CDLL(None).labs
+    library.cuLaunchKernelEx.restype = None
+    return library
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -68,33 +60,42 @@ def seconds(work: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) / CALLS
 
 
-def both(x: Tensor, packed: backend.Packed) -> tuple[list[float], list[float]]:
-    """Seconds of rounds by Triton's way, and by `start`."""
-    ways: dict[Any, list[float]] = {by_triton: [], launch.start: []}
+def times(x: Tensor, packed: backend.Packed) -> list[list[float]]:
+    """Seconds of rounds by Triton's way, by `start`, and repeated."""
+    ways: dict[tuple[Any, Any], list[float]] = {
+        (by_triton, backend._apply): [],
+        (launch.start, backend._apply): [],
+        (launch.start, backend.apply): [],
+    }
     for _ in range(ROUNDS + 1):
-        for way, found in ways.items():
-            for module in MODULES[1:]:
-                module.start = way  # type: ignore[attr-defined]
-            found.append(seconds(lambda: backend.apply(x, packed)))
-    before, after = (found[1:] for found in ways.values())  # the first round compiles
-    return before, after
+        for (start, apply), found in ways.items():
+            for module in repeated.MODULES:
+                if hasattr(module, "start"):
+                    module.start = start
+            found.append(seconds(lambda apply=apply: apply(x, packed)))  # type: ignore[misc]
+    assert any(isinstance(program, recorded.Program) for program in recorded._programs.values())
+    return [found[1:] for found in ways.values()]  # the first round compiles and records
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pretend()
-    print("| experts | tokens | Triton's way, us | start, us | start / Triton's way |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("| experts | tokens | Triton's way, us | start, us | repeated, us | start / Triton's | repeated / Triton's |")
+    print("| --- |" + " ---: |" * 6)
     for kind, title in {"none": "none", "experts": "8 routed, one shared", "codes": "default recipe"}.items():
         for m, k, n in SIZES:
             group, linears = compiled.operands(kind, 8, "int", n, k, 0)
             packed = backend.pack(group, linears, torch.bfloat16)
-            before, after = both(torch.ones(m, k, dtype=torch.bfloat16), packed)
-            ratios = [a / b for a, b in zip(after, before, strict=True)]
-            low, *_, high = quantiles(ratios, n=10)
-            times = f"{median(before) * 1e6:.0f} | {median(after) * 1e6:.0f}"
-            print(f"| {title} | {m} | {times} | {median(ratios):.2f} ({low:.2f}-{high:.2f}) |", flush=True)
+            recorded._programs.clear()
+            before, *after = times(torch.ones(m, k, dtype=torch.bfloat16), packed)
+            cells = [f"{median(found) * 1e6:.0f}" for found in (before, *after)]
+            for found in after:
+                ratios = [a / b for a, b in zip(found, before, strict=True)]
+                low, *_, high = quantiles(ratios, n=10)
+                cells.append(f"{median(ratios):.2f} ({low:.2f}-{high:.2f})")
+            print(f"| {title} | {m} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with torch.inference_mode():
+        main()

@@ -40,7 +40,7 @@ def test_weight_only_groups(tmp_path: Path) -> None:
 
 
 WITHOUT_A_GPU = """
-import launch_times, gpu_copies, torch
+import launch_times, gpu_copies, gpu_rates, torch
 launch_times.ROUNDS, launch_times.CALLS, launch_times.SIZES = 2, 2, ((20, 256, 512),)
 launch_times.main()
 kernels = launch_times.compiled.compile_launches(90)
@@ -48,10 +48,15 @@ weights, tokens = [torch.zeros(2 * 512 * 64, dtype=torch.int8)], torch.zeros(20,
 for width in (64, 128):
     gpu_copies.copies(weights, tokens, 512, (128, 64), WIDTH=width, WEIGHTS=True, TOKENS=True)()
 print(len(kernels), "kernels that copy")
+for fp8, way in ((False, "unpacked"), (True, "unpacked"), (True, "shared")):
+    sums = torch.zeros(1, dtype=torch.float32 if fp8 else torch.int32)
+    tile = dict(FP8=fp8, ROWS=256, TOKENS=128, WAY=way)
+    gpu_rates.kernel[(132,)](tokens, tokens, sums, 2, num_warps=8, **tile)
+print(len(kernels) - 2, "that multiply")
 """
 
 
-def test_launches_are_timed_and_copies_compile_without_a_gpu() -> None:
+def test_launches_are_timed_and_copies_and_products_compile_without_a_gpu() -> None:
     """In a process of its own, whose driver is another one."""
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_A_GPU],
@@ -61,14 +66,13 @@ def test_launches_are_timed_and_copies_compile_without_a_gpu() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
-    assert len(lines) == 2 + 3 + 1 and lines[-1] == "2 kernels that copy"
+    assert len(lines) == 2 + 3 + 2 and lines[-2:] == ["2 kernels that copy", "3 that multiply"]
     for line in lines[2:5]:
-        before, after = (int(cell) for cell in line.split("|")[3:5])
-        assert before > 0 and after > 0
+        assert all(int(cell) > 0 for cell in line.split("|")[3:6])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("name", ["gpu_linear", "gpu_copies", "gpu_block"])
+@pytest.mark.parametrize("name", ["gpu_linear", "gpu_copies", "gpu_block", "gpu_rates"])
 def test_no_gpu_is_said_in_a_sentence(name: str) -> None:
     run = subprocess.run([sys.executable, str(FOLDER / f"{name}.py")], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("There is no NVIDIA GPU") and len(run.stderr.splitlines()) == 1
