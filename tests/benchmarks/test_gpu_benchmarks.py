@@ -38,6 +38,15 @@ def test_a_block(run: Callable[[str], list[dict[str, Any]]]) -> None:
     }, "what only the reference computes on this device is left out"
 
 
+def test_a_decoder_from_python(run: Callable[[str], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(import_module("gpu_eager"), "ROUNDS", 3)
+    rows = run("gpu_eager")
+    assert [row["kind"] for row in rows] == 2 * list(KINDS)
+    for row in rows:
+        assert 0 < row["bf16_over_this"]["p10"] <= row["bf16_over_this"]["median"] <= row["bf16_over_this"]["p90"]
+
+
 def test_constants_are_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_experts.kernels.gpu_weight_activation import alone_launch
 
