@@ -23,6 +23,7 @@ from random_blocks import (
     about,
     backend,
     command,
+    compile_ahead,
     options,
     random_block,
     served_kinds,
@@ -103,15 +104,19 @@ def main() -> None:
     arguments = options(__doc__ or "", DEFAULT_KINDS).parse_args()
     set_constants(arguments.set)
     device, dtype, config = arguments.device, torch.bfloat16, text_config("tiny" if arguments.tiny else MODEL)
+    settings = TINY_SETTINGS if arguments.tiny else SETTINGS
     kinds = served_kinds(arguments.kinds, device)
+    failed = compile_ahead([MODEL], [m * n for m, n, _ in settings.values()], kinds) if device.type == "cuda" else []
+    kinds = [kind for kind in kinds if kind not in failed]
     count = min(BLOCKS, config.num_hidden_layers)
     blocks = {kind: [random_block(config, i, kind, device, dtype) for i in range(count)] for kind in kinds}
     facts = about(command("gpu_eager"), device) | {"blocks": count, "rounds": ROUNDS}
     rows: list[dict[str, Any]] = []
-    for setting, sizes in (TINY_SETTINGS if arguments.tiny else SETTINGS).items():
+    for setting, sizes in settings.items():
         runs = {kind: work(blocks[kind], config, sizes, device, dtype) for kind in kinds}
         rows += measure(setting, runs, count, device)
-    write(arguments.out, "gpu_eager", facts, rows, table(rows), [])
+    problems = [f"{kind}: its kernels do not compile or run, see the error above." for kind in failed]
+    write(arguments.out, "gpu_eager", facts, rows, table(rows), problems)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ A program of its own, as it has another driver, and kernels must not be interpre
 import ctypes
 import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +140,7 @@ def names(x: Tensor, packed: Any) -> dict[int, str]:
     """Of tensors that a call is given."""
     own = recorded.operands(packed)
     assert own is not None
-    return {x.data_ptr(): "x"} | {address: f"own {i}" for i, address in enumerate(own.addresses)}
+    return {x.data_ptr(): "x"} | {tensor.data_ptr(): f"own {i}" for i, tensor in enumerate(own.tensors)}
 
 
 CASES: tuple[tuple[Any, int, Any, int, int, tuple[int, ...], tuple[str, ...]], ...] = (
@@ -172,7 +174,8 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
             assert isinstance(made, int), name
             continue
         assert isinstance(made, recorded.Program), name
-        for given, packed in ((x, first), (other, second), (x, second), (other, first)):
+        copied = deepcopy(first)
+        for given, packed in ((x, first), (other, second), (x, copied), (x, second), (other, first)):
             driver.launches.clear()
             y = backend.apply(given, packed)
             found = without_addresses(driver.launches, names(given, packed) | {y.data_ptr(): "y"})
@@ -211,11 +214,12 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
         calls.append(len(x))
         return triton_backend._apply(x + 1, packed)
 
-    own = recorded.operands((packed, "other"))
-    assert own is not None and own.number != packed.operands.number
     for _ in range(5):
-        recorded.run(other, aligned, packed, own)
+        recorded.run(other, aligned, packed, packed.operands._replace(number=-1))
     assert len(calls) == 5
+    scale = packed.linear.scale
+    for unfit in (scale[1:], scale[::2], packed.linear.weight.view(-1)[: scale.numel()], [scale]):
+        assert recorded.operands(replace(packed, linear=replace(packed.linear, bias=unfit))) is None
 
 
 def check_limits() -> None:

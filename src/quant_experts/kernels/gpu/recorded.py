@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ ATTEMPTS = 3
 ALIGNED = 256
 """Bytes to a multiple of which whatever is allocated in a call begins, in the one tensor that takes its place."""
 MAP_BYTES, MAP_ALIGNED, MAPS_KEPT = 128, 64, 1024
-"""Of a tensor map, with which the copy engine reads boxes: its size and alignment; and how many an argument keeps."""
+"""Of a tensor map, with which the copy engine reads boxes: its size and alignment; and how many are kept of boxes that
+differ in addresses alone."""
 FIXED, INPUT, OUTPUT, WORK, OWN = range(5)
 """Where an address comes from: from nowhere, and the first of a group's own tensors."""
 
@@ -76,9 +78,8 @@ class Operands(NamedTuple):
 
     number: int
     """Of its kind: equal for groups that differ in addresses alone."""
-    addresses: tuple[int, ...]
-    sizes: tuple[int, ...]
-    """Bytes of each."""
+    tensors: tuple[Tensor, ...]
+    """Not their addresses: copies of a group have others."""
 
 
 _numbers: dict[Hashable, int] = {}
@@ -101,9 +102,11 @@ def operands(packed: Any) -> Operands | None:
         number = _numbers.setdefault(described(packed), len(_numbers))
     except TypeError:
         return None
-    if not all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors):
+    addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    apart = len(set(addresses)) == len(addresses)  # an address must say which tensor it is
+    if not apart or any(address % 16 for address in addresses) or not all(t.is_contiguous() for t in tensors):
         return None
-    return Operands(number, tuple(t.data_ptr() for t in tensors), tuple(t.nbytes for t in tensors))
+    return Operands(number, tuple(tensors))
 
 
 _programs: dict[Hashable, Program | int] = {}
@@ -120,7 +123,7 @@ def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any, own: Oper
     if x.data_ptr() % 16:
         return work(x, packed)
     if isinstance(program, Program):
-        y = program.repeat(x, own.addresses)
+        y = program.repeat(x, own.tensors)
         return work(x, packed) if y is None else y
     if program >= ATTEMPTS:
         return work(x, packed)
@@ -161,6 +164,14 @@ class _Place(NamedTuple):
     offset: int
 
 
+class _Known(dict[int, bytes]):
+    """Tensor maps by address, of boxes that are equal otherwise. Programs share them."""
+
+
+_known: WeakValueDictionary[tuple[Any, ...], _Known] = WeakValueDictionary()
+"""By all else that `encoded` takes."""
+
+
 @dataclass(frozen=True)
 class _Map:
     """Where a tensor map stands, and what it maps but for the address."""
@@ -170,12 +181,15 @@ class _Map:
     offset: int
     boxes: tuple[Any, ...]
     """Arguments of `encoded`"""
-    known: dict[int, bytes]
-    """Maps by address"""
+    known: _Known
 
 
 class _UnexplainedError(Exception):
     """A launch is given something that cannot be repeated."""
+
+
+_turn = Lock()
+"""Threads take turns: a call writes its addresses into a program, and its launches follow one another."""
 
 
 class Program:
@@ -183,8 +197,6 @@ class Program:
 
     def __init__(self, y: Tensor, work_bytes: int, argument_bytes: int) -> None:
         self.shape, self.dtype, self.device, self.work_bytes = y.shape, y.dtype, y.device, work_bytes
-        self.lock = Lock()
-        """Of what a call writes: threads take turns."""
         self.places: list[_Place] = []
         self.maps: list[_Map] = []
         self.launches: list[tuple[_Config, Any, Any, Any]] = []
@@ -200,14 +212,14 @@ class Program:
         """Arguments of all launches"""
         self.words = self.bytes.cast("Q")
 
-    def repeat(self, x: Tensor, own: tuple[int, ...]) -> Tensor | None:
+    def repeat(self, x: Tensor, own: tuple[Tensor, ...]) -> Tensor | None:
         """The output for x and a group's tensors; None where this thread has not used the GPU yet."""
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         work = torch.empty(self.work_bytes, dtype=torch.uint8, device=self.device)
-        addresses = (0, x.data_ptr(), y.data_ptr(), work.data_ptr(), *own)
+        addresses = [0, *[tensor.data_ptr() for tensor in (x, y, work, *own)]]
         stream, call = launch.current_stream(self.device), driver().cuLaunchKernelEx
         words = self.words
-        with self.lock:
+        with _turn:
             for word, source, offset in self.places:
                 words[word] = addresses[source] + offset
             for box in self.maps:
@@ -244,9 +256,7 @@ def program_of(
         return None
     between = [t for t in allocated if t.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()]
     sources = [(x.data_ptr(), x.nbytes, INPUT, 0), (y.data_ptr(), y.nbytes, OUTPUT, 0)]
-    sources += [
-        (address, size, OWN + i, 0) for i, (address, size) in enumerate(zip(own.addresses, own.sizes, strict=True))
-    ]
+    sources += [(tensor.data_ptr(), tensor.nbytes, OWN + i, 0) for i, tensor in enumerate(own.tensors)]
     sources += [(tensor.data_ptr(), tensor.nbytes, FIXED, tensor.data_ptr()) for tensor in launch.workspaces(x.device)]
     work_bytes = 0
     for tensor in between:
@@ -338,7 +348,8 @@ def _write(program: Program, argument: _Argument, start: int, source_of: Callabl
     value = argument.value
     if isinstance(value, Boxes):
         source, offset = source_of(value.base.data_ptr())
-        program.maps.append(_Map(start, source, offset, boxes_of(value), {}))
+        boxes = boxes_of(value)
+        program.maps.append(_Map(start, source, offset, boxes, _known.setdefault(boxes, _Known())))
     elif isinstance(value, int):
         source, offset = (FIXED, 0) if not value else source_of(value)
         if source == FIXED:
