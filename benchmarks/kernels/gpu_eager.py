@@ -115,6 +115,7 @@ def main() -> None:
     for setting, sizes in settings.items():
         runs = {kind: work(blocks[kind], config, sizes, device, dtype) for kind in kinds}
         rows += measure(setting, runs, count, device)
+        write(arguments.out, "gpu_eager", facts, rows, table(rows), [])  # a later setting may fail
     problems = [f"{kind}: its kernels do not compile or run, see the error above." for kind in failed]
     write(arguments.out, "gpu_eager", facts, rows, table(rows), problems)
 

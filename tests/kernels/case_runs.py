@@ -75,8 +75,14 @@ def check_a_stacked_model(backend: str, scheme: str, device: str, tolerance: flo
             assert all(torch.equal(value, stored[key]) for key, value in quantized.state_dict().items())
             quantized.load_state_dict(stored)
             assert torch.equal(quantized(x), y)
+            linears[0].group.backend = None
+            assert torch.equal(quantized(x), y), "laid out anew where another backend is asked for"
             quantized.half().float()
             assert all(linear.weight_codes is not None for linear in linears), "a move needs the codes back"
             assert quantized(x).shape == y.shape
+            y = quantized(x)
         finally:
             modules.select = select
+        linears[0].group.backend = "reference"
+        assert ((quantized(x) - y).norm(dim=-1) <= tolerance * y.norm(dim=-1)).all()
+        assert all(linear.weight_codes is not None for linear in linears), "another backend needs the codes back"

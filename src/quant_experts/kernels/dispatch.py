@@ -78,14 +78,15 @@ def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(operation)
     def isolated(*args: P.args, **kwargs: P.kwargs) -> T:
-        on = next((a.device for a in args if isinstance(a, Tensor)), None)
+        on = args[0].device if args and isinstance(args[0], Tensor) else None
         elsewhere = on is not None and on.type == "cuda" and on.index != torch.cuda.current_device()
-        autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if not (elsewhere or autocast or torch.is_grad_enabled()):  # entering contexts takes as long as a launch
             return operation(*args, **kwargs)
         with torch.no_grad(), ExitStack() as stack:
-            for device in autocast:
-                stack.enter_context(torch.autocast(device, enabled=False))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             if elsewhere:
                 stack.enter_context(torch.cuda.device(on))
             return operation(*args, **kwargs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,7 +22,7 @@ from quant_experts.checkpoint.packing import pack, unpack
 from quant_experts.checkpoint.schema import GROUP_CHILD, GroupSpec, TensorSpecs, group_tensors, linear_tensors
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels.dispatch import Backend, select
+from quant_experts.kernels.dispatch import Backend, Layout, select
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 FACTOR_TENSORS = {
@@ -42,6 +42,24 @@ def _factor(module: nn.Module, name: str) -> Factor | None:
     """An expert's factor from a module's buffers."""
     values = module._buffers[name]
     return None if values is None else Factor(values, module._buffers[f"{name}_scale"])
+
+
+class _Stack(NamedTuple):
+    """A group's tensors and its stacked weights, as a backend lays them out that wants that."""
+
+    packed: Any
+    layout: Layout
+    forced: str | None
+    """`InputGroup.backend` then."""
+    device: str
+    """Type of the device."""
+    dtype: torch.dtype
+    """Of the input that they were laid out for."""
+
+    def serves(self, x: Tensor, forced: str | None) -> bool:
+        """Whether they fit an input, still: float32 wants more bits than a layout for other types keeps."""
+        wider = x.dtype == torch.float32 and self.dtype != torch.float32
+        return not wider and self.device == x.device.type and self.forced == forced
 
 
 class InputGroup(nn.Module):
@@ -66,10 +84,7 @@ class InputGroup(nn.Module):
         """(input, its version, outputs that linears have yet to take, by their place in the group), in a list, because
         setting an attribute of a module takes long."""
         self._linears: list[QuantizedLinear] = []
-        self._stack: Any = None
-        """The group's tensors and its stacked weights as the backend lays them out, where it wants that."""
-        self._stacked_for = torch.float32
-        """The dtype of the input that they were laid out for."""
+        self._stack: _Stack | None = None
         self._register_number()
 
     def _register_number(self) -> None:
@@ -122,20 +137,21 @@ class InputGroup(nn.Module):
     def outputs(self, x: Tensor) -> list[Tensor]:
         """x (..., K) -> in x's dtype one tensor (..., N) for each linear, or one for all of them side by side where the
         backend stacks their weights."""
-        backend, flat = self.select_backend(x.device), x.reshape(-1, self.in_features)
-        if backend.layout is None:
-            prepared = backend.prepare(flat, self.operands())
-            parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
-        else:
-            if x.dtype == torch.float32 and self._stacked_for != torch.float32:
-                self.unstack()  # laid out for a type of fewer bits
-            if self._stack is None:
-                linears = [linear.operands() for linear in self._linears]
-                self._stack, self._stacked_for = backend.layout.pack(self.operands(), linears, x.dtype), x.dtype
-                for linear in self._linears:  # the layout holds them in fewer bytes
-                    linear.weight_codes = None
-            parts = [backend.layout.apply(flat, self._stack)]
-        return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in parts]
+        flat, stack = x.reshape(-1, self.in_features), self._stack
+        if stack is None or not stack.serves(x, self.backend):
+            self.unstack()
+            backend = self.select_backend(x.device)
+            if backend.layout is None:
+                prepared = backend.prepare(flat, self.operands())
+                parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
+                return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in parts]
+            linears = [linear.operands() for linear in self._linears]
+            packed = backend.layout.pack(self.operands(), linears, x.dtype)
+            self._stack = stack = _Stack(packed, backend.layout, self.backend, x.device.type, x.dtype)
+            for linear in self._linears:  # the layout holds them in fewer bytes
+                linear.weight_codes = None
+        y = stack.layout.apply(flat, stack.packed)
+        return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])]
 
     def unstack(self) -> None:
         """Give the linears their codes back, before they move, are saved or run on another backend."""
@@ -146,10 +162,10 @@ class InputGroup(nn.Module):
 
     def stacked_codes(self, linear: QuantizedLinear) -> Tensor:
         """A linear's codes (N, K) int8 out of the backend's layout."""
-        layout = self.select_backend(linear.weight_scale.device).layout
-        assert layout is not None and self._stack is not None
+        assert self._stack is not None
         start = sum(self.widths()[: linear.place])
-        return layout.codes(self._stack, slice(start, start + linear.out_features), self.in_features)
+        rows = slice(start, start + linear.out_features)
+        return self._stack.layout.codes(self._stack.packed, rows, self.in_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> InputGroup:
         self.unstack()
