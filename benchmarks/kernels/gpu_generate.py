@@ -176,7 +176,7 @@ def run_graph(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int)
 def run_eager(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int) -> dict[str, Any]:
     """Seconds of plain `generate`, and the answer."""
     length, times = inputs["input_ids"].shape[1], []
-    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # loads kernels for all lengths of the cache
     for _ in range(runs):
         start = synchronize(model.device)
         tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
