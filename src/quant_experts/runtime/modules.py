@@ -62,6 +62,12 @@ class _Stack(NamedTuple):
         return not wider and self.device == x.device.type and self.forced == forced
 
 
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) as the output for x (..., K), in x's dtype. Raises `RuntimeError` if x has another width."""
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
 class InputGroup(nn.Module):
     """What the linears of one group share: smoothing, expert down factors and the router."""
 
@@ -125,8 +131,10 @@ class InputGroup(nn.Module):
         if last is None or last[0] is not x or last[1] != version or place not in last[2]:
             # No gradient goes through rounding: traced outputs are constants, like those of a group that runs eagerly.
             parts = [group_outputs(x.detach(), self.number)] if tracing else self.outputs(x)
-            if len(parts) < len(self._linears):
-                parts = list(parts[0].split(self.widths(), dim=-1))
+            if len(self._linears) == 1:
+                return parts[0]
+            if len(parts) == 1:
+                parts = list(parts[0].split_with_sizes(self.widths(), -1))
             last = (x, version, dict(enumerate(parts)))
         y = last[2].pop(place)
         # Dropped after the last linear's use, so that no activation outlives its layer.
@@ -144,14 +152,13 @@ class InputGroup(nn.Module):
             if backend.layout is None:
                 prepared = backend.prepare(flat, self.operands())
                 parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
-                return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in parts]
+                return [_shaped(y, x) for y in parts]
             linears = [linear.operands() for linear in self._linears]
             packed = backend.layout.pack(self.operands(), linears, x.dtype)
             self._stack = stack = _Stack(packed, backend.layout, self.backend, x.device.type, x.dtype)
             for linear in self._linears:  # the layout holds them in fewer bytes
                 linear.weight_codes = None
-        y = stack.layout.apply(flat, stack.packed)
-        return [y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])]
+        return [_shaped(stack.layout.apply(flat, stack.packed), x)]
 
     def unstack(self) -> None:
         """Give the linears their codes back, before they move, are saved or run on another backend."""
@@ -294,8 +301,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = base product + shared expert + routed expert + bias."""
-        y: Tensor = self.group(x, self.place)
-        return y
+        return self.group.forward(x, self.place)  # a part of this module: hooks are called once, for this one
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
