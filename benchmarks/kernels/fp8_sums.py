@@ -4,8 +4,9 @@
 
 prints a table of errors of random layers with 4-bit weights, each the norm of a token's output error over that of its
 output, mean and largest over tokens: of rounding the activations; of the sums, by a model of the units (32 products
-and the sum so far are cut 13 bits behind the largest one's first, then added), alone and as the kernels use them, with
-float32 sums over every TOGETHER channels; and, on a GPU, of the kernels' sums themselves.
+and the sum so far are cut 13 bits behind the largest one's first, then added), alone, as the kernels leave them up to
+FP8_CHANNELS channels in tiles of 256 rows, and with float32 sums over every TOGETHER channels, as in other tiles; and,
+on a GPU, of the kernels' sums themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+from quant_experts.kernels.gpu_weight_activation.hopper_launch import FP8_CHANNELS
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import FP8_STEPS
 from quant_experts.kernels.gpu_weight_activation.layout import BLOCK
 from quant_experts.kernels.operands import GroupOperands, LinearOperands
@@ -87,7 +89,7 @@ def main() -> None:
     heads = ["input channels", "outlier", "rounding of activations, %", "the units alone, %", "with float32 sums, %"]
     heads += ["measured, %"] if torch.cuda.is_available() else []
     print(f"| {' | '.join(heads)} |\n{'| ---: ' * len(heads)}|")
-    for k in (3584, 18944):
+    for k in (3584, FP8_CHANNELS, 18944):
         for outlier in (1.0, 1000.0):
             print(row(k, outlier), flush=True)
 

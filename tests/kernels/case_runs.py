@@ -2,6 +2,7 @@
 a GPU. A module of cases lists functions in `CASES` and, run as a program, prints each one's name when it has passed."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def check_a_stacked_model(backend: str, scheme: str, device: str, tolerance: flo
             assert all(torch.equal(value, stored[key]) for key, value in quantized.state_dict().items())
             quantized.load_state_dict(stored)
             assert torch.equal(quantized(x), y)
+            assert torch.equal(pickle.loads(pickle.dumps(quantized))(x), y)
             linears[0].group.backend = None
             assert torch.equal(quantized(x), y), "laid out anew where another backend is asked for"
             quantized.half().float()

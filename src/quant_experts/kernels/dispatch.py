@@ -102,6 +102,11 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
+def layout_of(name: str) -> Layout:
+    """How the backend of that name lays tensors out. Raises `StopIteration` if it does not, or there is none."""
+    return next(b.layout for b in BACKENDS if b.name == name and b.layout is not None)
+
+
 def select(
     device: str,
     activation_bits: int,

@@ -22,7 +22,7 @@ from quant_experts.checkpoint.packing import pack, unpack
 from quant_experts.checkpoint.schema import GROUP_CHILD, GroupSpec, TensorSpecs, group_tensors, linear_tensors
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels.dispatch import Backend, Layout, select
+from quant_experts.kernels.dispatch import Backend, Layout, layout_of, select
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 FACTOR_TENSORS = {
@@ -48,7 +48,7 @@ class _Stack(NamedTuple):
     """A group's tensors and its stacked weights, as a backend lays them out that wants that."""
 
     packed: Any
-    layout: Layout
+    backend: str
     forced: str | None
     """`InputGroup.backend` then."""
     device: str
@@ -61,6 +61,10 @@ class _Stack(NamedTuple):
         wider = x.dtype == torch.float32 and self.dtype != torch.float32
         return not wider and self.device == x.device.type and self.forced == forced
 
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.backend)
+
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """y (M, N) as the output for x (..., K), in x's dtype. Raises `RuntimeError` if x has another width."""
@@ -69,7 +73,8 @@ def _shaped(y: Tensor, x: Tensor) -> Tensor:
 
 
 class InputGroup(nn.Module):
-    """What the linears of one group share: smoothing, expert down factors and the router."""
+    """What the linears of one group share: smoothing, expert down factors and the router. Linears call `forward`
+    itself, so that hooks of `torch.nn` on a group are not called, those on linears are."""
 
     smooth_scale: Tensor | None
     router_weight: Tensor | None
@@ -155,7 +160,7 @@ class InputGroup(nn.Module):
                 return [_shaped(y, x) for y in parts]
             linears = [linear.operands() for linear in self._linears]
             packed = backend.layout.pack(self.operands(), linears, x.dtype)
-            self._stack = stack = _Stack(packed, backend.layout, self.backend, x.device.type, x.dtype)
+            self._stack = stack = _Stack(packed, backend.name, self.backend, x.device.type, x.dtype)
             for linear in self._linears:  # the layout holds them in fewer bytes
                 linear.weight_codes = None
         return [_shaped(stack.layout.apply(flat, stack.packed), x)]

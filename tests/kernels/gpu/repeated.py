@@ -6,6 +6,7 @@ A program of its own, as it has another driver, and kernels must not be interpre
 """
 
 import ctypes
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -168,24 +169,57 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
         x, other = (torch.ones(m, k, dtype=torch.bfloat16) for _ in range(2))
         for _ in range(2):  # the first one makes workspaces
             backend.apply(x, first)
-        made = recorded._programs.get((first.operands.number, m, x.dtype, x.device))
+        made = program(x, first)
         in_memory = backend is weight_only_backend and m >= 512  # PyTorch multiplies there
         if in_memory:
             assert isinstance(made, int), name
             continue
         assert isinstance(made, recorded.Program), name
-        copied = deepcopy(first)
-        for given, packed in ((x, first), (other, second), (x, copied), (x, second), (other, first)):
-            driver.launches.clear()
-            y = backend.apply(given, packed)
-            found = without_addresses(driver.launches, names(given, packed) | {y.data_ptr(): "y"})
-            driver.launches.clear()
-            with recorded._Allocations():  # which keeps what is allocated, so that addresses differ
-                y = backend._apply(given, packed)
-            expected = without_addresses(driver.launches, names(given, packed) | {y.data_ptr(): "y"})
-            assert found == expected and found, name
-        assert y.shape == backend.apply(x, first).shape
+        copies = deepcopy(first), pickle.loads(pickle.dumps(first))
+        assert not any("operands" in vars(copied) for copied in copies), "their number is of one process"
+        for given, packed in ((x, first), (other, second), *((x, copied) for copied in copies), (other, first)):
+            compare(driver, backend, given, packed, name)
     assert len(cuda.maps) > 10
+
+
+def program(x: Tensor, packed: Any) -> Any:
+    """What is kept for such a call."""
+    return recorded._programs.get((packed.operands.number, x.shape, x.dtype, x.device))
+
+
+def compare(driver: WritesDown, backend: Any, x: Tensor, packed: Any, name: str) -> None:
+    """A repeated call with one that is not, and with what that allocates."""
+    driver.launches.clear()
+    y = backend.apply(x, packed)
+    found = without_addresses(driver.launches, names(x, packed) | {y.data_ptr(): "y"})
+    driver.launches.clear()
+    with recorded._Allocations() as allocations:  # keeps what is allocated, so that addresses differ
+        expected_y = backend._apply(x, packed)
+    expected = without_addresses(driver.launches, names(x, packed) | {expected_y.data_ptr(): "y"})
+    assert found == expected and found, name
+    assert y.shape == expected_y.shape and y.dtype == expected_y.dtype
+    kept, end, starts = program(x, packed), 0, list[int]()
+    for tensor in allocations.found:
+        if tensor.data_ptr() != expected_y.data_ptr():
+            starts.append(end)
+            end += -(-tensor.nbytes // recorded.ALIGNED) * recorded.ALIGNED
+    assert kept.work_bytes == end, name
+    used = {place.offset for place in (*kept.places, *kept.maps) if place.source == recorded.WORK}
+    assert used <= set(starts), f"{name}: nothing of ours begins inside of what was allocated"
+
+
+def check_channels(driver: WritesDown) -> None:
+    """Layouts that differ in input channels alone, which padding hides, are told apart."""
+    for backend, bits in ((triton_backend, 8), (weight_only_backend, 16)):
+        for m in (1, 4, 100):
+            for k in (256, 200, 204):
+                group, linears = operands("none", bits, "int", OUTPUTS, k, -8)
+                linears = [replace(one, scale=one.scale[:, :1].contiguous(), group_size=None) for one in linears]
+                packed = backend.pack(replace(group, smooth_scale=None), linears, torch.bfloat16)
+                x = torch.ones(m, k, dtype=torch.bfloat16)
+                for _ in range(3):
+                    backend.apply(x, packed)
+                compare(driver, backend, x, packed, f"{backend.__name__}, {m} tokens, {k} channels")
 
 
 def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
@@ -214,9 +248,18 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
         calls.append(len(x))
         return triton_backend._apply(x + 1, packed)
 
+    recorded._programs.clear()
     for _ in range(5):
-        recorded.run(other, aligned, packed, packed.operands._replace(number=-1))
+        recorded.run(other, aligned, packed)
     assert len(calls) == 5
+    for mode in (torch.no_grad, torch.inference_mode):  # which shows copies as the views that they might be
+        for work, computes in (
+            (lambda: aligned[:, :64].view(torch.int16).T, False), (lambda: aligned.float(), True),
+            (lambda: aligned.T.contiguous(), True), (lambda: aligned.T.reshape(-1), True),
+        ):  # fmt: skip
+            with mode(), recorded._Allocations() as seen:
+                work()
+            assert seen.others == computes
     scale = packed.linear.scale
     for unfit in (scale[1:], scale[::2], packed.linear.weight.view(-1)[: scale.numel()], [scale]):
         assert recorded.operands(replace(packed, linear=replace(packed.linear, bias=unfit))) is None
@@ -230,7 +273,7 @@ def check_limits() -> None:
     for m in range(20, 50):
         triton_backend.apply(torch.ones(m, 256, dtype=torch.bfloat16), packed)
         assert len(recorded._programs) <= 10
-        assert any(m in key for key in recorded._programs)  # type: ignore[operator]
+        assert any((m, 256) in key for key in recorded._programs)  # type: ignore[operator]
 
 
 def pretend() -> tuple[WritesDown, Cuda]:
@@ -261,7 +304,9 @@ def pretend() -> tuple[WritesDown, Cuda]:
 
 def main() -> None:
     driver, cuda = pretend()
-    check(driver, cuda)
+    with torch.inference_mode():
+        check(driver, cuda)
+    check_channels(driver)
     check_refusals(driver, cuda)
     check_limits()
 

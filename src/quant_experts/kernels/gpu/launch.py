@@ -166,7 +166,7 @@ def _keep(key: Any, kernel: Any, compiled: Any, given: int, constants: dict[str,
         return None
     if len(_loaded) >= KEPT:
         for old in list(_loaded)[: KEPT // 2]:
-            del _loaded[old]
+            _loaded.pop(old, None)
     values = tuple(constants.get(param.name, param.default) for param in rest)
     _loaded[key] = _Loaded(kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata, values)
     return _loaded[key]

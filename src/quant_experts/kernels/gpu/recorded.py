@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import count
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.gpu import launch
+from quant_experts.kernels.gpu.caching import CopiedByFields
 from quant_experts.kernels.gpu.launch import Boxes
 
 KEPT = 2048
@@ -82,7 +84,16 @@ class Operands(NamedTuple):
     """Not their addresses: copies of a group have others."""
 
 
+class Repeatable(CopiedByFields):
+    """A base of dataclasses that hold all that a call reads beside its input."""
+
+    @cached_property
+    def operands(self) -> Operands | None:
+        return operands(self)
+
+
 _numbers: dict[Hashable, int] = {}
+_next_number = count()
 
 
 def operands(packed: Any) -> Operands | None:
@@ -99,7 +110,7 @@ def operands(packed: Any) -> Operands | None:
         return type(value), value
 
     try:
-        number = _numbers.setdefault(described(packed), len(_numbers))
+        number = _numbers.setdefault(described(packed), next(_next_number))
     except TypeError:
         return None
     addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
@@ -110,15 +121,16 @@ def operands(packed: Any) -> Operands | None:
 
 
 _programs: dict[Hashable, Program | int] = {}
-"""By kind of group, tokens and type; or how often that was noted in vain."""
+"""By kind of group, shape of the input, type and device; or how often that was noted in vain."""
 
 
-def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any, own: Operands | None) -> Tensor:
-    """work(x, packed), by its recorded launches where there are such. x (M, K); own: `operands` of packed."""
+def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
+    """work(x, packed), by its recorded launches where there are such. x (M, K)."""
+    own = packed.operands
     if own is None or not x.numel() or not launch.repeatable(x.device) or driver() is None:
         return work(x, packed)
     x = x.contiguous()
-    key = (own.number, len(x), x.dtype, x.device)
+    key = (own.number, x.shape, x.dtype, x.device)  # a layout knows its input channels only up to padding
     program = _programs.get(key, 0)
     if x.data_ptr() % 16:
         return work(x, packed)
@@ -132,13 +144,14 @@ def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any, own: Oper
     made = None if allocations.others else program_of(launches, x, y, own, allocations.found)
     if len(_programs) >= KEPT:
         for old in list(_programs)[: KEPT // 2]:
-            del _programs[old]
+            _programs.pop(old, None)
     _programs[key] = program + 1 if made is None else made
     return y
 
 
 class _Allocations(TorchDispatchMode):
-    """Watches what PyTorch does in a call: tensors allocated and not written, views, or others."""
+    """Watches what PyTorch does in a call: tensors allocated and not written, views, or others. What is a view by its
+    declaration may have copied (`to`, `contiguous`), which in inference mode is all that is seen of it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -150,9 +163,16 @@ class _Allocations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
             self.found.append(result)
-        elif not function.is_view:
+        elif not (function.is_view and _shares_memory(result, args)):
             self.others = True
         return result
+
+
+def _shares_memory(result: Any, args: tuple[Any, ...]) -> bool:
+    first = args[0] if args else None
+    if not (isinstance(result, Tensor) and isinstance(first, Tensor)):
+        return False
+    return result.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
 
 
 class _Place(NamedTuple):
@@ -188,8 +208,9 @@ class _UnexplainedError(Exception):
     """A launch is given something that cannot be repeated."""
 
 
-_turn = Lock()
-"""Threads take turns: a call writes its addresses into a program, and its launches follow one another."""
+_turns: dict[torch.device, Lock] = {}
+"""Threads that use one GPU take turns: a call writes its addresses into a program, and its launches follow one another.
+Not those of several GPUs: a launch waits where a GPU has enough to do, perhaps for what another thread would start."""
 
 
 class Program:
@@ -204,6 +225,7 @@ class Program:
         self.compiled: list[Any] = []
         """Kernels, which stay loaded."""
         self.stream = 0
+        self.turn = _turns.setdefault(y.device, Lock())
         memory = bytearray(argument_bytes + 2 * MAP_ALIGNED)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         shift = -self.address % MAP_ALIGNED
@@ -219,7 +241,7 @@ class Program:
         addresses = [0, *[tensor.data_ptr() for tensor in (x, y, work, *own)]]
         stream, call = launch.current_stream(self.device), driver().cuLaunchKernelEx
         words = self.words
-        with _turn:
+        with self.turn:
             for word, source, offset in self.places:
                 words[word] = addresses[source] + offset
             for box in self.maps:
@@ -227,6 +249,7 @@ class Program:
                 found = box.known.get(address) or _new_map(box, address)
                 self.bytes[box.byte : box.byte + MAP_BYTES] = found
             if stream != self.stream:
+                self.stream = -1  # of all launches, once the loop has ended
                 for config, *_ in self.launches:
                     config.stream = stream
                 self.stream = stream

@@ -31,7 +31,8 @@ LEAST_ROWS = 32
 
 
 FP8_CHANNELS = 4096
-"""Input channels whose fp8 sums may be left to the matrix units altogether, where tiles have 256 rows."""
+"""Input channels, at most, whose fp8 sums are left to the matrix units altogether. Tiles of 256 rows do so: a second
+set of sums would not fit registers."""
 STEP_MICROSECONDS = {(256, 128): 0.64, (256, 64): 0.40, (128, 128): 0.34, (128, 64): 0.21, (128, 32): 0.20}
 """Of a step of 128 channels, by rows and tokens of a tile, where no multiprocessor has more than one."""
 BUSY = {256: 1.16, 128: 1.13}
@@ -65,9 +66,7 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
-    most = (
-        128 if flags.get("FP8") and k > FP8_CHANNELS else 256
-    )  # two sets of larger tiles' sums would not fit registers
+    most = 128 if flags.get("FP8") and k > FP8_CHANNELS else 256
     fitting = [choice for choice in choices(m, n, count) if choice[0] <= most]
     return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
 
@@ -87,7 +86,8 @@ def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
 def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
     """A tile's `Config`, with what is decided elsewhere."""
     stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
-    return Config(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares, **fixed)
+    chosen: dict[str, Any] = dict(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares)
+    return Config(**chosen, UNITS=rows == 256, **fixed)
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Boxes:
@@ -116,6 +116,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
     count = programs(device)
     c = chosen or config(m, n, k, factors, rank, count, **flags)
+    assert not (fp8 and c.UNITS.value) or k <= FP8_CHANNELS, "the matrix units would lose too much of such long sums"
     bn, bm = c.BN.value, c.BM.value
     weight_rows, up_rows = weight_descriptors(layout, bn)
     token_rows = descriptor(tokens.codes, bm, BLOCK)

@@ -7,7 +7,8 @@ or two waves of tiles are cut into equal shares of steps (stream-K): the program
 the other shares, always in the same order. Expert factors pass through the same ring as further steps.
 
 int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of FP8_STEPS
-steps are added up in float32 outside.
+steps are added up in float32 outside, or where tiles have no registers for that, inputs are short and all is left to
+the units.
 
 Layouts are those of `layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
 figures are in docs/performance.md.
@@ -39,7 +40,7 @@ from quant_experts.kernels.gpu_weight_activation.hopper_work import (
 )
 
 FP8_STEPS = gl.constexpr(16)
-"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units."""
+"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units, unless all are."""
 Constant = Any
 """An int or a bool, wrapped as the compiler wants it."""
 
@@ -65,6 +66,8 @@ class Config:
     """Whether tokens were sorted by expert, so that rows of y must be put back."""
     FP8: Constant = False
     """Whether tokens are e4m3 numbers and weights zigzag codes."""
+    UNITS: Constant = False
+    """Whether the matrix units add up fp8 products of all channels."""
     PAIRS: Constant = False
     """Whether ring steps are multiplied two at a time."""
     REGISTERS: Constant = 232
@@ -220,10 +223,10 @@ def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: g
 @gluon.jit
 def multiply_fp8(i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl.constexpr):
     """As `multiply`, of fp8 codes, from zero: of each FP8_STEPS ring steps the matrix units keep 14 bits of a sum, and
-    those sums are added up in float32."""
+    those sums are added up in float32, unless all are left to the units."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
     total = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
-    if C.BN == 256:
+    if C.UNITS:
         total, i = multiply(total, i, count, w_ring, x_ring, ready, empty, WG, C)
     else:
         for first in range(0, count, FP8_STEPS):

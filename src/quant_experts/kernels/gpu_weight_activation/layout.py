@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
+from quant_experts.kernels.gpu.caching import CopiedByFields
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE, ROTATIONS, headroom_of, stack_factors
 from quant_experts.kernels.gpu.launch import INTERPRETED
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
@@ -59,7 +60,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GroupLayout:
+class GroupLayout(CopiedByFields):
     """`GroupOperands` on the GPU."""
 
     activation_bits: int
@@ -112,7 +113,7 @@ class GroupLayout:
 
 
 @dataclass(frozen=True)
-class LinearLayout:
+class LinearLayout(CopiedByFields):
     """`LinearOperands` on the GPU, of one linear or of all linears of a group stacked."""
 
     weight: Tensor

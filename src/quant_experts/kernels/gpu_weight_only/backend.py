@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -87,16 +87,11 @@ def fits(weights: tuple[int, int | None, bool]) -> bool:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(recorded.Repeatable):
     """A group and its linears, stacked."""
 
     group: GroupLayout
     linear: LinearLayout
-
-    @cached_property
-    def operands(self) -> recorded.Operands | None:
-        """What launches read of it."""
-        return recorded.operands(self)
 
 
 def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtype = torch.float32) -> Packed:
@@ -108,7 +103,7 @@ def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtyp
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
     """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
-    return recorded.run(_apply, x, packed, packed.operands)
+    return recorded.run(_apply, x, packed)
 
 
 def _apply(x: Tensor, packed: Packed) -> Tensor:
