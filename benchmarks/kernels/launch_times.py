@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_experts.kernels.gpu import launch, recorded
+from quant_experts.kernels.gpu import cuda, launch, recorded
 from quant_experts.kernels.gpu_weight_activation import backend
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels" / "gpu"))
@@ -46,7 +46,7 @@ def pretend() -> Any:
     that stands for its driver, which calls a function of C to launch."""
     driver, _ = repeated.pretend()
     driver.launcher_cls = lambda source, metadata: lambda *given: None
-    library = recorded.driver()
+    library = cuda.driver()
     library.cuLaunchKernelEx = ctypes.CDLL(None).labs
     library.cuLaunchKernelEx.restype = None
     return library

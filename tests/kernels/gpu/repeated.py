@@ -21,6 +21,7 @@ from compiled import NoGpu, gpu, operands
 from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
+from quant_experts.kernels.gpu import cuda as cuda_driver
 from quant_experts.kernels.gpu import hopper_tokens, launch, recorded
 from quant_experts.kernels.gpu.launch import Boxes
 from quant_experts.kernels.gpu_weight_activation import alone_launch, hopper_launch, hopper_project, prepare_launch
@@ -98,9 +99,15 @@ class Cuda:
     ) -> int:
         assert rank == 2 and to.value % 64 == 0 and list(steps) == [1, 1] and rest[0] == 0 and rest[2:] == (2, 0)
         made = (address.value, kind, tuple(shape)[::-1], tuple(strides)[::-1], tuple(box)[::-1], rest[1])
-        number = len(self.maps).to_bytes(recorded.MAP_BYTES, "little")
+        number = len(self.maps).to_bytes(cuda_driver.MAP_BYTES, "little")
         self.maps[number] = made
-        ctypes.memmove(to.value, number, recorded.MAP_BYTES)
+        ctypes.memmove(to.value, number, cuda_driver.MAP_BYTES)
+        return 0
+
+    def name_error(self, status: int, name: Any) -> int:
+        if status != 719:
+            return 1
+        name._obj.value = b"CUDA_ERROR_LAUNCH_FAILED"
         return 0
 
     def launch(self, config: Any, function: Any, given: Any, _: None) -> int:
@@ -231,7 +238,11 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
         triton_backend.apply(aligned, packed)
     cuda.status = 1
     triton_backend.apply(apart, packed)  # not by the program
-    for status, what in ((719, "error 719"), (recorded.INVALID_CONTEXT, "")):
+    for status, what in (
+        (719, "a kernel: CUDA_ERROR_LAUNCH_FAILED (719)"),
+        (9999, "an unknown error (9999)"),
+        (cuda_driver.INVALID_CONTEXT, ""),
+    ):
         cuda.status = status
         driver.launches.clear()
         try:
@@ -294,9 +305,10 @@ def pretend() -> tuple[WritesDown, Cuda]:
             if getattr(module, name, None) is before:
                 setattr(module, name, value)
     library = SimpleNamespace(
-        cuFuncGetParamInfo=cuda.parameter, cuTensorMapEncodeTiled=cuda.encode, cuLaunchKernelEx=cuda.launch
-    )
-    recorded.driver = lambda: library  # type: ignore[assignment]
+        cuFuncGetParamInfo=cuda.parameter, cuTensorMapEncodeTiled=cuda.encode, cuLaunchKernelEx=cuda.launch,
+        cuGetErrorName=cuda.name_error,
+    )  # fmt: skip
+    cuda_driver.driver = lambda: library  # type: ignore[assignment]
     launch.repeatable = lambda device: True
     launch.workspaces = lambda device: list(kept.values())
     return driver, cuda

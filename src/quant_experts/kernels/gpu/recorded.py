@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import count
 from threading import Lock
 from typing import Any, NamedTuple
@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels.gpu import launch
+from quant_experts.kernels.gpu import cuda, launch
 from quant_experts.kernels.gpu.caching import CopiedByFields
 from quant_experts.kernels.gpu.launch import Boxes
 
@@ -35,42 +34,12 @@ ATTEMPTS = 3
 """Calls of a kind that are noted at most: the first ones may also make workspaces."""
 ALIGNED = 256
 """Bytes to a multiple of which whatever is allocated in a call begins, in the one tensor that takes its place."""
-MAP_BYTES, MAP_ALIGNED, MAPS_KEPT = 128, 64, 1024
-"""Of a tensor map, with which the copy engine reads boxes: its size and alignment; and how many are kept of boxes that
-differ in addresses alone."""
+MAPS_KEPT = 1024
+"""Tensor maps that are kept of boxes that differ in addresses alone."""
 FIXED, INPUT, OUTPUT, WORK, OWN = range(5)
 """Where an address comes from: from nowhere, and the first of a group's own tensors."""
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute of the CUDA driver."""
-
-    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig of the CUDA driver."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", ctypes.c_uint),
-    )
-
-
-OVERLAPPED = 6
-"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
-INVALID_CONTEXT = 201
-"""CUDA_ERROR_INVALID_CONTEXT: this thread has not used the GPU yet."""
-MAP_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
-"""CUtensorMapDataType"""
-SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
-"""CUtensorMapSwizzle of rows of so many bytes."""
-PROMOTION = 2
-"""CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton's launches have it."""
 FORMATS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 """Numbers among a kernel's arguments."""
 
@@ -127,7 +96,7 @@ _programs: dict[Hashable, Program | int] = {}
 def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
     """work(x, packed), by its recorded launches where there are such. x (M, K)."""
     own = packed.operands
-    if own is None or not x.numel() or not launch.repeatable(x.device) or driver() is None:
+    if own is None or not x.numel() or not launch.repeatable(x.device) or cuda.driver() is None:
         return work(x, packed)
     x = x.contiguous()
     key = (own.number, x.shape, x.dtype, x.device)  # a layout knows its input channels only up to padding
@@ -189,7 +158,7 @@ class _Known(dict[int, bytes]):
 
 
 _known: WeakValueDictionary[tuple[Any, ...], _Known] = WeakValueDictionary()
-"""By all else that `encoded` takes."""
+"""By all else that `cuda.tensor_map` takes."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +169,7 @@ class _Map:
     source: int
     offset: int
     boxes: tuple[Any, ...]
-    """Arguments of `encoded`"""
+    """Arguments of `cuda.tensor_map`"""
     known: _Known
 
 
@@ -220,15 +189,15 @@ class Program:
         self.shape, self.dtype, self.device, self.work_bytes = y.shape, y.dtype, y.device, work_bytes
         self.places: list[_Place] = []
         self.maps: list[_Map] = []
-        self.launches: list[tuple[_Config, Any, Any, Any]] = []
+        self.launches: list[tuple[cuda.Config, Any, Any, Any]] = []
         """Configuration, a reference to it, the kernel, addresses of its arguments."""
         self.compiled: list[Any] = []
         """Kernels, which stay loaded."""
         self.stream = 0
         self.turn = _turns.setdefault(y.device, Lock())
-        memory = bytearray(argument_bytes + 2 * MAP_ALIGNED)
+        memory = bytearray(argument_bytes + 2 * cuda.MAP_ALIGNED)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        shift = -self.address % MAP_ALIGNED
+        shift = -self.address % cuda.MAP_ALIGNED
         self.address += shift
         self.bytes = memoryview(memory)[shift : shift + -(-argument_bytes // 8) * 8]
         """Arguments of all launches"""
@@ -239,7 +208,7 @@ class Program:
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         work = torch.empty(self.work_bytes, dtype=torch.uint8, device=self.device)
         addresses = [0, *[tensor.data_ptr() for tensor in (x, y, work, *own)]]
-        stream, call = launch.current_stream(self.device), driver().cuLaunchKernelEx
+        stream, call = launch.current_stream(self.device), cuda.driver().cuLaunchKernelEx
         words = self.words
         with self.turn:
             for word, source, offset in self.places:
@@ -247,7 +216,7 @@ class Program:
             for box in self.maps:
                 address = addresses[box.source] + box.offset
                 found = box.known.get(address) or _new_map(box, address)
-                self.bytes[box.byte : box.byte + MAP_BYTES] = found
+                self.bytes[box.byte : box.byte + cuda.MAP_BYTES] = found
             if stream != self.stream:
                 self.stream = -1  # of all launches, once the loop has ended
                 for config, *_ in self.launches:
@@ -256,16 +225,16 @@ class Program:
             for i, (_, config, kernel, arguments) in enumerate(self.launches):
                 status = call(config, kernel, arguments, None)
                 if status:
-                    if status == INVALID_CONTEXT and i == 0:
+                    if status == cuda.INVALID_CONTEXT and i == 0:
                         return None
-                    raise QuantExpertsError(f"The GPU did not take a kernel: error {status} of the CUDA driver.")
+                    raise cuda.refusal("a kernel", status)
         return y
 
 
 def _new_map(box: _Map, address: int) -> bytes:
     if len(box.known) >= MAPS_KEPT:
         box.known.clear()
-    found = box.known[address] = encoded(address, *box.boxes)
+    found = box.known[address] = cuda.tensor_map(address, *box.boxes)
     return found
 
 
@@ -314,7 +283,7 @@ def _starts(layouts: list[list[_Argument]]) -> tuple[list[list[int]], int]:
     for layout in layouts:
         own = []
         for argument in layout:
-            unit = MAP_ALIGNED if argument.size == MAP_BYTES else 8
+            unit = cuda.MAP_ALIGNED if argument.size == cuda.MAP_BYTES else 8
             own.append(-(-end // unit) * unit)
             end = own[-1] + argument.size
         starts.append(own)
@@ -340,7 +309,7 @@ def arguments_of(noted: launch.Noted) -> list[_Argument]:
         if isinstance(value, Tensor) and kind.startswith("*"):
             found.append(_Argument(8, value.data_ptr()))
         elif type(value) is Boxes and kind.startswith("tensordesc") and noted.compiled.metadata.tensordesc_meta:
-            found.append(_Argument(MAP_BYTES, value))
+            found.append(_Argument(cuda.MAP_BYTES, value))
             found += [_Argument(4, ctypes.c_int32(size)) for size in value.shape]
             found += [_Argument(8, ctypes.c_int64(stride)) for stride in value.strides]
         elif kind in FORMATS and isinstance(value, int | float):
@@ -348,22 +317,9 @@ def arguments_of(noted: launch.Noted) -> list[_Argument]:
         else:
             raise _UnexplainedError
     found += [_Argument(8, 0)] * 2  # scratch memory, of which our kernels need none
-    if [argument.size for argument in found] != sizes_of_arguments(noted.compiled.function):
+    if [argument.size for argument in found] != cuda.sizes_of_arguments(noted.compiled.function):
         raise _UnexplainedError
     return found
-
-
-def sizes_of_arguments(function: int) -> list[int] | None:
-    """Bytes of each argument of a loaded kernel, as the driver knows them; None where it does not tell."""
-    sizes: list[int] = []
-    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-    try:
-        ask = driver().cuFuncGetParamInfo
-    except AttributeError:  # before CUDA 12.4
-        return None
-    while not ask(ctypes.c_void_p(function), ctypes.c_size_t(len(sizes)), ctypes.byref(offset), ctypes.byref(size)):
-        sizes.append(size.value)
-    return sizes
 
 
 def _write(program: Program, argument: _Argument, start: int, source_of: Callable[[int], tuple[int, int]]) -> None:
@@ -383,49 +339,18 @@ def _write(program: Program, argument: _Argument, start: int, source_of: Callabl
         program.bytes[start : start + argument.size] = bytes(value)
 
 
-def _config(noted: launch.Noted) -> _Config:
+def _config(noted: launch.Noted) -> cuda.Config:
     metadata = noted.compiled.metadata
     if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.global_scratch_size:
         raise _UnexplainedError
-    grid = (*noted.grid, 1, 1)[:3]
-    config = _Config(grid, (32 * metadata.num_warps, 1, 1), metadata.shared, 0, None, 0)
-    if metadata.launch_pdl:
-        config.attributes = ctypes.pointer(_Attribute(OVERLAPPED, 0, (ctypes.c_int * 16)(1)))
-        config.count = 1
-    return config
+    return cuda.config(noted.grid, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl)
 
 
 def boxes_of(boxes: Boxes) -> tuple[Any, ...]:
-    """All arguments of `encoded` but the address."""
-    if boxes.base.dtype not in MAP_TYPES or boxes.padding != "zero" or boxes.round_f32_to_tf32:
+    """All arguments of `cuda.tensor_map` but the address."""
+    if boxes.base.dtype not in cuda.MAP_TYPES or boxes.padding != "zero" or boxes.round_f32_to_tf32:
         raise _UnexplainedError
     size = boxes.base.element_size()
     strides = tuple(stride * size for stride in boxes.strides[:-1])
-    swizzle = SWIZZLES[boxes.layout.swizzle_byte_width]
-    return MAP_TYPES[boxes.base.dtype], tuple(boxes.shape), strides, tuple(boxes.block_shape), swizzle
-
-
-def encoded(
-    address: int, kind: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
-) -> bytes:
-    """A tensor map, by the driver. strides in bytes, but the last one."""
-    memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNED)
-    aligned = ctypes.addressof(memory) + -ctypes.addressof(memory) % MAP_ALIGNED
-    rank = len(shape)
-    status = driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(aligned), kind, rank, ctypes.c_void_p(address), (ctypes.c_uint64 * rank)(*shape[::-1]),
-        (ctypes.c_uint64 * max(1, rank - 1))(*strides[::-1]), (ctypes.c_uint32 * rank)(*box[::-1]),
-        (ctypes.c_uint32 * rank)(*[1] * rank), 0, swizzle, PROMOTION, 0,
-    )  # fmt: skip
-    if status:
-        raise QuantExpertsError(f"The GPU's copy engine did not take a tensor: error {status} of the CUDA driver.")
-    return ctypes.string_at(aligned, MAP_BYTES)
-
-
-@cache
-def driver() -> Any:
-    """The CUDA driver's library; None where there is none."""
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
+    swizzle = cuda.SWIZZLES[boxes.layout.swizzle_byte_width]
+    return cuda.MAP_TYPES[boxes.base.dtype], tuple(boxes.shape), strides, tuple(boxes.block_shape), swizzle
