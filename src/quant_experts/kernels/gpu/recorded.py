@@ -206,7 +206,7 @@ class Program:
     def repeat(self, x: Tensor, own: tuple[Tensor, ...]) -> Tensor | None:
         """The output for x and a group's tensors; None where this thread has not used the GPU yet."""
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        work = torch.empty(self.work_bytes, dtype=torch.uint8, device=self.device)
+        work = torch.empty(self.work_bytes, dtype=torch.uint8, device=self.device) if self.work_bytes else y
         addresses = [0, *[tensor.data_ptr() for tensor in (x, y, work, *own)]]
         stream, call = launch.current_stream(self.device), cuda.driver().cuLaunchKernelEx
         words = self.words
