@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from itertools import count
+from threading import Barrier, Thread
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -276,6 +278,43 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
         assert recorded.operands(replace(packed, linear=replace(packed.linear, bias=unfit))) is None
 
 
+def check_threads(driver: WritesDown) -> None:
+    """Threads that call one group at once launch whole calls, each with its own input."""
+    packed = triton_backend.pack(*operands("none", 8, "int", OUTPUTS, 256, 0), torch.bfloat16)
+    inputs = [torch.ones(8, 256, dtype=torch.bfloat16) for _ in range(4)]
+    known = names(inputs[0], packed) | {x.data_ptr(): "x" for x in inputs}
+    recorded._programs.clear()
+    for x in inputs:
+        triton_backend.apply(x, packed)
+    assert isinstance(program(inputs[0], packed), recorded.Program)
+    driver.launches.clear()
+    triton_backend.apply(inputs[0], packed)
+    expected = without_addresses(driver.launches, known)
+    driver.launches.clear()
+    begun, launch_now = Barrier(len(inputs)), cuda_driver.driver().cuLaunchKernelEx
+
+    def slowly(*given: Any) -> int:
+        sleep(0.002)  # others go on meanwhile
+        status: int = launch_now(*given)
+        return status
+
+    def call(x: Tensor) -> None:
+        begun.wait()
+        for _ in range(5):
+            triton_backend.apply(x, packed)
+
+    cuda_driver.driver().cuLaunchKernelEx = slowly
+    threads = [Thread(target=call, args=(x,)) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cuda_driver.driver().cuLaunchKernelEx = launch_now
+    assert len(driver.launches) == 5 * len(inputs) * len(expected) > len(expected) > 1
+    for first in range(0, len(driver.launches), len(expected)):
+        assert without_addresses(driver.launches[first : first + len(expected)], known) == expected
+
+
 def check_limits() -> None:
     """Programs that are kept have an end, and the last one is kept."""
     packed = triton_backend.pack(*operands("none", 8, "int", OUTPUTS, 256, 0), torch.bfloat16)
@@ -320,6 +359,7 @@ def main() -> None:
         check(driver, cuda)
     check_channels(driver)
     check_refusals(driver, cuda)
+    check_threads(driver)
     check_limits()
 
 
