@@ -1,7 +1,7 @@
 """A group's launches, recorded once and repeated for other inputs and other groups of the same sizes.
 
-To decide on a group's launches takes Python longer than it takes the GPU to run them, up to some thousand tokens, and
-everything decided depends on sizes and types alone. What differs from call to call are addresses: of the input, the
+To decide on a group's launches takes Python longer than it takes the GPU to run them, up to about a thousand tokens,
+and everything decided depends on sizes and types alone. What differs from call to call are addresses: of the input, the
 output, what is allocated in between, and the group's own tensors. So the first call of each kind runs as it is written
 while its launches are noted; later ones write the new addresses into the noted arguments and call the driver.
 
