@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,33 +64,34 @@ class Backend:
         """The backend that a module's `prepare`, `linear` and `usable` (or `is_exact`, where that is all) make, and
         `fits`, `pack`, `apply` and `codes` if it has them."""
         usable = module.usable if hasattr(module, "usable") else lambda activations: module.is_exact()
-        backend = cls(name, device, activations, _isolated(module.prepare), _isolated(module.linear), usable)
+        backend = cls(name, device, activations, _Isolated(module.prepare), _Isolated(module.linear), usable)
         if hasattr(module, "pack"):
-            layout = Layout(_isolated(module.pack), _isolated(module.apply), module.codes)
+            layout = Layout(_Isolated(module.pack), _Isolated(module.apply), module.codes)
             return replace(backend, fits=module.fits, layout=layout)
         return backend
 
 
-def _isolated(operation: Callable[P, T]) -> Callable[P, T]:
-    """Without gradients (there are none through rounding), outside autocast (which would round the operands again), and
-    with the GPU of the first tensor as the current one, on which kernels are launched."""
+class _Isolated(Generic[P, T]):
+    """An operation without gradients (there are none through rounding), outside autocast (which would round the
+    operands again), and with the GPU of the first tensor as the current one, on which kernels are launched. An object,
+    so that what holds it can be pickled."""
 
-    @wraps(operation)
-    def isolated(*args: P.args, **kwargs: P.kwargs) -> T:
+    def __init__(self, operation: Callable[P, T]) -> None:
+        self.operation = operation
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         on = args[0].device if args and isinstance(args[0], Tensor) else None
         elsewhere = on is not None and on.type == "cuda" and on.index != torch.cuda.current_device()
         autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if not (elsewhere or autocast or torch.is_grad_enabled()):  # entering contexts takes as long as a launch
-            return operation(*args, **kwargs)
+            return self.operation(*args, **kwargs)
         with torch.no_grad(), ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             if elsewhere:
                 stack.enter_context(torch.cuda.device(on))
-            return operation(*args, **kwargs)
-
-    return isolated
+            return self.operation(*args, **kwargs)
 
 
 BACKENDS: tuple[Backend, ...] = (
@@ -100,11 +100,6 @@ BACKENDS: tuple[Backend, ...] = (
     Backend.of("triton-weight-only", "cuda", ("values",), weight_only_backend),
     Backend.of("reference", "any", ("integer", "fp8", "values"), reference),
 )
-
-
-def layout_of(name: str) -> Layout:
-    """How the backend of that name lays tensors out. Raises `StopIteration` if it does not, or there is none."""
-    return next(b.layout for b in BACKENDS if b.name == name and b.layout is not None)
 
 
 def select(

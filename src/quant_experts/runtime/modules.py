@@ -22,7 +22,7 @@ from quant_experts.checkpoint.packing import pack, unpack
 from quant_experts.checkpoint.schema import GROUP_CHILD, GroupSpec, TensorSpecs, group_tensors, linear_tensors
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels.dispatch import Backend, Layout, layout_of, select
+from quant_experts.kernels.dispatch import Backend, Layout, select
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 FACTOR_TENSORS = {
@@ -48,7 +48,7 @@ class _Stack(NamedTuple):
     """A group's tensors and its stacked weights, as a backend lays them out that wants that."""
 
     packed: Any
-    backend: str
+    layout: Layout
     forced: str | None
     """`InputGroup.backend` then."""
     device: str
@@ -60,10 +60,6 @@ class _Stack(NamedTuple):
         """Whether they fit an input, still: float32 wants more bits than a layout for other types keeps."""
         wider = x.dtype == torch.float32 and self.dtype != torch.float32
         return not wider and self.device == x.device.type and self.forced == forced
-
-    @property
-    def layout(self) -> Layout:
-        return layout_of(self.backend)
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
@@ -160,7 +156,7 @@ class InputGroup(nn.Module):
                 return [_shaped(y, x) for y in parts]
             linears = [linear.operands() for linear in self._linears]
             packed = backend.layout.pack(self.operands(), linears, x.dtype)
-            self._stack = stack = _Stack(packed, backend.name, self.backend, x.device.type, x.dtype)
+            self._stack = stack = _Stack(packed, backend.layout, self.backend, x.device.type, x.dtype)
             for linear in self._linears:  # the layout holds them in fewer bytes
                 linear.weight_codes = None
         return [_shaped(stack.layout.apply(flat, stack.packed), x)]
