@@ -189,6 +189,8 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
         for given, packed in ((x, first), (other, second), *((x, copied) for copied in copies), (other, first)):
             compare(driver, backend, given, packed, name)
     assert len(cuda.maps) > 10
+    weights = [box for kept in recorded._programs.values() for box in getattr(kept, "maps", ()) if box.source > 3]
+    assert len({id(box.known) for box in weights}) < len(weights), "programs share tensor maps of weights"
 
 
 def program(x: Tensor, packed: Any) -> Any:
@@ -278,6 +280,30 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
         assert recorded.operands(replace(packed, linear=replace(packed.linear, bias=unfit))) is None
 
 
+def check_drivers(cuda: Cuda) -> None:
+    """With a driver that does not say what kernels take, one that says otherwise, or none, every call runs as it is
+    written; so does one without tokens."""
+    packed = triton_backend.pack(*operands("none", 8, "int", OUTPUTS, 256, 0), torch.bfloat16)
+    aligned = torch.ones(8, 256, dtype=torch.bfloat16)
+    assert triton_backend.apply(aligned[:0], packed).shape == (0, OUTPUTS)
+    library = cuda_driver.driver()
+    for parameter in (None, lambda *_: 1):  # a driver that does not tell, and one that tells otherwise
+        recorded._programs.clear()
+        del library.cuFuncGetParamInfo
+        if parameter is not None:
+            library.cuFuncGetParamInfo = parameter
+        else:
+            assert cuda_driver.sizes_of_arguments(1) is None
+        for _ in range(recorded.ATTEMPTS + 2):
+            assert triton_backend.apply(aligned, packed).shape == (8, OUTPUTS)
+        assert program(aligned, packed) == recorded.ATTEMPTS
+        library.cuFuncGetParamInfo = cuda.parameter
+    cuda_driver.driver, kept_driver = lambda: None, cuda_driver.driver  # type: ignore[assignment]
+    recorded._programs.clear()
+    assert triton_backend.apply(aligned, packed).shape == (8, OUTPUTS) and program(aligned, packed) is None
+    cuda_driver.driver = kept_driver
+
+
 def check_threads(driver: WritesDown) -> None:
     """Threads that call one group at once launch whole calls, each with its own input."""
     packed = triton_backend.pack(*operands("none", 8, "int", OUTPUTS, 256, 0), torch.bfloat16)
@@ -359,6 +385,7 @@ def main() -> None:
         check(driver, cuda)
     check_channels(driver)
     check_refusals(driver, cuda)
+    check_drivers(cuda)
     check_threads(driver)
     check_limits()
 
