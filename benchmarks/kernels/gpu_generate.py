@@ -3,9 +3,16 @@
     python benchmarks/kernels/gpu_generate.py [--kinds ...] [--out benchmarks/results]
 
 writes gpu_generate.json and gpu_generate.md. One image of 448 x 448 and a short prompt for each of 1 or 8 sequences, 64
-new tokens, chosen greedily. `graph` is a static cache with one decode step captured in a CUDA graph: embedding,
-decoder, head, choice of the token and position, so that nothing waits for the host. `eager` is plain `generate`. The
-quantized models share vision tower, embedding and head with the bf16 one; nothing is calibrated: tokens mean nothing.
+new tokens, chosen greedily, in four ways:
+
+- captured: a static cache and one decode step captured in a CUDA graph: embedding, decoder, head, choice of the token
+  and position, so that nothing waits for the host; transformers' code as it is.
+- compiled: the same with the decoder compiled by `torch.compile`, which makes few kernels of what lies between linears.
+- static: `generate(cache_implementation="static")`, for which transformers compiles the decode steps on a GPU.
+- plain: `generate`, kernel by kernel from Python.
+
+Only the decode steps of the first two are timed apart. The quantized models share vision tower, embedding and head with
+the bf16 one; nothing is calibrated: tokens mean nothing.
 
 `--set MOST_BLOCKS=0` leaves out the launch that computes a whole group for one token, to compare with.
 `--device cpu --tiny` checks the benchmark where there is no GPU.
@@ -42,10 +49,11 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, StaticC
 MODEL = "Qwen2-VL-7B"
 DEFAULT_KINDS = ("bf16", "default", "experts", "W4A16")
 BATCHES = (1, 8)
+WAYS = ("compiled", "static", "plain")
 NEW_TOKENS = 64
-EAGER_RUNS, GRAPH_RUNS = 1, 3
+GENERATE_RUNS, GRAPH_RUNS = 2, 3
 CHECKED_STEPS = 4
-"""Steps that run eagerly before one is captured; their tokens must come out of the graph again."""
+"""Steps that run before one is captured; their tokens must come out of the graph again."""
 PATCH, MERGED = 14, 4
 """Pixels of a patch's side, patches of an image token."""
 PROMPT = 24
@@ -100,8 +108,12 @@ def question(model: Any, batch: int, side: int) -> dict[str, Tensor]:
 class Decoding:
     """Greedy decoding with a static cache. Every tensor that a step reads or writes keeps its place in memory."""
 
-    def __init__(self, model: Any, inputs: dict[str, Tensor], new_tokens: int) -> None:
+    def __init__(self, model: Any, inputs: dict[str, Tensor], new_tokens: int, compiled: bool) -> None:
         self.model, self.inputs = model, inputs
+        self.decoder = model.model.language_model
+        if compiled:
+            how = "inductor" if model.device.type == "cuda" else "eager"
+            self.decoder = torch.compile(self.decoder, fullgraph=True, dynamic=False, backend=how)
         self.batch, self.prompt = inputs["input_ids"].shape
         self.end = self.prompt + new_tokens
         device, length = model.device, -(-self.end // 8) * 8  # attention would copy masks of another length to pad them
@@ -121,10 +133,9 @@ class Decoding:
 
     def step(self) -> None:
         """Read the token at `place` and choose the next one."""
-        language = self.model.model.language_model
         token = self.tokens.index_select(1, self.place)
-        output = language(
-            inputs_embeds=language.embed_tokens(token),
+        output = self.decoder(
+            inputs_embeds=self.model.model.language_model.embed_tokens(token),
             position_ids=(self.place + self.delta).expand(3, -1, -1),
             attention_mask={"full_attention": (self.places <= self.place).expand(self.batch, 1, 1, -1)},
             past_key_values=self.cache,
@@ -145,16 +156,19 @@ def synchronize(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def run_graph(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int) -> dict[str, Any]:
+def run_graph(
+    model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int, compiled: bool = False
+) -> dict[str, Any]:
     """Seconds of prefill and of all further tokens, the answer, and whether it begins as without a graph."""
-    device, decoding = model.device, Decoding(model, inputs, new_tokens)
+    device, decoding = model.device, Decoding(model, inputs, new_tokens, compiled)
+    start = synchronize(device)
     decoding.prefill()
     for _ in range(CHECKED_STEPS):
         decoding.step()
-    eager = decoding.answer()[:, : 1 + CHECKED_STEPS].clone()
+    before = decoding.answer()[:, : 1 + CHECKED_STEPS].clone()
+    first = synchronize(device) - start
     replay = decoding.step
     if device.type == "cuda":
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             decoding.step()
@@ -169,83 +183,126 @@ def run_graph(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int)
         prefills.append(middle - start)
         decodes.append(synchronize(device) - middle)
     answer = decoding.answer()
-    same = torch.equal(answer[:, : 1 + CHECKED_STEPS], eager)
-    return {"prefill": spread(prefills), "decode": spread(decodes), "answer": answer, "same": same}
+    same = torch.equal(answer[:, : 1 + CHECKED_STEPS], before)
+    return {"first": first, "prefill": spread(prefills), "decode": spread(decodes), "answer": answer, "same": same}
 
 
-def run_eager(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int) -> dict[str, Any]:
-    """Seconds of plain `generate`, and the answer."""
+def run_generate(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: int, **how: Any) -> dict[str, Any]:
+    """Seconds of `generate`, and the answer."""
     length, times = inputs["input_ids"].shape[1], []
-    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # loads kernels for all lengths of the cache
+    options = dict(max_new_tokens=new_tokens, do_sample=False, **how)
+    start = synchronize(model.device)
+    model.generate(**inputs, **options)  # compiles, and loads kernels for all lengths of the cache
+    first = synchronize(model.device) - start
     for _ in range(runs):
         start = synchronize(model.device)
-        tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        tokens = model.generate(**inputs, **options)
         times.append(synchronize(model.device) - start)
-    return {"seconds": spread(times), "answer": tokens[:, length:]}
+    return {"first": first, "seconds": spread(times), "answer": tokens[:, length:]}
 
 
-def measure(model: Any, name: str, batch: int, side: int, new_tokens: int) -> dict[str, Any]:
+def measure(model: Any, name: str, batch: int, side: int, new_tokens: int, ways: list[str]) -> dict[str, Any]:
     """One row."""
     device = model.device
+    torch.compiler.reset()  # what was compiled for another kind would count towards the limit of recompiling
     inputs = question(model, batch, side)
     model(**inputs, logits_to_keep=1)  # lays weights out
-    loaded = memory(device)
-    reset_peak(device)
-    graph = run_graph(model, inputs, new_tokens, GRAPH_RUNS if device.type == "cuda" else 1)
-    peak = memory(device, peak=True)
-    eager = run_eager(model, inputs, new_tokens, EAGER_RUNS if device.type == "cuda" else 1)
-    produced = batch * new_tokens
-    prefill, decode = graph["prefill"]["median"], graph["decode"]["median"]
-    return {
+    row = {
         "kind": name,
         "backend": backend(name, device),
         "batch": batch,
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": new_tokens,
-        "prefill_seconds": graph["prefill"],
-        "decode_seconds": graph["decode"],
-        "decode_tokens_per_second": (produced - batch) / decode,
-        "graph_tokens_per_second": produced / (prefill + decode),
-        "eager_seconds": eager["seconds"],
-        "eager_tokens_per_second": produced / eager["seconds"]["median"],
-        "graph_like_eager_steps": graph["same"],
-        "equal_tokens": float((graph["answer"] == eager["answer"]).double().mean()),
-        "distinct_tokens": len(graph["answer"].unique()),
-        "loaded_bytes": loaded,
-        "peak_bytes": peak,
+        "loaded_bytes": memory(device),
     }
+    reset_peak(device)
+    runs = GRAPH_RUNS if device.type == "cuda" else 1
+    captured = run_graph(model, inputs, new_tokens, runs)
+    produced, prefill, decode = batch * new_tokens, captured["prefill"]["median"], captured["decode"]["median"]
+    row |= {
+        "peak_bytes": memory(device, peak=True),
+        "prefill_seconds": captured["prefill"],
+        "decode_seconds": captured["decode"],
+        "decode_tokens_per_second": (produced - batch) / decode,
+        "tokens_per_second": produced / (prefill + decode),
+        "repeats_its_first_steps": captured["same"],
+        "distinct_tokens": len(captured["answer"].unique()),
+    }
+    if "compiled" in ways:
+        compiled = run_graph(model, inputs, new_tokens, runs, compiled=True)
+        decode = compiled["decode"]["median"]
+        row |= {
+            "compiled_decode_seconds": compiled["decode"],
+            "compiled_decode_tokens_per_second": (produced - batch) / decode,
+            "compiled_tokens_per_second": produced / (compiled["prefill"]["median"] + decode),
+            "compiled_first_seconds": compiled["first"],
+            "compiled_equal_tokens": equal(compiled["answer"], captured["answer"]),
+        }
+        row["repeats_its_first_steps"] &= compiled["same"]
+    for way, how in (("static", {"cache_implementation": "static"}), ("plain", {})):
+        if way in ways:
+            generated = run_generate(model, inputs, new_tokens, GENERATE_RUNS if device.type == "cuda" else 1, **how)
+            row |= {
+                f"{way}_seconds": generated["seconds"],
+                f"{way}_tokens_per_second": produced / generated["seconds"]["median"],
+                f"{way}_first_seconds": generated["first"],
+                f"{way}_equal_tokens": equal(generated["answer"], captured["answer"]),
+            }
+    return row
+
+
+def equal(found: Tensor, expected: Tensor) -> float:
+    """The share of equal tokens."""
+    return float((found == expected).double().mean())
+
+
+RATES = {
+    "captured: decode": "decode_tokens_per_second",
+    "with prefill": "tokens_per_second",
+    "compiled: decode": "compiled_decode_tokens_per_second",
+    "with prefill ": "compiled_tokens_per_second",
+    "static": "static_tokens_per_second",
+    "plain": "plain_tokens_per_second",
+}
+"""Columns of the table, tokens a second, and where a row has them."""
 
 
 def table(model: str, rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     text = f"**{model}**, {rows[0]['prompt_tokens']} tokens in, {rows[0]['new_tokens']} out. "
-    text += "Decode is without prefill; its spread is that of a step.\n\n"
-    text += "| batch | kind | backend | prefill ms | decode ms a step (10%-90%) | decode tokens/s | x bf16 | tokens/s "
-    text += "| eager tokens/s | loaded GB | peak GB |\n| ---: | --- | --- " + "| ---: " * 8 + "|\n"
+    text += "Milliseconds of prefill and of a captured decode step (10% to 90%); tokens a second, and times bf16's.\n\n"
+    rates = {head: key for head, key in RATES.items() if any(key in row for row in rows)}
+    heads = ["batch", "kind", "backend", "prefill ms", "step ms", *(head.strip() for head in rates)]
+    heads += ["loaded GB", "peak GB"]
+    text += f"| {' | '.join(heads)} |\n| ---: | --- | --- {'| ---: ' * (len(heads) - 3)}|\n"
     for row in sorted(rows, key=lambda row: row["batch"]):
         steps = row["new_tokens"] - 1
         plain = [r for r in rows if (r["kind"], r["batch"]) == ("bf16", row["batch"])]
-        rate = row["decode_tokens_per_second"]
-        ratio = f"{rate / plain[0]['decode_tokens_per_second']:.2f}" if plain else "-"
         low, middle, high = (row["decode_seconds"][key] / steps * 1e3 for key in ("p10", "median", "p90"))
-        text += f"| {row['batch']} | {title(row['kind'])} | {row['backend']} "
-        text += f"| {row['prefill_seconds']['median'] * 1e3:.1f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {rate:.0f} "
-        text += f"| {ratio} | {row['graph_tokens_per_second']:.0f} | {row['eager_tokens_per_second']:.0f} "
-        sizes = (row["loaded_bytes"], row["peak_bytes"])
-        text += "| " + " | ".join("-" if size is None else f"{size / 1e9:.1f}" for size in sizes) + " |\n"
+        cells = [str(row["batch"]), title(row["kind"]), row["backend"]]
+        cells += [f"{row['prefill_seconds']['median'] * 1e3:.1f}", f"{middle:.2f} ({low:.2f}-{high:.2f})"]
+        for key in rates.values():
+            cells.append(f"{row[key]:.0f}" if key in row else "-")
+            if key in row and plain and key in plain[0]:
+                cells[-1] += f" ({row[key] / plain[0][key]:.2f})"
+        cells += [f"{row[key] / 1e9:.1f}" for key in ("loaded_bytes", "peak_bytes")]
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
 @torch.inference_mode()
 def main() -> None:
-    arguments = options(__doc__ or "", DEFAULT_KINDS).parse_args()
+    parser = options(__doc__ or "", DEFAULT_KINDS)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="besides captured steps")
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    arguments = parser.parse_args()
     set_constants(arguments.set)
     device, tiny = arguments.device, arguments.tiny
     size, dtype = ("tiny", torch.float32) if tiny else (MODEL, torch.bfloat16)
     side, new_tokens = (56, 8) if tiny else (448, NEW_TOKENS)
     kinds = served_kinds(arguments.kinds, device)
     prompt = PROMPT + 2 + (side // PATCH) ** 2 // MERGED
-    tokens = [m for batch in BATCHES for m in (batch, batch * prompt)]
+    tokens = [m for batch in arguments.batches for m in (batch, batch * prompt)]
     failed = compile_ahead([size], tokens, kinds) if device.type == "cuda" else []
     kinds = [kind for kind in kinds if kind not in failed]
     start = synchronize(device)
@@ -254,7 +311,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     facts = about(command("gpu_generate"), device) | {
         "model": {size: SIZES[size]},
-        "runs": {"graph": GRAPH_RUNS, "eager": EAGER_RUNS},
+        "runs": {"captured": GRAPH_RUNS, "generate": GENERATE_RUNS},
     }
     layers = model.model.language_model.layers
     for name in kinds:
@@ -263,15 +320,15 @@ def main() -> None:
             layers[i] = random_block(model.config.text_config, i, name, device, dtype)
         gc.collect()  # blocks of the kind before would be counted
         print(f"{name}: blocks made in {synchronize(device) - start:.1f} s", flush=True)
-        for batch in BATCHES:
-            rows.append(measure(model, name, batch, side, new_tokens))
+        for batch in arguments.batches:
+            rows.append(measure(model, name, batch, side, new_tokens, arguments.ways))
             print(json.dumps(rows[-1]), flush=True)
             write(arguments.out, "gpu_generate", facts, rows, table(size, rows), [])  # a later kind may fail
     problems = [f"{kind}: its kernels do not compile or run, see the error above." for kind in failed]
     problems += [
-        f"{row['kind']}, batch {row['batch']}: a captured step chooses other tokens than an eager one."
+        f"{row['kind']}, batch {row['batch']}: a captured step chooses other tokens than one that is not."
         for row in rows
-        if not row["graph_like_eager_steps"]
+        if not row["repeats_its_first_steps"]
     ]
     write(arguments.out, "gpu_generate", facts, rows, table(size, rows), problems)
 

@@ -60,8 +60,9 @@ def stacking(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that lays weights out in a form of its own, as those for GPUs do."""
 
     def apply(x: Tensor, packed: Any) -> Tensor:
-        prepared = reference.prepare(x, packed[0])
-        return torch.cat([reference.linear(prepared, linear) for linear in packed[1]], dim=1).to(x.dtype)
+        prepared = reference.prepare(x.reshape(-1, x.shape[-1]), packed[0])
+        parts = [reference.linear(prepared, linear) for linear in packed[1]]
+        return torch.cat(parts, dim=1).to(x.dtype).view(*x.shape[:-1], -1)
 
     def codes(packed: Any, rows: slice, columns: int) -> Tensor:
         return torch.cat([linear.codes for linear in packed[1]])[rows, :columns]

@@ -233,10 +233,9 @@ def test_outputs_follow_the_inputs_dtype_and_shape(dtype: torch.dtype, scheme: s
 
 def test_an_input_of_another_width_is_refused() -> None:
     quantized, _ = install()
-    with pytest.raises(RuntimeError):
-        quantized.attn["q"](torch.zeros(4, K + 1))
-    with pytest.raises(RuntimeError):
-        quantized.attn["q"](torch.zeros(4, 2 * K))
+    for width in (K + 1, 2 * K):
+        with pytest.raises(RuntimeError, match=f"The input has {width} channels, the layer {K}"):
+            quantized.attn["q"](torch.zeros(4, width))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

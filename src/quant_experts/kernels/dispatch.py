@@ -36,7 +36,7 @@ class Layout:
     pack: Callable[[GroupOperands, list[LinearOperands], torch.dtype], Any]
     """(group, linears, dtype of the inputs to come) -> P, once after loading"""
     apply: Callable[[Tensor, Any], Tensor]
-    """(x (M, K), P) -> outputs of all linears side by side, (M, sum of N)"""
+    """(x (..., K), P) -> outputs of all linears side by side, (..., sum of N), in x's dtype"""
     codes: Callable[[Any, slice, int], Tensor]
     """(P, rows, K) -> those rows' codes (N, K) int8 again"""
 
@@ -80,8 +80,8 @@ class _Isolated(Generic[P, T]):
         self.operation = operation
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        on = args[0].device if args and isinstance(args[0], Tensor) else None
-        elsewhere = on is not None and on.type == "cuda" and on.index != torch.cuda.current_device()
+        first = args[0] if args else None
+        elsewhere = isinstance(first, Tensor) and first.is_cuda and first.get_device() != torch.cuda.current_device()
         autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if not (elsewhere or autocast or torch.is_grad_enabled()):  # entering contexts takes as long as a launch
             return self.operation(*args, **kwargs)
@@ -89,8 +89,8 @@ class _Isolated(Generic[P, T]):
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            if elsewhere:
-                stack.enter_context(torch.cuda.device(on))
+            if elsewhere and isinstance(first, Tensor):
+                stack.enter_context(torch.cuda.device(first.device))
             return self.operation(*args, **kwargs)
 
 

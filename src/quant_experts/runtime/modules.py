@@ -62,12 +62,6 @@ class _Stack(NamedTuple):
         return not wider and self.device == x.device.type and self.forced == forced
 
 
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y (M, N) as the output for x (..., K), in x's dtype. Raises `RuntimeError` if x has another width."""
-    y = y if y.dtype == x.dtype else y.to(x.dtype)
-    return y.view(*x.shape[:-1], y.shape[1])
-
-
 class InputGroup(nn.Module):
     """What the linears of one group share: smoothing, expert down factors and the router. Linears call `forward`
     itself, so that hooks of `torch.nn` on a group are not called, those on linears are."""
@@ -145,21 +139,23 @@ class InputGroup(nn.Module):
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """x (..., K) -> in x's dtype one tensor (..., N) for each linear, or one for all of them side by side where the
-        backend stacks their weights."""
-        flat, stack = x.reshape(-1, self.in_features), self._stack
+        backend stacks their weights. Raises `RuntimeError` if x has another width."""
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"The input has {x.shape[-1]} channels, the layer {self.in_features}.")
+        stack = self._stack
         if stack is None or not stack.serves(x, self.backend):
             self.unstack()
             backend = self.select_backend(x.device)
             if backend.layout is None:
-                prepared = backend.prepare(flat, self.operands())
+                prepared = backend.prepare(x.reshape(-1, self.in_features), self.operands())
                 parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
-                return [_shaped(y, x) for y in parts]
+                return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1]) for y in parts]
             linears = [linear.operands() for linear in self._linears]
             packed = backend.layout.pack(self.operands(), linears, x.dtype)
             self._stack = stack = _Stack(packed, backend.layout, self.backend, x.device.type, x.dtype)
             for linear in self._linears:  # the layout holds them in fewer bytes
                 linear.weight_codes = None
-        return [_shaped(stack.layout.apply(flat, stack.packed), x)]
+        return [stack.layout.apply(x, stack.packed)]
 
     def unstack(self) -> None:
         """Give the linears their codes back, before they move, are saved or run on another backend."""

@@ -188,6 +188,9 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
         assert not any("operands" in vars(copied) for copied in copies), "their number is of one process"
         for given, packed in ((x, first), (other, second), *((x, copied) for copied in copies), (other, first)):
             compare(driver, backend, given, packed, name)
+        sequences = x.view(1, m, 1, k)
+        backend.apply(sequences, first)
+        compare(driver, backend, sequences, first, name)
     assert len(cuda.maps) > 10
     weights = [box for kept in recorded._programs.values() for box in getattr(kept, "maps", ()) if box.source > 3]
     assert len({id(box.known) for box in weights}) < len(weights), "programs share tensor maps of weights"
@@ -205,17 +208,17 @@ def compare(driver: WritesDown, backend: Any, x: Tensor, packed: Any, name: str)
     found = without_addresses(driver.launches, names(x, packed) | {y.data_ptr(): "y"})
     driver.launches.clear()
     with recorded._Allocations() as allocations:  # keeps what is allocated, so that addresses differ
-        expected_y = backend._apply(x, packed)
+        expected_y = backend._apply(x.view(-1, x.shape[-1]), packed)
     expected = without_addresses(driver.launches, names(x, packed) | {expected_y.data_ptr(): "y"})
     assert found == expected and found, name
-    assert y.shape == expected_y.shape and y.dtype == expected_y.dtype
+    assert y.shape == (*x.shape[:-1], expected_y.shape[1]) and y.dtype == expected_y.dtype
     kept, end, starts = program(x, packed), 0, list[int]()
     for tensor in allocations.found:
         if tensor.data_ptr() != expected_y.data_ptr():
             starts.append(end)
             end += -(-tensor.nbytes // recorded.ALIGNED) * recorded.ALIGNED
     assert kept.work_bytes == end, name
-    used = {place.offset for place in (*kept.places, *kept.maps) if place.source == recorded.WORK}
+    used = {place.offset for place in (*kept.pointers, *kept.maps) if place.source == recorded.WORK}
     assert used <= set(starts), f"{name}: nothing of ours begins inside of what was allocated"
 
 
@@ -267,6 +270,10 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
     for _ in range(5):
         recorded.run(other, aligned, packed)
     assert len(calls) == 5
+    recorded._programs.clear()
+    for _ in range(3):  # an output of another type than the input's
+        y = recorded.run(lambda x, packed: torch.empty(len(x), 5, dtype=torch.float64), aligned, packed)
+        assert y.dtype == torch.float64 and y.shape == (8, 5)
     for mode in (torch.no_grad, torch.inference_mode):  # which shows copies as the views that they might be
         for work, computes in (
             (lambda: aligned[:, :64].view(torch.int16).T, False), (lambda: aligned.float(), True),

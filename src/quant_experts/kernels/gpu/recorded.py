@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cached_property
 from itertools import count
+from struct import Struct
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -94,28 +95,41 @@ _programs: dict[Hashable, Program | int] = {}
 
 
 def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
-    """work(x, packed), by its recorded launches where there are such. x (M, K)."""
+    """work(x, packed) of x (M, K), for x (..., K) as (..., N), by its recorded launches where there are such."""
     own = packed.operands
     if own is None or not x.numel() or not launch.repeatable(x.device) or cuda.driver() is None:
-        return work(x, packed)
+        return _anew(work, x, packed)
     x = x.contiguous()
+    if x.data_ptr() % 16:
+        return _anew(work, x, packed)
     key = (own.number, x.shape, x.dtype, x.device)  # a layout knows its input channels only up to padding
     program = _programs.get(key, 0)
-    if x.data_ptr() % 16:
-        return work(x, packed)
     if isinstance(program, Program):
         y = program.repeat(x, own.tensors)
-        return work(x, packed) if y is None else y
+        return _anew(work, x, packed) if y is None else y
     if program >= ATTEMPTS:
-        return work(x, packed)
+        return _anew(work, x, packed)
     with _Allocations() as allocations, launch.noted() as launches:
-        y = work(x, packed)
+        y = work(_rows(x), packed)
     made = None if allocations.others else program_of(launches, x, y, own, allocations.found)
     if len(_programs) >= KEPT:
         for old in list(_programs)[: KEPT // 2]:
             _programs.pop(old, None)
     _programs[key] = program + 1 if made is None else made
-    return y
+    return _shaped(y, x)
+
+
+def _anew(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
+    return _shaped(work(_rows(x), packed), x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) as the output for x (..., K)."""
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 class _Allocations(TorchDispatchMode):
@@ -144,11 +158,9 @@ def _shares_memory(result: Any, args: tuple[Any, ...]) -> bool:
     return result.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
 
 
-class _Place(NamedTuple):
-    """Where an address stands."""
+class _Pointer(NamedTuple):
+    """An address that changes."""
 
-    word: int
-    """Of 8 bytes, in the arguments of all launches"""
     source: int
     offset: int
 
@@ -161,16 +173,40 @@ _known: WeakValueDictionary[tuple[Any, ...], _Known] = WeakValueDictionary()
 """By all else that `cuda.tensor_map` takes."""
 
 
-@dataclass(frozen=True)
-class _Map:
-    """Where a tensor map stands, and what it maps but for the address."""
+class _Map(NamedTuple):
+    """A tensor map that changes: what it maps, by all else that `cuda.tensor_map` takes, and where it stands."""
 
-    byte: int
     source: int
     offset: int
     boxes: tuple[Any, ...]
-    """Arguments of `cuda.tensor_map`"""
+    place: slice
     known: _Known
+
+
+class _Arguments:
+    """Of all launches of a program: what differs from call to call, each once, and what is fixed."""
+
+    POINTERS, MAPS, FIXED = range(3)
+
+    def __init__(self) -> None:
+        self.pointers: dict[_Pointer, int] = {}
+        self.maps: dict[tuple[int, int, tuple[Any, ...]], int] = {}
+        self.fixed = bytearray()
+
+    def place(self, argument: _Argument, source_of: Callable[[int], tuple[int, int]]) -> tuple[int, int]:
+        """-> which of the three an argument is of, and its first byte among those."""
+        value = argument.value
+        if isinstance(value, Boxes):
+            box = (*source_of(value.base.data_ptr()), boxes_of(value))
+            return self.MAPS, self.maps.setdefault(box, len(self.maps)) * cuda.MAP_BYTES
+        if isinstance(value, int) and value:
+            pointer = _Pointer(*source_of(value))
+            if pointer.source != FIXED:
+                return self.POINTERS, self.pointers.setdefault(pointer, len(self.pointers)) * 8
+            value = pointer.offset
+        start = len(self.fixed)
+        self.fixed += (value.to_bytes(8, "little") if isinstance(value, int) else bytes(value)).ljust(8, b"\0")
+        return self.FIXED, start
 
 
 class _UnexplainedError(Exception):
@@ -185,45 +221,52 @@ Not those of several GPUs: a launch waits where a GPU has enough to do, perhaps 
 class Program:
     """Launches that are repeated, and what of their arguments changes."""
 
-    def __init__(self, y: Tensor, work_bytes: int, argument_bytes: int) -> None:
-        self.shape, self.dtype, self.device, self.work_bytes = y.shape, y.dtype, y.device, work_bytes
-        self.places: list[_Place] = []
-        self.maps: list[_Map] = []
+    def __init__(self, width: int, like: Tensor, work_bytes: int) -> None:
+        self.width, self.device, self.work_bytes = width, like.device, work_bytes
+        self.empty = torch.empty(0, dtype=torch.uint8, device=like.device)  # `new_empty` takes less than `empty`
         self.launches: list[tuple[cuda.Config, Any, Any, Any]] = []
         """Configuration, a reference to it, the kernel, addresses of its arguments."""
         self.compiled: list[Any] = []
         """Kernels, which stay loaded."""
         self.stream = 0
-        self.turn = _turns.setdefault(y.device, Lock())
-        memory = bytearray(argument_bytes + 2 * cuda.MAP_ALIGNED)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        shift = -self.address % cuda.MAP_ALIGNED
-        self.address += shift
-        self.bytes = memoryview(memory)[shift : shift + -(-argument_bytes // 8) * 8]
-        """Arguments of all launches"""
-        self.words = self.bytes.cast("Q")
+        self.turn = _turns.setdefault(like.device, Lock())
+
+    def hold(self, arguments: _Arguments) -> tuple[int, int, int]:
+        """Memory for the arguments of all launches. -> the addresses at which each kind of them begins."""
+        pointers, maps, fixed = list(arguments.pointers), list(arguments.maps), arguments.fixed
+        first_map = -(-8 * len(pointers) // cuda.MAP_ALIGNED) * cuda.MAP_ALIGNED
+        self.pointers, self.write = pointers, Struct(f"={len(pointers)}Q").pack_into
+        self.maps = []
+        for i, (source, offset, boxes) in enumerate(maps):
+            place = slice(first_map + i * cuda.MAP_BYTES, first_map + (i + 1) * cuda.MAP_BYTES)
+            self.maps.append(_Map(source, offset, boxes, place, _known.setdefault(boxes, _Known())))
+        size = first_map + len(maps) * cuda.MAP_BYTES
+        memory = bytearray(size + len(fixed) + cuda.MAP_ALIGNED)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        shift = -address % cuda.MAP_ALIGNED
+        self.arguments = memoryview(memory)[shift:]
+        self.arguments[size : size + len(fixed)] = fixed
+        return address + shift, address + shift + first_map, address + shift + size
 
     def repeat(self, x: Tensor, own: tuple[Tensor, ...]) -> Tensor | None:
         """The output for x and a group's tensors; None where this thread has not used the GPU yet."""
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        work = torch.empty(self.work_bytes, dtype=torch.uint8, device=self.device) if self.work_bytes else y
-        addresses = [0, *[tensor.data_ptr() for tensor in (x, y, work, *own)]]
-        stream, call = launch.current_stream(self.device), cuda.driver().cuLaunchKernelEx
-        words = self.words
+        y = x.new_empty(*x.shape[:-1], self.width)
+        work = self.empty.new_empty(self.work_bytes) if self.work_bytes else y
+        addresses = [0, x.data_ptr(), y.data_ptr(), work.data_ptr(), *[tensor.data_ptr() for tensor in own]]
+        stream, call, arguments = launch.current_stream(self.device), cuda.driver().cuLaunchKernelEx, self.arguments
+        pointers = [addresses[source] + offset for source, offset in self.pointers]
         with self.turn:
-            for word, source, offset in self.places:
-                words[word] = addresses[source] + offset
-            for box in self.maps:
-                address = addresses[box.source] + box.offset
-                found = box.known.get(address) or _new_map(box, address)
-                self.bytes[box.byte : box.byte + cuda.MAP_BYTES] = found
+            self.write(arguments, 0, *pointers)
+            for source, offset, boxes, place, known in self.maps:
+                address = addresses[source] + offset
+                arguments[place] = known.get(address) or _new_map(known, address, boxes)
             if stream != self.stream:
                 self.stream = -1  # of all launches, once the loop has ended
                 for config, *_ in self.launches:
                     config.stream = stream
                 self.stream = stream
-            for i, (_, config, kernel, arguments) in enumerate(self.launches):
-                status = call(config, kernel, arguments, None)
+            for i, (_, config, kernel, given) in enumerate(self.launches):
+                status = call(config, kernel, given, None)
                 if status:
                     if status == cuda.INVALID_CONTEXT and i == 0:
                         return None
@@ -231,10 +274,10 @@ class Program:
         return y
 
 
-def _new_map(box: _Map, address: int) -> bytes:
-    if len(box.known) >= MAPS_KEPT:
-        box.known.clear()
-    found = box.known[address] = cuda.tensor_map(address, *box.boxes)
+def _new_map(known: _Known, address: int, boxes: tuple[Any, ...]) -> bytes:
+    if len(known) >= MAPS_KEPT:
+        known.clear()
+    found = known[address] = cuda.tensor_map(address, *boxes)
     return found
 
 
@@ -244,7 +287,7 @@ def program_of(
     """The program of a call: its launches, None for one that cannot be repeated, its input, output, and tensors that it
     allocated, the output among them. None if they do not explain each other."""
     noted = [one for one in launches if one is not None]
-    if len(noted) < len(launches):
+    if len(noted) < len(launches) or y.dtype != x.dtype:
         return None
     between = [t for t in allocated if t.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()]
     sources = [(x.data_ptr(), x.nbytes, INPUT, 0), (y.data_ptr(), y.nbytes, OUTPUT, 0)]
@@ -261,33 +304,20 @@ def program_of(
                 return source, offset + address - start
         raise _UnexplainedError
 
+    arguments = _Arguments()
     try:
-        layouts = [arguments_of(one) for one in noted]
-        starts, end = _starts(layouts)
-        program = Program(y, work_bytes, end)
-        for one, layout, own_starts in zip(noted, layouts, starts, strict=True):
-            for argument, start in zip(layout, own_starts, strict=True):
-                _write(program, argument, start, source_of)
-            config, given = _config(one), [program.address + start for start in own_starts]
-            kernel = ctypes.c_void_p(one.compiled.function)
-            program.launches.append((config, ctypes.byref(config), kernel, (ctypes.c_void_p * len(given))(*given)))
-            program.compiled.append(one.compiled)
+        places = [[arguments.place(one, source_of) for one in arguments_of(launched)] for launched in noted]
+        configs = [_config(launched) for launched in noted]
     except _UnexplainedError:
         return None
+    program = Program(y.shape[1], x, work_bytes)
+    starts = program.hold(arguments)
+    for launched, config, own_places in zip(noted, configs, places, strict=True):
+        given = (ctypes.c_void_p * len(own_places))(*[starts[kind] + byte for kind, byte in own_places])
+        kernel = ctypes.c_void_p(launched.compiled.function)
+        program.launches.append((config, ctypes.byref(config), kernel, given))
+        program.compiled.append(launched.compiled)
     return program
-
-
-def _starts(layouts: list[list[_Argument]]) -> tuple[list[list[int]], int]:
-    """Where the arguments of each launch begin, in bytes, and where all end."""
-    end, starts = 0, []
-    for layout in layouts:
-        own = []
-        for argument in layout:
-            unit = cuda.MAP_ALIGNED if argument.size == cuda.MAP_BYTES else 8
-            own.append(-(-end // unit) * unit)
-            end = own[-1] + argument.size
-        starts.append(own)
-    return starts, end
 
 
 class _Argument(NamedTuple):
@@ -320,23 +350,6 @@ def arguments_of(noted: launch.Noted) -> list[_Argument]:
     if [argument.size for argument in found] != cuda.sizes_of_arguments(noted.compiled.function):
         raise _UnexplainedError
     return found
-
-
-def _write(program: Program, argument: _Argument, start: int, source_of: Callable[[int], tuple[int, int]]) -> None:
-    """An argument that stays, or where one stands that changes."""
-    value = argument.value
-    if isinstance(value, Boxes):
-        source, offset = source_of(value.base.data_ptr())
-        boxes = boxes_of(value)
-        program.maps.append(_Map(start, source, offset, boxes, _known.setdefault(boxes, _Known())))
-    elif isinstance(value, int):
-        source, offset = (FIXED, 0) if not value else source_of(value)
-        if source == FIXED:
-            program.words[start // 8] = offset
-        else:
-            program.places.append(_Place(start // 8, source, offset))
-    else:
-        program.bytes[start : start + argument.size] = bytes(value)
 
 
 def _config(noted: launch.Noted) -> cuda.Config:

@@ -102,12 +102,12 @@ def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtyp
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
-    """x (M, K) -> outputs of all linears of a group side by side (M, sum of N), in x's dtype."""
+    """x (..., K) -> outputs of all linears of a group side by side (..., sum of N), in x's dtype."""
     return recorded.run(_apply, x, packed)
 
 
 def _apply(x: Tensor, packed: Packed) -> Tensor:
-    """As `apply`, by launches that are decided on now."""
+    """As `apply` of x (M, K), by launches that are decided on now."""
     return linear(prepare(x, packed.group), packed.linear)
 
 
