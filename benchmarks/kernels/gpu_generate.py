@@ -11,8 +11,8 @@ new tokens, chosen greedily, in four ways:
 - static: `generate(cache_implementation="static")`, for which transformers compiles the decode steps on a GPU.
 - plain: `generate`, kernel by kernel from Python.
 
-Only the decode steps of the first two are timed apart. The quantized models share vision tower, embedding and head with
-the bf16 one; nothing is calibrated: tokens mean nothing.
+Each kind and batch has a process of its own. Only the decode steps of the first two are timed apart. The quantized
+models have vision tower, embedding and head of the bf16 one; nothing is calibrated: tokens mean nothing.
 
 `--set MOST_BLOCKS=0` leaves out the launch that computes a whole group for one token, to compare with.
 `--device cpu --tiny` checks the benchmark where there is no GPU.
@@ -23,6 +23,8 @@ from __future__ import annotations
 import gc
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -291,38 +293,48 @@ def table(model: str, rows: list[dict[str, Any]]) -> str:
 
 
 @torch.inference_mode()
+def measure_kind(name: str, device: torch.device, tiny: bool, ways: list[str], constants: list[str], batch: int) -> Any:
+    """The row of a kind and a batch."""
+    set_constants(constants)
+    dtype = torch.float32 if tiny else torch.bfloat16
+    model = random_model(tiny, device, dtype)
+    layers = model.model.language_model.layers
+    for i in range(len(layers)):
+        layers[i] = random_block(model.config.text_config, i, name, device, dtype)
+    gc.collect()  # the blocks before would be counted
+    side, new_tokens = (56, 8) if tiny else (448, NEW_TOKENS)
+    return measure(model, name, batch, side, new_tokens, ways)
+
+
+def in_a_process(work: Any, *arguments: Any) -> Any:
+    """work(*arguments) in a process of its own. A graph that is captured later in a process has longer pauses between
+    its kernels, so that kinds measured one after another could not be compared (EXPERIMENTS.md)."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
 def main() -> None:
     parser = options(__doc__ or "", DEFAULT_KINDS)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="besides captured steps")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     arguments = parser.parse_args()
-    set_constants(arguments.set)
     device, tiny = arguments.device, arguments.tiny
-    size, dtype = ("tiny", torch.float32) if tiny else (MODEL, torch.bfloat16)
-    side, new_tokens = (56, 8) if tiny else (448, NEW_TOKENS)
-    kinds = served_kinds(arguments.kinds, device)
-    prompt = PROMPT + 2 + (side // PATCH) ** 2 // MERGED
-    tokens = [m for batch in arguments.batches for m in (batch, batch * prompt)]
-    failed = compile_ahead([size], tokens, kinds) if device.type == "cuda" else []
-    kinds = [kind for kind in kinds if kind not in failed]
-    start = synchronize(device)
-    model = random_model(tiny, device, dtype)
-    print(f"model built in {synchronize(device) - start:.1f} s", flush=True)
+    size = "tiny" if tiny else MODEL
+    kinds, failed = served_kinds(arguments.kinds, device), []
+    if device.type == "cuda":
+        prompt = PROMPT + 2 + (448 // PATCH) ** 2 // MERGED
+        failed = compile_ahead([size], [m for batch in arguments.batches for m in (batch, batch * prompt)], kinds)
     rows: list[dict[str, Any]] = []
     facts = about(command("gpu_generate"), device) | {
         "model": {size: SIZES[size]},
         "runs": {"captured": GRAPH_RUNS, "generate": GENERATE_RUNS},
     }
-    layers = model.model.language_model.layers
-    for name in kinds:
-        start = synchronize(device)
-        for i in range(len(layers)):
-            layers[i] = random_block(model.config.text_config, i, name, device, dtype)
-        gc.collect()  # blocks of the kind before would be counted
-        print(f"{name}: blocks made in {synchronize(device) - start:.1f} s", flush=True)
+    for name in (kind for kind in kinds if kind not in failed):
         for batch in arguments.batches:
-            rows.append(measure(model, name, batch, side, new_tokens, arguments.ways))
-            print(json.dumps(rows[-1]), flush=True)
+            given = (name, device, tiny, arguments.ways, arguments.set, batch)
+            row = measure_kind(*given) if device.type == "cpu" else in_a_process(measure_kind, *given)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
             write(arguments.out, "gpu_generate", facts, rows, table(size, rows), [])  # a later kind may fail
     problems = [f"{kind}: its kernels do not compile or run, see the error above." for kind in failed]
     problems += [

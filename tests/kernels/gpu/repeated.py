@@ -82,6 +82,7 @@ class Cuda:
         self.triton_s = triton_s
         self.maps: dict[bytes, tuple[Any, ...]] = {}
         self.status = 0
+        self.entered: list[torch.device] = []
 
     def parameters(self, function: int) -> list[tuple[str, int]]:
         """Type and size of each argument of a kernel."""
@@ -252,12 +253,14 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
     ):
         cuda.status = status
         driver.launches.clear()
+        cuda.entered.clear()
         try:
             triton_backend.apply(aligned, packed)
         except QuantExpertsError as error:
             assert what and what in str(error)
         else:
             assert not what and len(driver.launches) == 3  # the refused one, and the same two by Triton
+            assert cuda.entered == [aligned.device]  # for which the thread must have a context
     cuda.status = 0
     calls: list[int] = []
 
@@ -267,9 +270,10 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
         return triton_backend._apply(x + 1, packed)
 
     recorded._programs.clear()
+    cuda.entered.clear()
     for _ in range(5):
         recorded.run(other, aligned, packed)
-    assert len(calls) == 5
+    assert len(calls) == len(cuda.entered) == 5
     recorded._programs.clear()
     for _ in range(3):  # an output of another type than the input's
         y = recorded.run(lambda x, packed: torch.empty(len(x), 5, dtype=torch.float64), aligned, packed)
@@ -381,6 +385,7 @@ def pretend() -> tuple[WritesDown, Cuda]:
         cuGetErrorName=cuda.name_error,
     )  # fmt: skip
     cuda_driver.driver = lambda: library  # type: ignore[assignment]
+    cuda_driver.enter = cuda.entered.append
     launch.repeatable = lambda device: True
     launch.workspaces = lambda device: list(kept.values())
     return driver, cuda

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import numpy
 import torch
@@ -601,6 +602,26 @@ def sums_of_every_tile(x: Tensor, group: GroupOperands, linears: list[LinearOper
             assert sums[0, m // 2].isnan().all() and not sums[1:].isnan().any()
 
 
+def threads_that_have_not_used_the_gpu() -> None:
+    """What comes first in a thread, before and after a call of the kind was recorded; also kernels with tensor maps."""
+    k, n = (300, 40) if INTERPRETED else (1024, 256)
+    group, linears = operands(k, (n,), 8, rank=32, experts=8)
+    packed = triton_backend.pack(group, linears, torch.bfloat16 if not INTERPRETED else torch.float32)
+    for m in (2, 20) if INTERPRETED else (1, 20, 600):
+        x, outputs = tokens(m, k, torch.float32 if INTERPRETED else torch.bfloat16), list[Tensor]()
+
+        def call(x: Tensor = x, outputs: list[Tensor] = outputs) -> None:
+            outputs.append(triton_backend.apply(x, packed))
+
+        for _ in range(2 if INTERPRETED else 6):
+            thread = Thread(target=call)
+            thread.start()
+            thread.join()
+        call()
+        assert len(outputs) == (3 if INTERPRETED else 7)
+        assert all(torch.equal(y, outputs[0]) for y in outputs) and outputs[0].isfinite().all()
+
+
 def a_model_runs_stacked(scheme: str = "W4A6") -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from kernels.case_runs import check_a_stacked_model
@@ -621,7 +642,7 @@ CASES: list[Callable[[], None]] = [
     inputs_of_codes_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
     fp8_non_finite_tokens, fp8_inputs_follow_one_another,
-    fp8_inputs_of_codes_follow_one_another, large_layers, dense_projections,
+    fp8_inputs_of_codes_follow_one_another, large_layers, dense_projections, threads_that_have_not_used_the_gpu,
     a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 

@@ -52,6 +52,13 @@ def driver() -> Any:
         return None
 
 
+def enter(device: torch.device) -> None:
+    """Give this thread the GPU's context, which it lacks until PyTorch computes something there. Triton makes tensor
+    maps without looking whether it has one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def config(grid: tuple[int, ...], threads: int, shared: int, overlapped: bool) -> Config:
     """Of a launch on the default stream. shared: bytes of shared memory; overlapped: whether it may begin while the
     kernel before it ends."""

@@ -109,6 +109,7 @@ def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) ->
         return _anew(work, x, packed) if y is None else y
     if program >= ATTEMPTS:
         return _anew(work, x, packed)
+    cuda.enter(x.device)
     with _Allocations() as allocations, launch.noted() as launches:
         y = work(_rows(x), packed)
     made = None if allocations.others else program_of(launches, x, y, own, allocations.found)
@@ -120,6 +121,7 @@ def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) ->
 
 
 def _anew(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
+    cuda.enter(x.device)
     return _shaped(work(_rows(x), packed), x)
 
 
