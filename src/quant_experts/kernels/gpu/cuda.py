@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from threading import local
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from quant_experts.errors import QuantExpertsError
 
 MAP_BYTES, MAP_ALIGNED = 128, 64
 """Size and alignment of a tensor map, by which the copy engine reads boxes."""
-INVALID_CONTEXT = 201
-"""CUDA_ERROR_INVALID_CONTEXT: this thread has not used the GPU yet."""
 OVERLAPPED = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
 MAP_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
@@ -52,11 +51,23 @@ def driver() -> Any:
         return None
 
 
+class _Entered(local):
+    """What a thread remembers."""
+
+    def __init__(self) -> None:
+        self.devices: set[torch.device] = set()
+
+
+_entered = _Entered()
+
+
 def enter(device: torch.device) -> None:
-    """Give this thread the GPU's context, which it lacks until PyTorch computes something there. Triton makes tensor
-    maps without looking whether it has one."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    """Give this thread the GPU's context, which it lacks until PyTorch computes something there: neither the driver nor
+    Triton makes tensor maps without one."""
+    if device not in _entered.devices:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        _entered.devices.add(device)
 
 
 def config(grid: tuple[int, ...], threads: int, shared: int, overlapped: bool) -> Config:

@@ -96,6 +96,7 @@ _programs: dict[Hashable, Program | int] = {}
 
 def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
     """work(x, packed) of x (M, K), for x (..., K) as (..., N), by its recorded launches where there are such."""
+    cuda.enter(x.device)
     own = packed.operands
     if own is None or not x.numel() or not launch.repeatable(x.device) or cuda.driver() is None:
         return _anew(work, x, packed)
@@ -105,11 +106,9 @@ def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) ->
     key = (own.number, x.shape, x.dtype, x.device)  # a layout knows its input channels only up to padding
     program = _programs.get(key, 0)
     if isinstance(program, Program):
-        y = program.repeat(x, own.tensors)
-        return _anew(work, x, packed) if y is None else y
+        return program.repeat(x, own.tensors)
     if program >= ATTEMPTS:
         return _anew(work, x, packed)
-    cuda.enter(x.device)
     with _Allocations() as allocations, launch.noted() as launches:
         y = work(_rows(x), packed)
     made = None if allocations.others else program_of(launches, x, y, own, allocations.found)
@@ -121,7 +120,6 @@ def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) ->
 
 
 def _anew(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
-    cuda.enter(x.device)
     return _shaped(work(_rows(x), packed), x)
 
 
@@ -250,8 +248,8 @@ class Program:
         self.arguments[size : size + len(fixed)] = fixed
         return address + shift, address + shift + first_map, address + shift + size
 
-    def repeat(self, x: Tensor, own: tuple[Tensor, ...]) -> Tensor | None:
-        """The output for x and a group's tensors; None where this thread has not used the GPU yet."""
+    def repeat(self, x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
+        """The output for x and a group's tensors."""
         y = x.new_empty(*x.shape[:-1], self.width)
         work = self.empty.new_empty(self.work_bytes) if self.work_bytes else y
         addresses = [0, x.data_ptr(), y.data_ptr(), work.data_ptr(), *[tensor.data_ptr() for tensor in own]]
@@ -267,11 +265,9 @@ class Program:
                 for config, *_ in self.launches:
                     config.stream = stream
                 self.stream = stream
-            for i, (_, config, kernel, given) in enumerate(self.launches):
+            for _, config, kernel, given in self.launches:
                 status = call(config, kernel, given, None)
                 if status:
-                    if status == cuda.INVALID_CONTEXT and i == 0:
-                        return None
                     raise cuda.refusal("a kernel", status)
         return y
 
