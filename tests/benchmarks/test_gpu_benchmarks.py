@@ -2,6 +2,7 @@
 gives."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -59,6 +60,13 @@ def test_constants_are_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("NONE=1", "is_fastest=1", "MOST_BLOCKS=x", "MOST_BLOCKS"):
         with pytest.raises(SystemExit, match=f"--set {wrong}.*no such constant, or this is no number"):
             set_constants([wrong])
+
+
+def test_each_kind_can_have_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    in_a_process = import_module("gpu_generate").in_a_process
+    processes = {in_a_process(os.getpid) for _ in range(2)}
+    assert len(processes | {os.getpid()}) == 3
 
 
 def test_a_model(run: Callable[[str], list[dict[str, Any]]]) -> None:
