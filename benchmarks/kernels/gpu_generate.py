@@ -206,7 +206,7 @@ def run_generate(model: Any, inputs: dict[str, Tensor], new_tokens: int, runs: i
 def measure(model: Any, name: str, batch: int, side: int, new_tokens: int, ways: list[str]) -> dict[str, Any]:
     """One row."""
     device = model.device
-    torch.compiler.reset()  # what was compiled for another kind would count towards the limit of recompiling
+    torch.compiler.reset()  # in one process what was compiled for another kind counts towards the limit of recompiling
     inputs = question(model, batch, side)
     model(**inputs, logits_to_keep=1)  # lays weights out
     row = {
@@ -234,9 +234,9 @@ def measure(model: Any, name: str, batch: int, side: int, new_tokens: int, ways:
         compiled = run_graph(model, inputs, new_tokens, runs, compiled=True)
         decode = compiled["decode"]["median"]
         row |= {
+            "compiled_prefill_seconds": compiled["prefill"],
             "compiled_decode_seconds": compiled["decode"],
             "compiled_decode_tokens_per_second": (produced - batch) / decode,
-            "compiled_tokens_per_second": produced / (compiled["prefill"]["median"] + decode),
             "compiled_first_seconds": compiled["first"],
             "compiled_equal_tokens": equal(compiled["answer"], captured["answer"]),
         }
@@ -258,14 +258,13 @@ def equal(found: Tensor, expected: Tensor) -> float:
     return float((found == expected).double().mean())
 
 
-RATES = {
-    "captured: decode": "decode_tokens_per_second",
-    "with prefill": "tokens_per_second",
-    "compiled: decode": "compiled_decode_tokens_per_second",
-    "with prefill ": "compiled_tokens_per_second",
-    "static": "static_tokens_per_second",
-    "plain": "plain_tokens_per_second",
-}
+RATES = (
+    ("captured: decode", "decode_tokens_per_second"),
+    ("with prefill", "tokens_per_second"),
+    ("compiled: decode", "compiled_decode_tokens_per_second"),
+    ("static", "static_tokens_per_second"),
+    ("plain", "plain_tokens_per_second"),
+)
 """Columns of the table, tokens a second, and where a row has them."""
 
 
@@ -273,8 +272,8 @@ def table(model: str, rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     text = f"**{model}**, {rows[0]['prompt_tokens']} tokens in, {rows[0]['new_tokens']} out. "
     text += "Milliseconds of prefill and of a captured decode step (10% to 90%); tokens a second, and times bf16's.\n\n"
-    rates = {head: key for head, key in RATES.items() if any(key in row for row in rows)}
-    heads = ["batch", "kind", "backend", "prefill ms", "step ms", *(head.strip() for head in rates)]
+    rates = [(head, key) for head, key in RATES if any(key in row for row in rows)]
+    heads = ["batch", "kind", "backend", "prefill ms", "step ms", *(head for head, _ in rates)]
     heads += ["loaded GB", "peak GB"]
     text += f"| {' | '.join(heads)} |\n| ---: | --- | --- {'| ---: ' * (len(heads) - 3)}|\n"
     for row in sorted(rows, key=lambda row: row["batch"]):
@@ -283,7 +282,7 @@ def table(model: str, rows: list[dict[str, Any]]) -> str:
         low, middle, high = (row["decode_seconds"][key] / steps * 1e3 for key in ("p10", "median", "p90"))
         cells = [str(row["batch"]), title(row["kind"]), row["backend"]]
         cells += [f"{row['prefill_seconds']['median'] * 1e3:.1f}", f"{middle:.2f} ({low:.2f}-{high:.2f})"]
-        for key in rates.values():
+        for _, key in rates:
             cells.append(f"{row[key]:.0f}" if key in row else "-")
             if key in row and plain and key in plain[0]:
                 cells[-1] += f" ({row[key] / plain[0][key]:.2f})"
@@ -318,6 +317,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="besides captured steps")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     arguments = parser.parse_args()
+    set_constants(arguments.set)
     device, tiny = arguments.device, arguments.tiny
     size = "tiny" if tiny else MODEL
     kinds, failed = served_kinds(arguments.kinds, device), []

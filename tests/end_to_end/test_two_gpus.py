@@ -12,6 +12,8 @@ from kernels.gpu_weight_activation import cases
 from torch import Tensor
 
 from quant_experts.kernels.dispatch import Layout, select
+from quant_experts.kernels.gpu import recorded
+from quant_experts.kernels.gpu.recorded import Program
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 DEVICES = ("cuda:0", "cuda:1")
@@ -51,6 +53,7 @@ def groups() -> Iterator[tuple[Layout, list[Any]]]:
 
 def test_both_give_the_same_in_turns_and_at_once() -> None:
     assert torch.cuda.current_device() == 0
+    recorded._programs.clear()
     with torch.inference_mode():
         for (layout, packed), m in product(groups(), TOKENS):
             x = cases.tokens(m, 1024, torch.bfloat16)
@@ -75,3 +78,5 @@ def test_both_give_the_same_in_turns_and_at_once() -> None:
             assert all(len(outputs) == CALLS for outputs in found)
             assert all(torch.equal(y.cpu(), expected) for outputs in found for y in outputs)
     assert torch.cuda.current_device() == 0
+    repeated = {str(key[-1]) for key, kept in recorded._programs.items() if isinstance(kept, Program)}  # type: ignore[index]
+    assert repeated == set(DEVICES)

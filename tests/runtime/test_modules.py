@@ -1,6 +1,7 @@
 """Quantized modules in a model: what is computed once, what is let go, and that a state dict is the file's content."""
 
 import copy
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -233,9 +234,11 @@ def test_outputs_follow_the_inputs_dtype_and_shape(dtype: torch.dtype, scheme: s
 
 def test_an_input_of_another_width_is_refused() -> None:
     quantized, _ = install()
-    for width in (K + 1, 2 * K):
-        with pytest.raises(RuntimeError, match=f"The input has {width} channels, the layer {K}"):
-            quantized.attn["q"](torch.zeros(4, width))
+    for shape in ((4, K + 1), (4, 2 * K), ()):
+        with pytest.raises(
+            RuntimeError, match=re.escape(f"The input has the shape {shape}, the layer takes {K} channels")
+        ):
+            quantized.attn["q"](torch.zeros(shape))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -140,8 +140,10 @@ class InputGroup(nn.Module):
     def outputs(self, x: Tensor) -> list[Tensor]:
         """x (..., K) -> in x's dtype one tensor (..., N) for each linear, or one for all of them side by side where the
         backend stacks their weights. Raises `RuntimeError` if x has another width."""
-        if x.shape[-1] != self.in_features:
-            raise RuntimeError(f"The input has {x.shape[-1]} channels, the layer {self.in_features}.")
+        if x.shape[-1:] != (self.in_features,):
+            raise RuntimeError(
+                f"The input has the shape {tuple(x.shape)}, the layer takes {self.in_features} channels."
+            )
         stack = self._stack
         if stack is None or not stack.serves(x, self.backend):
             self.unstack()

@@ -33,9 +33,9 @@ from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 BACKENDS = (triton_backend, weight_only_backend)
 MODULES = (*BACKENDS, launch, hopper_launch, hopper_project, hopper_tokens, alone_launch, prepare_launch)
 PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(u64|u32|f32|b8)[^,)]*?(?:\[(\d+)\])?\s*[,)]")
-kept_enter = cuda_driver.enter
 SIZES = {"u64": 8, "u32": 4, "f32": 4, "b8": 1}
 STREAM = 77
+ENTER = cuda_driver.enter
 
 
 class WritesDown(NoGpu):
@@ -118,6 +118,7 @@ class Cuda:
         config = config._obj
         found: list[Any] = []
         for address, (kind, size) in zip(given, self.parameters(function.value), strict=True):
+            assert kind != "b8" or address % cuda_driver.MAP_ALIGNED == 0
             read = ctypes.string_at(address, size)
             if kind == "b8":
                 found.append(self.maps[read])
@@ -146,6 +147,11 @@ def without_addresses(launches: list[Any], known: dict[int, str]) -> list[Any]:
             named.append((address, *value[1:]) if isinstance(value, tuple) and len(value) == 6 else address)
         result.append(named)
     return result
+
+
+def addresses(launches: list[Any]) -> set[Any]:
+    """Of tensors and in tensor maps."""
+    return {value[0] if isinstance(value, tuple) else value for one in launches for value in one}
 
 
 def names(x: Tensor, packed: Any) -> dict[int, str]:
@@ -190,9 +196,13 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
         assert not any("operands" in vars(copied) for copied in copies), "their number is of one process"
         for given, packed in ((x, first), (other, second), *((x, copied) for copied in copies), (other, first)):
             compare(driver, backend, given, packed, name)
-        sequences = x.view(1, m, 1, k)
-        backend.apply(sequences, first)
-        compare(driver, backend, sequences, first, name)
+        kinds = len(recorded._programs)
+        compare(driver, backend, x.view(1, m, 1, k), first, name)
+        assert len(recorded._programs) == kinds, "tokens in other dimensions are the same call"
+        apart = torch.ones(m, 2 * k, dtype=torch.bfloat16)
+        driver.launches.clear()
+        assert backend.apply(apart[:, :k], first).shape == (m, OUTPUTS)
+        assert driver.launches and (m == 1 or not addresses(driver.launches) & {apart.data_ptr()}), name
     assert len(cuda.maps) > 10
     weights = [box for kept in recorded._programs.values() for box in getattr(kept, "maps", ()) if box.source > 3]
     assert len({id(box.known) for box in weights}) < len(weights), "programs share tensor maps of weights"
@@ -200,7 +210,7 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
 
 def program(x: Tensor, packed: Any) -> Any:
     """What is kept for such a call."""
-    return recorded._programs.get((packed.operands.number, x.shape, x.dtype, x.device))
+    return recorded._programs.get((packed.operands.number, x.numel(), x.shape[-1], x.dtype, x.device))
 
 
 def compare(driver: WritesDown, backend: Any, x: Tensor, packed: Any, name: str) -> None:
@@ -271,7 +281,7 @@ def check_refusals(driver: WritesDown, cuda: Cuda) -> None:
     own_entered: list[bool] = []
 
     def look() -> None:
-        kept_enter(aligned.device)
+        ENTER(aligned.device)
         own_entered.append(aligned.device in cuda_driver._entered.devices)
 
     thread = Thread(target=look)
@@ -364,7 +374,7 @@ def check_limits() -> None:
     for m in range(20, 50):
         triton_backend.apply(torch.ones(m, 256, dtype=torch.bfloat16), packed)
         assert len(recorded._programs) <= 10
-        assert any((m, 256) in key for key in recorded._programs)  # type: ignore[operator]
+        assert any(key[1:3] == (m * 256, 256) for key in recorded._programs)  # type: ignore[index]
 
 
 def pretend() -> tuple[WritesDown, Cuda]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
-from quant_experts.kernels.gpu import launch
+from quant_experts.kernels.gpu import launch, recorded
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.gpu_weight_activation.layout import Tokens, pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
@@ -620,6 +620,10 @@ def threads_that_have_not_used_the_gpu() -> None:
         call()
         assert len(outputs) == (3 if INTERPRETED else 7)
         assert all(torch.equal(y, outputs[0]) for y in outputs) and outputs[0].isfinite().all()
+        if not INTERPRETED:
+            assert packed.operands is not None
+            key = (packed.operands.number, x.numel(), k, x.dtype, x.device)
+            assert isinstance(recorded._programs[key], recorded.Program)
 
 
 def a_model_runs_stacked(scheme: str = "W4A6") -> None:

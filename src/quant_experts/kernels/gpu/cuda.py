@@ -62,8 +62,8 @@ _entered = _Entered()
 
 
 def enter(device: torch.device) -> None:
-    """Give this thread the GPU's context, which it lacks until PyTorch computes something there: neither the driver nor
-    Triton makes tensor maps without one."""
+    """Give this thread the GPU's context, once, which it lacks until PyTorch computes something there: neither the
+    driver nor Triton makes tensor maps without one. What takes it away again, outside of PyTorch, must give it back."""
     if device not in _entered.devices:
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -91,7 +91,7 @@ def operands(packed: Any) -> Operands | None:
 
 
 _programs: dict[Hashable, Program | int] = {}
-"""By kind of group, shape of the input, type and device; or how often that was noted in vain."""
+"""By kind of group, numbers and channels of the input, type and device; or how often that was noted in vain."""
 
 
 def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) -> Tensor:
@@ -103,7 +103,7 @@ def run(work: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Repeatable) ->
     x = x.contiguous()
     if x.data_ptr() % 16:
         return _anew(work, x, packed)
-    key = (own.number, x.shape, x.dtype, x.device)  # a layout knows its input channels only up to padding
+    key = (own.number, x.numel(), x.shape[-1], x.dtype, x.device)  # a layout knows its channels only up to padding
     program = _programs.get(key, 0)
     if isinstance(program, Program):
         return program.repeat(x, own.tensors)
@@ -186,7 +186,7 @@ class _Map(NamedTuple):
 class _Arguments:
     """Of all launches of a program: what differs from call to call, each once, and what is fixed."""
 
-    POINTERS, MAPS, FIXED = range(3)
+    POINTER, MAP, AS_IS = range(3)
 
     def __init__(self) -> None:
         self.pointers: dict[_Pointer, int] = {}
@@ -198,15 +198,15 @@ class _Arguments:
         value = argument.value
         if isinstance(value, Boxes):
             box = (*source_of(value.base.data_ptr()), boxes_of(value))
-            return self.MAPS, self.maps.setdefault(box, len(self.maps)) * cuda.MAP_BYTES
+            return self.MAP, self.maps.setdefault(box, len(self.maps)) * cuda.MAP_BYTES
         if isinstance(value, int) and value:
             pointer = _Pointer(*source_of(value))
             if pointer.source != FIXED:
-                return self.POINTERS, self.pointers.setdefault(pointer, len(self.pointers)) * 8
+                return self.POINTER, self.pointers.setdefault(pointer, len(self.pointers)) * 8
             value = pointer.offset
         start = len(self.fixed)
         self.fixed += (value.to_bytes(8, "little") if isinstance(value, int) else bytes(value)).ljust(8, b"\0")
-        return self.FIXED, start
+        return self.AS_IS, start
 
 
 class _UnexplainedError(Exception):
@@ -221,7 +221,7 @@ Not those of several GPUs: a launch waits where a GPU has enough to do, perhaps 
 class Program:
     """Launches that are repeated, and what of their arguments changes."""
 
-    def __init__(self, width: int, like: Tensor, work_bytes: int) -> None:
+    def __init__(self, width: int, like: Tensor, work_bytes: int, arguments: _Arguments) -> None:
         self.width, self.device, self.work_bytes = width, like.device, work_bytes
         self.empty = torch.empty(0, dtype=torch.uint8, device=like.device)  # `new_empty` takes less than `empty`
         self.launches: list[tuple[cuda.Config, Any, Any, Any]] = []
@@ -230,23 +230,28 @@ class Program:
         """Kernels, which stay loaded."""
         self.stream = 0
         self.turn = _turns.setdefault(like.device, Lock())
-
-    def hold(self, arguments: _Arguments) -> tuple[int, int, int]:
-        """Memory for the arguments of all launches. -> the addresses at which each kind of them begins."""
-        pointers, maps, fixed = list(arguments.pointers), list(arguments.maps), arguments.fixed
-        first_map = -(-8 * len(pointers) // cuda.MAP_ALIGNED) * cuda.MAP_ALIGNED
-        self.pointers, self.write = pointers, Struct(f"={len(pointers)}Q").pack_into
-        self.maps = []
-        for i, (source, offset, boxes) in enumerate(maps):
+        self.pointers = list(arguments.pointers)
+        self.write = Struct(f"={len(self.pointers)}Q").pack_into
+        first_map = -(-8 * len(self.pointers) // cuda.MAP_ALIGNED) * cuda.MAP_ALIGNED
+        self.maps: list[_Map] = []
+        for i, (source, offset, boxes) in enumerate(arguments.maps):
             place = slice(first_map + i * cuda.MAP_BYTES, first_map + (i + 1) * cuda.MAP_BYTES)
             self.maps.append(_Map(source, offset, boxes, place, _known.setdefault(boxes, _Known())))
-        size = first_map + len(maps) * cuda.MAP_BYTES
-        memory = bytearray(size + len(fixed) + cuda.MAP_ALIGNED)
+        size = first_map + len(self.maps) * cuda.MAP_BYTES
+        memory = bytearray(size + len(arguments.fixed) + cuda.MAP_ALIGNED)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         shift = -address % cuda.MAP_ALIGNED
         self.arguments = memoryview(memory)[shift:]
-        self.arguments[size : size + len(fixed)] = fixed
-        return address + shift, address + shift + first_map, address + shift + size
+        """Of all launches: pointers, tensor maps, and what is fixed."""
+        self.arguments[size : size + len(arguments.fixed)] = arguments.fixed
+        self.starts = (address + shift, address + shift + first_map, address + shift + size)
+        """Addresses at which those begin."""
+
+    def add(self, compiled: Any, config: cuda.Config, places: list[tuple[int, int]]) -> None:
+        """A launch of a kernel, whose arguments are at those places (`_Arguments.place`)."""
+        given = (ctypes.c_void_p * len(places))(*[self.starts[kind] + byte for kind, byte in places])
+        self.launches.append((config, ctypes.byref(config), ctypes.c_void_p(compiled.function), given))
+        self.compiled.append(compiled)
 
     def repeat(self, x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
         """The output for x and a group's tensors."""
@@ -283,7 +288,8 @@ def program_of(
     launches: list[launch.Noted | None], x: Tensor, y: Tensor, own: Operands, allocated: list[Tensor]
 ) -> Program | None:
     """The program of a call: its launches, None for one that cannot be repeated, its input, output, and tensors that it
-    allocated, the output among them. None if they do not explain each other."""
+    allocated, the output among them. None if they do not explain each other, or the output is of another type than the
+    input, as none of ours is."""
     noted = [one for one in launches if one is not None]
     if len(noted) < len(launches) or y.dtype != x.dtype:
         return None
@@ -308,13 +314,9 @@ def program_of(
         configs = [_config(launched) for launched in noted]
     except _UnexplainedError:
         return None
-    program = Program(y.shape[1], x, work_bytes)
-    starts = program.hold(arguments)
+    program = Program(y.shape[1], x, work_bytes, arguments)
     for launched, config, own_places in zip(noted, configs, places, strict=True):
-        given = (ctypes.c_void_p * len(own_places))(*[starts[kind] + byte for kind, byte in own_places])
-        kernel = ctypes.c_void_p(launched.compiled.function)
-        program.launches.append((config, ctypes.byref(config), kernel, given))
-        program.compiled.append(launched.compiled)
+        program.add(launched.compiled, config, own_places)
     return program
 
 
