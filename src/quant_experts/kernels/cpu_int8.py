@@ -69,7 +69,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
         return torch.zeros(len(a), len(b), dtype=torch.int32)
     if a.shape[1] == 1:  # strides of (1, 1) mislead oneDNN into reading past the operand
         return a.int() * b.int().T
-    if len(a) > 1 and not has_fast_integers():
+    if not has_fast_integers():
         return float_product(a, b)
     return torch._int_mm(a, b.T)
 
