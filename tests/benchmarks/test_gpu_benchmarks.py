@@ -74,5 +74,6 @@ def test_a_model(run: Callable[[str], list[dict[str, Any]]]) -> None:
     assert len(rows) == 2 * len(KINDS)
     ways = ("compiled", "static", "plain")
     assert all(row["repeats_its_first_steps"] for row in rows)
-    assert all(row[f"{way}_equal_tokens"] == 1 and row[f"{way}_tokens_per_second"] > 0 for row in rows for way in ways)
+    assert all(row[f"{way}_equal_tokens"] == 1 for row in rows for way in ways)
+    assert all(row[key] > 0 for row in rows for _, key in import_module("gpu_generate").RATES)
     assert all(row["distinct_tokens"] > 1 for row in rows), "an answer that repeats itself shows nothing"
