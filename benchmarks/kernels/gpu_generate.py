@@ -292,8 +292,10 @@ def table(model: str, rows: list[dict[str, Any]]) -> str:
 
 
 @torch.inference_mode()
-def measure_kind(name: str, device: torch.device, tiny: bool, ways: list[str], constants: list[str], batch: int) -> Any:
-    """The row of a kind and a batch."""
+def measure_kind(
+    name: str, device: torch.device, tiny: bool, ways: list[str], constants: list[str], batch: int
+) -> dict[str, Any]:
+    """The row of a kind and a batch. constants: as `set_constants` takes them."""
     set_constants(constants)
     dtype = torch.float32 if tiny else torch.bfloat16
     model = random_model(tiny, device, dtype)
