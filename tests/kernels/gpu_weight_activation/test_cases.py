@@ -1,5 +1,6 @@
 """The Triton kernels against the oracle, in Triton's interpreter on the CPU, and on a GPU where there is one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,21 +100,27 @@ def rows_on_no_device(n: int, k: int) -> Any:
 @pytest.mark.parametrize(
     ("tokens", "shape", "experts", "rank", "code_type", "expected"),
     [
-        (4, (4608, 3584), 8, 32, torch.int8, True),
-        (5, (4608, 3584), 8, 32, torch.int8, False),
-        (1, (37888, 3584), 8, 32, torch.int8, False),  # large
+        (8, (4608, 3584), 8, 32, torch.int8, True),
+        (16, (4608, 3584), 8, 32, torch.int8, True),
+        (17, (4608, 3584), 8, 32, torch.int8, False),
+        (8, (37888, 3584), 8, 32, torch.int8, True),  # large
+        (9, (37888, 3584), 8, 32, torch.int8, False),
+        (8, (10240, 8192), 8, 32, torch.int8, True),
+        (9, (10240, 8192), 8, 32, torch.int8, False),
         (1, (4608, 3584), 8, 128, torch.int8, True),
         (4, (4608, 3584), 8, 128, torch.int8, False),  # more ranks than registers hold
         (1, (4608, 3584), 8, 32, torch.float8_e4m3fn, False),
         (1, (31, 128), 0, 64, torch.int8, False),  # fewer rows than a tile
         # an expert that reads codes
         (16, (4608, 3584), 0, 64, torch.int8, True),
-        (17, (4608, 3584), 0, 64, torch.int8, False),
-        (16, (4608, 3584), 0, 128, torch.int8, False),
-        (4, (37888, 3584), 0, 64, torch.int8, True),
-        (5, (37888, 3584), 0, 64, torch.int8, False),
-        (8, (3584, 18944), 0, 64, torch.int8, True),
-        (9, (3584, 18944), 0, 64, torch.int8, False),
+        (16, (4608, 3584), 0, 128, torch.int8, True),
+        (1, (4608, 3584), 0, 512, torch.int8, False),
+        (8, (37888, 3584), 0, 64, torch.int8, True),
+        (9, (37888, 3584), 0, 64, torch.int8, False),
+        (16, (3584, 18944), 0, 64, torch.int8, True),
+        (9, (3584, 18944), 0, 128, torch.int8, False),
+        (8, (8192, 29568), 0, 64, torch.int8, True),
+        (9, (8192, 29568), 0, 64, torch.int8, False),  # long
         (8, (3584, 18944), 0, 64, torch.float8_e4m3fn, False),
     ],
 )
@@ -121,23 +128,27 @@ def test_which_linears_settle(
     monkeypatch: pytest.MonkeyPatch, tokens: int, shape: tuple[int, int], experts: int, rank: int,
     code_type: torch.dtype, expected: bool,
 ) -> None:  # fmt: skip
-    """On Hopper the linear of few tokens and weights chooses experts itself; elsewhere none does."""
+    """On Hopper the linear of few tokens chooses experts itself; elsewhere none does."""
     from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
     from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     kind = Kind(127, code_type, False, 0, experts + 1, experts, rank, (experts + 1) * rank, 2, experts == 0)
-    packed: Any = SimpleNamespace(group=SimpleNamespace(kind=kind), linear=rows_on_no_device(*shape))
+    linear = replace(rows_on_no_device(*shape), up=torch.empty(0, device="meta"))
+    packed: Any = SimpleNamespace(group=SimpleNamespace(kind=kind), linear=linear)
     assert not triton_backend._settles(tokens, packed)
     monkeypatch.setattr(triton_backend, "hopper", lambda device: True)
     monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
     assert triton_backend._settles(tokens, packed) == expected
+    packed.linear = replace(linear, up=None)  # linears of the group differ in having experts
+    assert not triton_backend._settles(tokens, packed)
 
 
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("kind", ["none", "projects", "settles"])
+@pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("shape", [(32, 128), (4608, 3584), (37888, 3584), (3584, 18944), (59136, 8192), (8192, 29568)])
 def test_what_few_tokens_ask_for_fits_registers(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], later: bool
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], tokens: int, kind: str
 ) -> None:
     """Weights that a thread asks for ahead leave it half of its registers, and no tile has more rows than a layout."""
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
@@ -145,72 +156,48 @@ def test_what_few_tokens_ask_for_fits_registers(
 
     monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
     n, _ = shape
-    tile = hopper_launch.few_tile(rows_on_no_device(*shape), later)
-    assert tile["AHEAD"] * tile["BN"] * 64 // (32 * 4) <= 128
-    assert 32 * tile["WAYS"] * 255 <= 65536
-    assert 16 <= tile["BN"] <= LEAST_ROWS <= n
+    layout = rows_on_no_device(*shape)
+    rows, ways, ahead, most = hopper_launch.few_tile(tokens, layout, int(kind != "none"), kind == "projects")
+    assert ahead * rows * 64 // (32 * 4) <= (most or 256) // 2
+    assert 32 * ways * (most or 255) <= 65536
+    assert 16 <= rows <= LEAST_ROWS <= n
 
 
 @pytest.mark.parametrize(
-    ("shape", "experts", "reads_codes", "rotation", "dtype", "expected"),
+    ("shape", "experts", "rotation", "expected"),
     [
-        ((4608, 3584), None, False, 0, torch.float16, True),
-        ((4608, 3584), None, False, 64, torch.float32, True),
-        ((37888, 3584), None, False, 0, torch.bfloat16, True),
-        ((37888, 3584), None, False, 64, torch.bfloat16, False),  # too many programs that would rotate
-        ((8192, 29568), None, False, 0, torch.bfloat16, False),  # more than registers hold
-        ((31, 128), None, False, 0, torch.bfloat16, False),  # fewer rows than a tile
-        ((4608, 3584), 0, True, 64, torch.bfloat16, True),
-        ((10240, 8192), 0, True, 64, torch.bfloat16, False),
-        ((3584, 18944), 0, True, 64, torch.float32, True),
-        ((48, 18944), 0, True, 64, torch.float32, True),
-        ((4608, 3584), 8, False, 0, torch.bfloat16, False),
-        ((3584, 18944), 8, False, 0, torch.bfloat16, True),
-        ((3584, 18944), 8, False, 0, torch.float32, False),
-        ((256, 18944), 8, False, 0, torch.bfloat16, False),  # fewer programs than project
+        ((4608, 3584), False, 0, True),
+        ((4608, 3584), False, 64, True),
+        ((37888, 3584), False, 0, True),
+        ((1024, 8192), False, 64, True),
+        ((512, 100), False, 0, True),
+        ((37888, 3584), False, 64, False),  # too many programs that would rotate
+        ((3584, 18944), False, 0, False),  # more than registers hold
+        ((31, 128), False, 0, False),  # fewer rows than a tile
+        ((4608, 3584), True, 0, False),
     ],
 )
 def test_which_groups_of_one_token_take_one_launch(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], experts: int | None, reads_codes: bool, rotation: int,
-    dtype: torch.dtype, expected: bool,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], experts: bool, rotation: int, expected: bool
+) -> None:
     from quant_experts.kernels.gpu_weight_activation import alone_launch, hopper_launch
     from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     monkeypatch.setattr(alone_launch, "options", lambda device: {})
-    for module in (alone_launch, hopper_launch):
-        monkeypatch.setattr(module, "programs", lambda device: 132)
+    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
     n, k = shape
-    factors = 0 if experts is None else experts + 1
-    rows = 32 * factors + (32 if experts else 0)
-    kind = Kind(127, torch.int8, True, rotation, factors, experts or 0, 32, rows, 1 if reads_codes else 2, reads_codes)
+    kind = Kind(127, torch.int8, True, rotation, int(experts), 0, 32, 32 * experts, 1, experts)
     device = torch.device("cuda:9")  # a key of its own among the decisions that are kept
     blocks = -(-k // 128)
-    assert alone_launch.is_fastest(kind, n, blocks, dtype, device) == expected
+    assert alone_launch.is_fastest(kind, n, blocks, device) == expected
     fp8 = kind._replace(code_type=torch.float8_e4m3fn)
-    assert not alone_launch.is_fastest(fp8, n, blocks, dtype, device)
-    precise = kind._replace(row_bytes=4)  # laid out for float32 inputs
-    assert not (experts and alone_launch.is_fastest(precise, n, blocks, dtype, device))
-    if expected:
-        check_cut(alone_launch.constants(kind, n, blocks, device), n, blocks)
-
-
-def check_cut(c: dict[str, Any], n: int, blocks: int) -> None:
-    """Every block has a turn, every slice of a projection as well, and shared memory holds them; programs that project
-    are no more than there are, nor than run at once; workspaces hold what they write."""
-    from quant_experts.kernels.gpu import launch
-    from quant_experts.kernels.gpu_weight_activation import hopper_alone
-
-    turns = -(-blocks // c["WAYS"])
-    assert c["TURNS"] % 2 == 0 and c["TURNS"] * c["WAYS"] * 128 <= 48 * 1024
-    assert c["PARTS"] * c["WAYS"] * 256 >= blocks * 128 and c["TURNS"] >= 2 * c["PARTS"]
-    assert c["TURNS"] >= -(-turns // c["AHEAD"]) * c["AHEAD"] and c["ONCE"] == (turns <= c["AHEAD"])
-    if c["TOTAL"]:
-        assert c["SLICES"] * c["SLICE_TURNS"] >= turns > (c["SLICES"] - 1) * c["SLICE_TURNS"]
-        assert c["TURNS"] >= c["SLICES"] * c["SLICE_TURNS"] and c["PADDED"] >= c["SLICES"] > 0
-        assert c["SLICES"] * (c["TOTAL"] // 16) <= min(132, -(-n // c["BN"]))
-        assert c["SLICES"] * c["TOTAL"] <= launch.ALONE_SUMS
-    assert (2 + hopper_alone.BUNCHES.value) * hopper_alone.LINE.value <= launch.ALONE_COUNTS
+    assert not alone_launch.is_fastest(fp8, n, blocks, device)
+    if expected:  # every block has a turn, and shared memory holds them
+        c = alone_launch.constants(kind, n, blocks, device)
+        turns = -(-blocks // c["WAYS"])
+        assert c["TURNS"] % 2 == 0 and c["TURNS"] * c["WAYS"] * 128 <= 48 * 1024
+        assert c["PARTS"] * c["WAYS"] * 256 >= blocks * 128 and c["TURNS"] >= 2 * c["PARTS"]
+        assert c["TURNS"] >= -(-turns // c["AHEAD"]) * c["AHEAD"] and c["ONCE"] == (turns <= c["AHEAD"])
 
 
 @pytest.mark.parametrize(

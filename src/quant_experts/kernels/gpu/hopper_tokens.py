@@ -105,13 +105,13 @@ def smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH: gl.constexpr, ROT: g
 
 @gluon.jit
 def kernel(
-    x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, M, K, Kp, width, LARGEST: gl.constexpr,
+    x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, counts_ptr, M, K, Kp, width, LARGEST: gl.constexpr,
     PARTS: gl.constexpr, WARPS: gl.constexpr, SMOOTH: gl.constexpr, ROT: gl.constexpr, SORTED: gl.constexpr,
-    SUMS: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
+    SUMS: gl.constexpr, COUNTS: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
-    """The first Kp of `width` values of each token in its place of a sorted order, its unit, and SUMS zeros. A program
-    takes every n-th place, n the number of programs. HELD: 1 / m and a second token fit its registers, and it asks for
-    that before it works on the first; otherwise there are as many programs as tokens.
+    """The first Kp of `width` values of each token in its place of a sorted order, its unit, and SUMS zeros; and COUNTS
+    zeros for all. A program takes every n-th place, n the number of programs. HELD: 1 / m and a second token fit its
+    registers, and it asks for that before it works on the first; otherwise there are as many programs as tokens.
 
     EARLY: what is read was complete when the kernel before this one started.
     """
@@ -125,6 +125,9 @@ def kernel(
         wait_for_previous_kernel()
     allow_next_kernel()
     first = gl.program_id(0)
+    if COUNTS > 0:
+        count = gl.arange(0, COUNTS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        gl.store(counts_ptr + count, gl.zeros_like(count), mask=(count < COUNTS) & (first == 0))
     token = first
     if SORTED:
         token = gl.load(order_ptr + first, cache_modifier=".cg")
@@ -163,20 +166,22 @@ def kernel(
 
 def write_tokens(
     x: Tensor, inverse_smooth: Tensor | None, rotation: int, largest: int, values: Tensor, unit: Tensor, padded: int,
-    order: Tensor | None = None, sums: Tensor | None = None, early: bool = False,
+    order: Tensor | None = None, sums: Tensor | None = None, counts: Tensor | None = None, early: bool = False,
 ) -> None:  # fmt: skip
     """x (M, K) / m, rotated, in units of each token -> the first `padded` columns of values (M, width), and unit (M).
 
     largest: the code of a token's largest magnitude, or 0 for units that are powers of two. order: the token of each
-    row. sums (M, a power of two): written zero. early: see `kernel`.
+    row. sums (M, a power of two) and counts (a power of two): written zero. early: see `kernel`.
     """
     (m, k), warps = x.shape, next(warps for most, warps in WARPS if padded <= most)
     parts = -(-padded // (256 * warps))
     held = warps <= 16 and parts * x.element_size() <= 10
     start(
         kernel, (min(m, programs(x.device) * 16 // warps) if held else m,),
-        x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), m, k, padded, values.shape[1],
+        x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), ptr(counts, unit), m, k, padded,
+        values.shape[1],
         LARGEST=largest, PARTS=parts, WARPS=warps, SMOOTH=inverse_smooth is not None, ROT=rotation,
-        SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1], EARLY=early, HELD=held, num_warps=warps,
+        SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1],
+        COUNTS=0 if counts is None else len(counts), EARLY=early, HELD=held, num_warps=warps,
         maxnreg=2048 // max(16, warps), enable_fp_fusion=False, **options(x.device),
     )  # fmt: skip

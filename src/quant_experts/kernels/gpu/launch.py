@@ -239,14 +239,10 @@ def reserve(device: torch.device) -> None:
     if hopper(device):
         zeros("hopper sums", MAX_PROGRAMS * LARGEST_TILE, device)
         zeros("hopper shares", MAX_PROGRAMS * 2, device)
-        zeros("alone counts", ALONE_COUNTS, device)
-        zeros("alone sums", ALONE_SUMS, device)
 
 
 MAX_PROGRAMS = 160
 """Programs of the Hopper kernel, at most the multiprocessors of a GPU of that generation."""
-ALONE_COUNTS, ALONE_SUMS = 1 << 10, MAX_PROGRAMS * 16
-"""Counts of the Hopper kernel for one token, and sums: 16 of each program that projects."""
 LARGEST_TILE = 256 * 128
 """Sums in a tile of the Hopper kernel."""
 

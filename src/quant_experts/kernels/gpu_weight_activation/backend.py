@@ -40,12 +40,6 @@ from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepar
 
 LINEAR_FEW = 8
 """Up to here `linear_few` multiplies, on Hopper fp8 tokens only."""
-UNSETTLED, UNSETTLED_WEIGHTS = 4, 1 << 25
-"""Up to here, and up to so many weights, the linear for Hopper GPUs settles experts itself. Every program of it does,
-so that with more of either a launch of its own costs less. An expert that reads codes leaves less to settle: there the
-linear does it for as many tokens as it takes."""
-UNSETTLED_RANKS = 320
-"""Of the factors that so many tokens use, together: up factors wait in registers."""
 FEW_TILE = dict(BN=32, WAYS=4)
 """Its tile."""
 FEW_STAGES, ALONE_STAGES = 4, 6
@@ -104,22 +98,19 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
     if x.shape[0] == 1 and hopper(x.device):
         from quant_experts.kernels.gpu_weight_activation import alone_launch
 
-        if alone_launch.takes_alone(packed.group, packed.linear, x.dtype):
+        if alone_launch.takes_alone(packed.group, packed.linear):
             return alone_launch.alone(x.contiguous(), packed.group, packed.linear)
     return linear(_prepare(x, packed.group, settled=not _settles(x.shape[0], packed)), packed.linear)
 
 
 def _settles(m: int, packed: Packed) -> bool:
     """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
-    weight, kind = packed.linear.weight, packed.group.kind
-    if not hopper(weight.device):
-        return False
-    if not kind.reads_codes and (m > UNSETTLED or 2 * weight.numel() > UNSETTLED_WEIGHTS):
+    layout, kind = packed.linear, packed.group.kind
+    if not (hopper(layout.weight.device) and kind.rows and layout.up is not None):
         return False
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-    ranks = _ranks(kind.factors, kind.experts, kind.rank, m)
-    return ranks <= UNSETTLED_RANKS and hopper_launch.takes_few(m, kind.code_type, packed.linear, ranks)
+    return hopper_launch.takes_few(m, kind.code_type, layout, _ranks(kind.factors, kind.experts, kind.rank, m))
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -138,7 +129,7 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
 
 
 def _prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
-    """As `prepare`; not settled, with sums instead of hidden values where tokens are few."""
+    """As `prepare`, not settled, with sums instead of hidden values for the linear to settle."""
     dtype = x.dtype
     if layout.before is not None:
         x = reference.transform(x, layout.before)

@@ -6,12 +6,12 @@ steps before it waits for the codes.
 A program owns BN rows over all input channels. Its WAYS warps take every WAYS-th block of 128 channels each, and every
 WAYS-th run of 32 expert ranks; what they find is added up at the end, int32 sums exactly.
 
-With SLICES, hidden values come as the programs that project leave them (`prepare`), and each program here chooses
-experts and finishes the few hidden values that it needs: where those are few, or one slice has all, that costs less
-than a launch of `prepare.end`.
+Experts that read codes are projected and settled by programs of their own, the first ones, and those that read values,
+which `prepare` has projected, are settled by such (`hopper_settle`). They are waited for at the end.
 
 `linear_few` is the same for other GPUs, the interpreter and fp8 tokens. Rejected: passing
-weights through shared memory as it does, and eight or sixteen warps a program (EXPERIMENTS.md).
+weights through shared memory as it does, sixteen warps a program, and programs that settle, and multiply too: what a
+program holds in registers decides how many there are on a multiprocessor (EXPERIMENTS.md).
 """
 
 from __future__ import annotations
@@ -24,11 +24,21 @@ from quant_experts.kernels.gpu.hopper import (
     across,
     allow_next_kernel,
     factor_of,
-    factors_of_experts,
     multiply,
     wait_for_previous_kernel,
 )
+from quant_experts.kernels.gpu_weight_activation.hopper_settle import (
+    LINE,
+    add_projection,
+    ask_for_piece,
+    count_done,
+    settle,
+    wait_for,
+)
 from quant_experts.kernels.gpu_weight_activation.hopper_work import unpack_int8
+
+EARLY_RANKS = gl.constexpr(128)
+"""Ranks, at most, whose up factors wait in registers from the start."""
 
 
 @gluon.jit
@@ -58,8 +68,8 @@ def ask_for_codes(codes_at, there, block, steps, WAYS: gl.constexpr, AHEAD: gl.c
         at = codes_at + (block + i * WAYS) * 128
         if not EVEN:
             there = there & (block + i * WAYS < steps)
-        low = gl.load(at, mask=there, other=0, cache_modifier=".cg")
-        high = gl.load(at + 64, mask=there, other=0, cache_modifier=".cg")
+        low = gl.load(at, mask=there, other=0)
+        high = gl.load(at + 64, mask=there, other=0)
         codes = codes + ((low, high),)
     return codes
 
@@ -74,112 +84,69 @@ def add_products(low_sums, high_sums, packed, codes):
 
 
 @gluon.jit
-def choose(sums_ptr, bias_ptr, M, BM: gl.constexpr, F: gl.constexpr, E: gl.constexpr, R: gl.constexpr,
-    TOTAL: gl.constexpr, EP: gl.constexpr, SLICES: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """(BM,) the expert of each token, as `tokens.choose`, from (SLICES, M, TOTAL) sums."""
-    token = gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))[:, None]
-    column = gl.arange(0, EP, gl.SliceLayout(0, LAYOUT))[None, :]
-    scores = gl.zeros([BM, EP], gl.float32, LAYOUT)
-    for piece in gl.static_range(SLICES):
-        for part in gl.static_range(3):
-            at = sums_ptr + (piece * M + token) * TOTAL + F * R + part * EP + column
-            scores += gl.load(at, mask=token < M, other=0.0, cache_modifier=".cg")
-    scores += gl.load(bias_ptr + column, mask=column < E, other=0.0)
-    scores = gl.where(scores != scores, float("-inf"), scores)
-    scores = gl.where(column < E, scores, float("inf"))
-    least = gl.min(scores, axis=1)
-    return gl.min(gl.where((scores == least[:, None]) & (column < E), column, E - 1), axis=1)
+def run_of(start, present, WAYS: gl.constexpr, F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr,
+    HALVES: gl.constexpr):  # fmt: skip
+    """-> factor, or F, and first rank of the run of ranks of each warp, from the start-th run of present factors on."""
+    run = start + across(WAYS, 0, HALVES)
+    return factor_of(run // (R // RUN), present, F, USED), run % (R // RUN) * RUN + across(RUN, 2, HALVES)
 
 
 @gluon.jit
-def ask_for_experts(
-    up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, first, M, N, inverse_headroom,
-    BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr, F: gl.constexpr, E: gl.constexpr, R: gl.constexpr,
-    USED: gl.constexpr, TOTAL: gl.constexpr, EP: gl.constexpr, SLICES: gl.constexpr, CODES: gl.constexpr,
+def ask_for_ups(
+    up_ptr, present, first, N, BN: gl.constexpr, WAYS: gl.constexpr, F: gl.constexpr, R: gl.constexpr,
+    USED: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Up factors and hidden values of the runs of ranks of each warp. USED: factors that M tokens use at most."""
-    HALVES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])
-    OF_TOKEN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, HALVES))
-    SHARED: gl.constexpr = F - E
-    token = across(BM, 1, HALVES)
-    rank = across(RUN, 2, HALVES)
-    expert = token * 0
-    if SLICES == 0:
-        present = gl.load(present_ptr)
-    elif E == 0:
-        present = 1
-    else:
-        CHOICE: gl.constexpr = gl.BlockedLayout([1, EP // 4], [8, 4], [WAYS, 1], [1, 0])
-        chosen = choose(hidden_ptr, router_bias_ptr, M, BM, F, E, R, TOTAL, EP, SLICES, CHOICE)
-        used = gl.arange(0, BM, gl.SliceLayout(1, CHOICE)) < M
-        present = factors_of_experts(chosen, used, SHARED)
-        expert = gl.expand_dims(gl.expand_dims(gl.convert_layout(chosen, OF_TOKEN, assert_trivial=True), 0), 2)
-    if SLICES > 0:
-        scale = gl.load(token_scale_ptr + token, mask=token < M, other=1.0, cache_modifier=".cg")
-        inverse = gl.div_rn(gl.full(scale.shape, 1.0, gl.float32, HALVES), gl.where(scale == scale, scale, 1.0))
+    """Up factors of the runs of ranks of each warp."""
+    row = first.to(gl.int64) + across(BN, 1, HALVES)
     ups = ()
+    for start in gl.static_range(0, USED * (R // RUN), WAYS):
+        factor, rank = run_of(start, present, WAYS, F, R, USED, HALVES)
+        ups = ups + (gl.load(up_ptr + (row + factor * N) * R + rank, mask=factor < F, other=0.0),)
+    return ups
+
+
+@gluon.jit
+def ask_for_hiddens(
+    hidden_ptr, present, M, BM: gl.constexpr, WAYS: gl.constexpr, F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr,
+    HALVES: gl.constexpr,
+):  # fmt: skip
+    """Settled hidden values (M, F R) of the runs of ranks of each warp."""
+    token = across(BM, 1, HALVES)
     hiddens = ()
     for start in gl.static_range(0, USED * (R // RUN), WAYS):
-        run = start + across(WAYS, 0, HALVES)
-        slot, column = run // (R // RUN), run % (R // RUN) * RUN + rank
-        factor = factor_of(slot, present, F, USED)
-        there = factor < F
-        row = first.to(gl.int64) + across(BN, 1, HALVES)
-        ups = ups + (gl.load(up_ptr + (row + factor * N) * R + column, mask=there, other=0.0),)
-        here = there & (token < M)
-        if SLICES == 0:
-            at = hidden_ptr + token * (F * R) + factor * R + column
-            hidden = gl.load(at, mask=here, other=0.0, cache_modifier=".cg")
-        else:
-            here = here & ((factor < SHARED) | (factor == expert + SHARED))
-            at = hidden_ptr + token * TOTAL + factor * R + column
-            total = gl.load(at, mask=here, other=0, cache_modifier=".cg")
-            for piece in gl.static_range(1, SLICES):
-                total += gl.load(at + piece * M * TOTAL, mask=here, other=0, cache_modifier=".cg")
-            value = total.to(gl.float32) * inverse_headroom
-            if CODES:
-                value = value * gl.load(code_scale_ptr + column)
-            else:
-                value = value * inverse
-            hidden = value.to(gl.float16)
-        hiddens = hiddens + (hidden,)
-    return ups, hiddens
+        factor, rank = run_of(start, present, WAYS, F, R, USED, HALVES)
+        at = hidden_ptr + token * (F * R) + factor * R + rank
+        hiddens = hiddens + (gl.load(at, mask=(factor < F) & (token < M), other=0.0, cache_modifier=".cg"),)
+    return hiddens
 
 
 @gluon.jit
-def kernel(
-    weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, y_ptr, scale_ptr,
-    token_scale_ptr, bias_ptr, M, N, Kp, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr,
+def multiply_tile(
+    tile, weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, settled_ptr, y_ptr, scale_ptr, token_scale_ptr,
+    bias_ptr, M, N, steps, settlers, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr,
     WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, ONCE: gl.constexpr, F: gl.constexpr, E: gl.constexpr,
-    R: gl.constexpr, USED: gl.constexpr, TOTAL: gl.constexpr, EP: gl.constexpr, SLICES: gl.constexpr,
-    CODES: gl.constexpr, BIAS: gl.constexpr, LATER: gl.constexpr,
+    R: gl.constexpr, USED: gl.constexpr, SETTLES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """y (M, N), M <= BM, N >= BN, from tokens (M, Kp) and weight (Kp / 128, N, 64). Programs: tiles of BN rows; the
-    last one ends with the last row. EVEN: every warp has as many blocks as it asks for each time; ONCE: it asks only
-    once; LATER: codes are complete at the start, hidden values when the previous kernel has ended."""
+    """BN rows of y. Arguments are those of `kernel`; `settlers` programs count themselves at `settled_ptr`."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WAYS, 1, 1], [1, 16, 8])
     TILE: gl.constexpr = gl.SliceLayout(0, MMA)
     BYTES: gl.constexpr = gl.BlockedLayout([1, 1, 16], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])
-    allow_next_kernel()
-    first = gl.minimum(gl.program_id(0) * BN, N - BN)
+    HALVES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])
+    ASK_EARLY: gl.constexpr = F > 0 and E == 0 and USED * R <= EARLY_RANKS
+    first = gl.minimum(tile * BN, N - BN)
     row = first + gl.arange(0, BN, gl.SliceLayout(1, TILE))
     token = gl.arange(0, BM, gl.SliceLayout(0, TILE))
     row_scale = gl.load(scale_ptr + row)  # used at the end: a product here would wait for it
-    steps = Kp // 128
     way = across(WAYS, 0, BYTES)
     there = across(BM, 1, BYTES) < M
     weight_at = weight_ptr + first * 64 + across(BN, 1, BYTES) * 64 + across(64, 2, BYTES)
-    codes_at = codes_ptr + across(BM, 1, BYTES) * Kp + across(64, 2, BYTES)
+    codes_at = codes_ptr + across(BM, 1, BYTES) * (steps * 128) + across(64, 2, BYTES)
     block_bytes = N.to(gl.int64) * 64
     packed = ask_for_weights(weight_at, way, steps, block_bytes, WAYS, AHEAD, EVEN)
-    if not LATER:
-        wait_for_previous_kernel()
+    if ASK_EARLY:
+        ups = ask_for_ups(up_ptr, 1, first, N, BN, WAYS, F, R, USED, HALVES)
+    wait_for_previous_kernel()
     codes = ask_for_codes(codes_at, there, way, steps, WAYS, AHEAD, EVEN)
-    if F > 0 and not LATER:
-        ups, hiddens = ask_for_experts(
-            up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, first, M, N,
-            inverse_headroom, BN, BM, WAYS, F, E, R, USED, TOTAL, EP, SLICES, CODES,
-        )  # fmt: skip
     low_sums = gl.zeros([WAYS, BN, BM], gl.int32, MMA)
     high_sums = gl.zeros([WAYS, BN, BM], gl.int32, MMA)
     low_sums, high_sums = add_products(low_sums, high_sums, packed, codes)
@@ -188,14 +155,16 @@ def kernel(
             packed = ask_for_weights(weight_at, start + way, steps, block_bytes, WAYS, AHEAD, EVEN)
             codes = ask_for_codes(codes_at, there, start + way, steps, WAYS, AHEAD, EVEN)
             low_sums, high_sums = add_products(low_sums, high_sums, packed, codes)
-    if LATER:
-        wait_for_previous_kernel()
-    if F > 0 and LATER:
-        ups, hiddens = ask_for_experts(
-            up_ptr, hidden_ptr, present_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, first, M, N,
-            inverse_headroom, BN, BM, WAYS, F, E, R, USED, TOTAL, EP, SLICES, CODES,
-        )  # fmt: skip
-    token_scale = gl.load(token_scale_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg") * headroom
+    token_scale = gl.load(token_scale_ptr + token, mask=token < M, other=0.0) * headroom
+    if F > 0:
+        if SETTLES:
+            wait_for(settled_ptr, settlers)
+        present = 1
+        if E > 0:
+            present = gl.load(present_ptr, cache_modifier=".cg")
+        if not ASK_EARLY:
+            ups = ask_for_ups(up_ptr, present, first, N, BN, WAYS, F, R, USED, HALVES)
+        hiddens = ask_for_hiddens(hidden_ptr, present, M, BM, WAYS, F, R, USED, HALVES)
     y = gl.sum(low_sums + high_sums, axis=0).to(gl.float32) * (row_scale * (0.0625 * inverse_headroom))[:, None]
     if F > 0:
         experts = gl.zeros([WAYS, BN, BM], gl.float32, MMA)
@@ -207,3 +176,47 @@ def kernel(
         y = y + gl.load(bias_ptr + row)[:, None]
     at = y_ptr + token[None, :].to(gl.int64) * N + row[:, None]
     gl.store(at, y.to(y_ptr.dtype.element_ty), mask=(token < M)[None, :] & (row >= 0)[:, None])
+
+
+@gluon.jit
+def kernel(
+    weight_ptr, codes_ptr, down_ptr, up_ptr, sums_ptr, hidden_ptr, present_ptr, counts_ptr, router_bias_ptr,
+    code_scale_ptr, y_ptr, scale_ptr, token_scale_ptr, bias_ptr, M, N, steps, workers, headroom, inverse_headroom,
+    BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr,
+    ONCE: gl.constexpr, F: gl.constexpr, E: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, TOTAL: gl.constexpr,
+    EP: gl.constexpr, SLICES: gl.constexpr, PROJECTS: gl.constexpr, SETTLES: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """y (M, N), M <= BM, N >= BN, from tokens (M, 128 steps) and weight (steps, N, 64). Programs: `workers`, then tiles
+    of BN rows; the last one ends with the last row. EVEN: every warp has as many blocks as it asks for each time; ONCE:
+    it asks only once. USED: factors that M tokens use at most.
+
+    SETTLES: workers settle sums (SLICES, M, TOTAL), to hidden values (M, F R) and the factors present; with PROJECTS
+    they project codes before, to one slice of sums. Without, hidden values are there."""
+    allow_next_kernel()
+    tile = gl.program_id(0) - workers
+    if tile >= 0:
+        multiply_tile(
+            tile, weight_ptr, codes_ptr, up_ptr, hidden_ptr, present_ptr, counts_ptr + LINE, y_ptr, scale_ptr,
+            token_scale_ptr, bias_ptr, M, N, steps, 1 if PROJECTS else workers, headroom, inverse_headroom, BN, BM,
+            WAYS, AHEAD, EVEN, ONCE, F, E, R, USED, SETTLES, BIAS,
+        )  # fmt: skip
+    elif SETTLES:
+        worker = tile + workers
+        factors = F
+        if PROJECTS:
+            down = ask_for_piece(down_ptr, worker, steps, WAYS, TOTAL)
+            wait_for_previous_kernel()
+            add_projection(down, worker, workers, codes_ptr, down_ptr, sums_ptr, M, steps, WAYS, BM, TOTAL)
+            count_done(counts_ptr)
+            factors = gl.where(worker == 0, F, 0)
+            if worker == 0:
+                wait_for(counts_ptr, workers)
+        else:
+            wait_for_previous_kernel()
+        for factor in range(worker, factors, workers):
+            settle(
+                factor, sums_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, present_ptr, M,
+                inverse_headroom, WAYS, BM, F, E, EP, R, TOTAL, SLICES, PROJECTS,
+            )  # fmt: skip
+        if worker < factors:
+            count_done(counts_ptr + LINE)

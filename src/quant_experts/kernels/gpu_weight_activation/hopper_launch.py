@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import LARGEST_TILE, Boxes, options, programs, ptr, start, zeros
-from quant_experts.kernels.gpu_weight_activation import hopper_few
+from quant_experts.kernels.gpu_weight_activation import hopper_few, hopper_settle
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
 from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, LinearLayout, Tokens, padded_experts
 
@@ -23,9 +23,14 @@ LAYOUTS = {
 """Of rows of so many bytes, of elements of so many."""
 
 
-MOST_FEW, FEW_RANKS, FEW_BLOCKS = 16, 64, 32
-"""Tokens that `linear_few` takes at most, and ranks and blocks of 128 channels that it takes with more than 8: 72B's
-groups of 64 blocks are faster in tiles of 16 tokens."""
+FEW, MOST_FEW = 8, 16
+"""Tokens that `linear_few` takes at most, and if groups are not large and inputs not too long:"""
+MOST_RANKS = 320
+"""Ranks of the factors that these tokens use, together: up factors wait in registers."""
+FEW_RANKS, FEW_BLOCKS, RANKED_BLOCKS = 64, 160, 32
+"""Of more than FEW tokens blocks of 128 channels, with up to so many ranks, and with more."""
+SHORT_BLOCKS = 64
+"""Blocks of inputs that are not long."""
 LEAST_ROWS = 32
 """Rows of the largest tile of `linear_few`: a layout has as many."""
 
@@ -139,13 +144,13 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
 
 
 def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, ranks: int) -> bool:
-    """Whether `linear_few` is the fastest for so many tokens that use experts of so many ranks together: up to 8, but
-    up to 4 of large groups and 16 of small ones with few ranks, as measured on an H200."""
-    if codes != torch.int8 or layout.out_features < LEAST_ROWS:
+    """Whether `linear_few` is the fastest for so many tokens that use experts of so many ranks together, as measured on
+    an H200."""
+    if codes != torch.int8 or layout.out_features < LEAST_ROWS or ranks > MOST_RANKS:
         return False
-    if is_wide(layout.out_features, layout.scale.device):
-        return m <= 4
-    return m <= 8 or (m <= MOST_FEW and ranks <= FEW_RANKS and layout.weight.shape[0] <= FEW_BLOCKS)
+    most = FEW_BLOCKS if ranks <= FEW_RANKS else RANKED_BLOCKS
+    wide = is_wide(layout.out_features, layout.scale.device)
+    return m <= FEW or (m <= MOST_FEW and not wide and layout.weight.shape[0] <= most)
 
 
 def is_wide(n: int, device: torch.device) -> bool:
@@ -153,42 +158,47 @@ def is_wide(n: int, device: torch.device) -> bool:
     return n >= 128 * programs(device)
 
 
-def _short(layout: LinearLayout) -> bool:
-    """Whether four warps are enough for all input channels."""
-    return layout.weight.shape[0] <= 64
-
-
-def few_tile(layout: LinearLayout, later: bool) -> dict[str, int]:
-    """Rows and warps of a program, and blocks of 128 channels that a warp asks for at a time, as measured on an H200;
-    later: whether hidden values come later."""
+def few_tile(m: int, layout: LinearLayout, factors: int, projects: bool) -> tuple[int, int, int, int | None]:
+    """Rows and warps of a program, blocks of 128 channels that a warp asks for at a time, and registers of a thread if
+    they are limited, as measured on an H200; projects: whether programs project codes."""
+    blocks, registers = layout.weight.shape[0], None
     if is_wide(layout.out_features, layout.scale.device):
-        return dict(BN=32, WAYS=2, AHEAD=8 if later else 2)
-    if not _short(layout):
-        return dict(BN=16, WAYS=8, AHEAD=8)
-    each = -(-layout.weight.shape[0] // 4)
-    return dict(BN=16, WAYS=4, AHEAD=min(each, 16)) if later else dict(BN=32, WAYS=4, AHEAD=min(each, 8))
+        rows, ways, most = (32, 2, 2) if factors and not projects and m <= 4 else (16, 2, 4 if factors else 8)
+    elif blocks > SHORT_BLOCKS:
+        rows, ways, most, registers = (16, 4, 10, None) if factors else (16, 8, 5, 128)
+    else:
+        rows, ways, most = 16, 2, 8 if projects or blocks > 32 else 16
+    turns = -(-blocks // ways)
+    return rows, ways, -(-turns // -(-turns // most)), registers
 
 
 def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     """As `linear`, for what `takes_few`; `tokens` may be unsettled."""
     assert tokens.codes is not None
-    (m, k), n, steps = tokens.codes.shape, layout.out_features, layout.weight.shape[0]
-    sums, nothing, later = tokens.sums, layout.scale, tokens.hidden_comes_later
-    tile = few_tile(layout, later)
-    together = tile["WAYS"] * tile["AHEAD"]
-    hidden = tokens.hidden if sums is None else sums
-    up = None if hidden is None else layout.up
+    m, n, steps, device = len(tokens.codes), layout.out_features, layout.weight.shape[0], y.device
+    nothing, up, sums = layout.scale, layout.up, tokens.sums
+    if tokens.hidden is None and sums is None:
+        up = None
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
+    settles = factors > 0 and sums is not None
+    projects = settles and tokens.projection is not None
+    slices, _, total = (0, 0, 0) if sums is None else sums.shape
     experts = tokens.experts if factors else 0
-    used = factors - experts + min(experts, 1 << (m - 1).bit_length())
+    rows, ways, ahead, registers = few_tile(m, layout, factors, projects)
+    workers, hidden, present = 0, tokens.hidden, tokens.present
+    if settles:
+        pieces = -(-steps // ways) * (total // hopper_settle.ROWS.value) if projects else factors
+        workers = min(pieces, programs(device))  # which others wait for: all of them must run at once
+        hidden = torch.empty(m, factors * rank, dtype=torch.float16, device=device)
+        present = torch.empty(1, dtype=torch.int32, device=device)
     start(
-        hopper_few.kernel, (-(-n // tile["BN"]),),
-        layout.weight, tokens.codes, ptr(up, nothing), ptr(hidden, nothing), ptr(tokens.present, nothing),
-        ptr(tokens.router_bias, nothing), ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale,
-        ptr(layout.bias, nothing), m, n, k, tokens.headroom, 1.0 / tokens.headroom, BM=8 if m <= 8 else 16, **tile,
-        EVEN=steps % together == 0, ONCE=steps <= together, F=factors, E=experts, R=rank, USED=used,
-        TOTAL=0 if sums is None else sums.shape[2], EP=padded_experts(experts),
-        SLICES=0 if sums is None else sums.shape[0], CODES=tokens.code_scale is not None,
-        BIAS=layout.bias is not None, LATER=later,
-        num_warps=tile["WAYS"], **options(y.device),
+        hopper_few.kernel, (workers + -(-n // rows),),
+        layout.weight, tokens.codes, ptr(tokens.projection, nothing), ptr(up, nothing), ptr(sums, nothing),
+        ptr(hidden, nothing), ptr(present, nothing), ptr(tokens.counts, nothing), ptr(tokens.router_bias, nothing),
+        ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale, ptr(layout.bias, nothing), m, n, steps,
+        workers, tokens.headroom, 1.0 / tokens.headroom, BN=rows, BM=8 if m <= 8 else 16, WAYS=ways, AHEAD=ahead,
+        EVEN=steps % (ways * ahead) == 0, ONCE=steps <= ways * ahead, F=factors, E=experts, R=rank,
+        USED=factors - experts + min(experts, 1 << (m - 1).bit_length()), TOTAL=total, EP=padded_experts(experts),
+        SLICES=slices, PROJECTS=projects, SETTLES=settles, BIAS=layout.bias is not None, num_warps=ways,
+        maxnreg=registers, **options(device),
     )  # fmt: skip

@@ -35,6 +35,8 @@ MAX_CHANNELS = (2**31 - 1) // (16 * 8 * 127)
 """Input channels whose products, 16 times those of codes, an int32 sum holds whatever the codes."""
 MAX_FACTORS = 31
 """The factors that serve a block of tokens are bits of an int32."""
+COUNTS = 64
+"""Two lines of the cache, a count at the start of each."""
 MASK_TOKENS = 16
 """Tokens per such int32."""
 
@@ -155,6 +157,10 @@ class Tokens(Prepared):
     sums: Tensor | None = None
     """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for a linear that chooses
     experts and finishes hidden values itself"""
+    projection: Tensor | None = None
+    """See `GroupLayout`, of codes, which that linear then projects before, and adds to sums of zeros."""
+    counts: Tensor | None = None
+    """(COUNTS,) int32, zeros: programs of that linear count themselves there."""
     router_bias: Tensor | None = None
     code_scale: Tensor | None = None
     """See `GroupLayout`: what that linear needs for it."""

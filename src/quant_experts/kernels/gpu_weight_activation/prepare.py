@@ -40,15 +40,17 @@ from quant_experts.kernels.gpu.tokens import (
 
 @triton.jit
 def begin(
-    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, M, K, Kp, slices,
+    x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, projection_ptr, sums_ptr, counts_ptr, M, K, Kp, slices,
     LARGEST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr,
     FACTOR_ROWS: tl.constexpr, TOTAL: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, COUNTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tokens, which are quantized, then those of `project`, of values."""
+    """Programs: tokens, which are quantized, then those of `project`, of values. COUNTS: zeros for the linear."""
     program = tl.program_id(0)
     if program < M:
         wait_for_previous_kernel(PDL)
+        if COUNTS > 0:
+            tl.store(counts_ptr + tl.arange(0, COUNTS), tl.zeros((COUNTS,), tl.int32), mask=program == 0)
         quantize_token(
             x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, program, program, K, Kp, LARGEST, CHUNK, PARTS,
             SMOOTH, ROT,

@@ -25,6 +25,7 @@ from quant_experts.kernels.gpu.launch import (
 )
 from quant_experts.kernels.gpu_weight_activation.layout import (
     BLOCK,
+    COUNTS,
     MASK_TOKENS,
     GroupLayout,
     Kind,
@@ -51,16 +52,13 @@ PROJECT_TILES = (
 and how many programs share the input channels, at most."""
 ADD_TOKENS = 16
 """Up to here integer sums of codes are added where they are; of more tokens that is slower than writing them."""
-MAX_SLICES = 32
-"""Programs that share the input channels of a block of tokens, at most: each is a read of the one that adds up."""
-UNSETTLED_SLICES = 8
-"""The same, where the linear adds up."""
 PLANS = 4096
 """Plans that are kept."""
 
 
 def prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
-    """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values where tokens are few."""
+    """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that settles them,
+    and projects codes before."""
     m, k = x.shape
     if not m:
         return _allocate(x, layout)
@@ -102,6 +100,8 @@ class Plan:
     """M, K, Kp"""
     settled: bool
     """Whether there are experts, and their hidden values are finished here."""
+    counts: bool
+    """Whether programs of the linear settle them, and count themselves."""
     sorts: bool
     """Whether tokens are sorted by expert."""
     beside: bool
@@ -111,7 +111,9 @@ class Plan:
     launch: dict[str, Any]
     """Options of any launch."""
     adds: bool
-    """Whether integer sums are added where they are."""
+    """Whether integer sums are added where they are, and so are to be zero before."""
+    projects: bool
+    """Whether codes are projected here, or values."""
     end: dict[str, Any]
     """Those of `end`."""
 
@@ -128,16 +130,18 @@ def plan(
     if copied:
         cut = _cut_copied(kind, m, padded // BLOCK, sorts, device)
     else:
-        cut = _cut(kind, m, padded // BLOCK, MAX_SLICES if settled else UNSETTLED_SLICES, adds, dtype, device)
+        cut = _cut(kind, m, padded // BLOCK, adds, dtype, device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
     constants = dict(
         F=kind.factors, E=kind.experts, EP=padded_experts(kind.experts), R=kind.rank, TOTAL=kind.rows,
         SLICES=1 << max(0, cut.sums - 1).bit_length(), CODES=kind.reads_codes,
     )  # fmt: skip
     return Plan(
-        kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0, sorts=sorts,
+        kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
+        counts=not settled and cut.programs > 0, sorts=sorts,
         beside=cut.programs > 0 and not (kind.reads_codes or copied or sorts) and padded <= CHUNK, cut=cut,
-        sums_type=sums_type, adds=adds, launch=launch, end=constants | launch,
+        sums_type=sums_type, adds=adds, projects=cut.programs > 0 and (settled or not adds),
+        launch=launch, end=constants | launch,
     )  # fmt: skip
 
 
@@ -153,8 +157,8 @@ def _constants_of_quantize(kind: Kind, padded: int, device: torch.device) -> dic
     )  # fmt: skip
 
 
-def _cut(kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dtype, device: torch.device) -> Cut:
-    """steps: blocks of 128 input channels. most: slices that are not added where they are."""
+def _cut(kind: Kind, m: int, steps: int, adds: bool, dtype: torch.dtype, device: torch.device) -> Cut:
+    """steps: blocks of 128 input channels."""
     if not kind.rows:
         return NO_PROJECTION
     tile, most_slices = next((tile, slices) for limit, tile, slices in PROJECT_TILES if m <= limit)
@@ -163,7 +167,7 @@ def _cut(kind: Kind, m: int, steps: int, most: int, adds: bool, dtype: torch.dty
     tiles = -(-m // tile["BM"]) * (kind.rows // tile["RC"])
     waves = 2 if kind.reads_codes else 3
     slices = min(-(-steps // tile["WAYS"]), max(1, waves * programs(device) // tiles))
-    slices = slices if adds else min(slices, most, most_slices)
+    slices = slices if adds else min(slices, most_slices)
     ahead = 1 if tile["WAYS"] > 1 else 6 if m <= 16 else 3  # a few tokens' weights are most of a step's bytes
     fitting = stages(kind, dtype, device, tile["RC"], ahead, tile["BM"])
     constants = dict(FACTOR_ROWS=kind.factors * kind.rank, TOTAL=kind.rows, **tile, STAGES=fitting)
@@ -191,9 +195,11 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     if p.settled:
         tokens = _allocate(x, layout, **_hidden(m, layout, x.device), hidden_comes_later=True)
     elif cut.programs:
-        bias, scale, later = layout.router_bias, layout.code_scale, p.kind.reads_codes
-        unsettled = dict(experts=layout.experts, sums=sums, router_bias=bias, code_scale=scale)
-        tokens = _allocate(x, layout, **unsettled, hidden_comes_later=later)
+        tokens = _allocate(
+            x, layout, experts=layout.experts, sums=sums, router_bias=layout.router_bias, code_scale=layout.code_scale,
+            projection=None if p.projects else layout.projection,
+            counts=torch.empty(COUNTS, dtype=torch.int32, device=x.device) if p.counts else None,
+        )  # fmt: skip
     else:
         tokens = _allocate(x, layout)
     codes = tokens.codes
@@ -202,16 +208,18 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
         start(
             begin, (m + cut.programs,),
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, tokens.token_scale,
-            layout.projection, sums, *p.sizes, cut.slices, **cut.constants,
+            layout.projection, sums, ptr(tokens.counts, sums), *p.sizes, cut.slices, COUNTS=COUNTS if p.counts else 0,
+            **cut.constants,
             **_constants_of_quantize(p.kind, p.sizes[2], x.device),
         )  # fmt: skip
     elif p.kind.reads_codes:
         _quantize(x, layout, tokens, sums=sums if p.adds else None)
-        _project(codes, layout, sums, p)
+        if p.projects:
+            _project(codes, layout, sums, p)
     else:
-        if cut.programs:
+        if p.projects:
             _project(x, layout, sums, p)
-        _quantize(x, layout, tokens, early=cut.programs > 0)
+        _quantize(x, layout, tokens, early=p.projects)
     if p.settled:
         start(
             end, (layout.factors * -(-m // MASK_TOKENS),),
@@ -248,7 +256,7 @@ def _quantize(
 
         write_tokens(
             x, layout.inverse_smooth, layout.rotation, layout.kind.largest_code, codes, scale, codes.shape[1], order,
-            sums, early,
+            sums, tokens.counts, early,
         )  # fmt: skip
     else:
         from quant_experts.kernels.gpu_weight_activation.prepare import quantize

@@ -71,7 +71,7 @@ def ask_for_values(values_at, there, block, steps, AHEAD: gl.constexpr, WAYS: gl
         at, here = values_at + (block + i * WAYS) * 128, there & (block + i * WAYS < steps)
         pieces = ()
         for piece in gl.static_range(4):
-            pieces = pieces + (gl.load(at + piece * 32, mask=here, other=0.0, cache_modifier=".cg"),)
+            pieces = pieces + (gl.load(at + piece * 32, mask=here, other=0.0),)
         asked = asked + (pieces,)
     return asked
 
