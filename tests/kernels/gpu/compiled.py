@@ -1,14 +1,17 @@
 """Compiles every GPU kernel, as the backends would launch it, on a machine without a GPU.
 
 `python compiled.py [80|86|89|90|100|120]`, a compute capability (90, Hopper, by default), prints a line for each
-kernel compiled, and fails where one needs more shared memory than such a GPU has, or where `overwritten` finds one.
+kernel compiled, and fails where one needs more shared memory than such a GPU has, where on Hopper, for which they are
+tuned, it keeps much in memory for want of registers, or where `overwritten` finds one.
 
 The interpreter checks neither types in branches that it does not take, nor layouts, nor what the compiler makes of a
 loop.
 """
 
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +44,21 @@ def gpu(capability: int) -> dict[str, Callable[..., Any]]:
         reserve=lambda device: None,
         zeros=lambda name, size, device: torch.zeros(size, dtype=torch.int32),
     )
+
+
+MOST_STACK = 512
+"""Bytes of memory that a thread may use instead of registers. Some that hold much use a few; where the compiler gives
+up it is thousands."""
+
+
+def stack(kernel: CompiledKernel) -> int:
+    """Bytes of memory that a thread of a compiled kernel uses instead of registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", usage))
 
 
 class NoGpu:
@@ -142,7 +160,7 @@ def operands(
     return group, [LinearOperands(codes, scale, None, size, factor(n, rank), factor(experts, n, rank), bias)]
 
 
-ROUTED = {"experts": (8, 32), "wide experts": (8, 64), "many experts": (16, 32)}
+ROUTED = {"experts": (8, 32), "wide experts": (8, 64), "many experts": (16, 32), "high rank": (0, 256)}
 """Routed experts, beside a shared one, and the rank of each."""
 KINDS = ("none", "experts", "codes")
 CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[int, ...], tuple[str, ...]]] = [
@@ -150,6 +168,7 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (1, 4, 12), KINDS),
     (triton_backend, 8, "int", torch.bfloat16, 1024, 8960, 0, (1, 12), KINDS),
     (triton_backend, 8, "int", torch.bfloat16, 17920, 1536, 0, (3, 8), KINDS),
+    (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (8, 16), ("high rank",)),
     (triton_backend, 8, "int", torch.bfloat16, 64, 8960, 0, (2,), KINDS[1:]),
     (triton_backend, 8, "int", torch.float32, 64, 300, 0, (3,), KINDS[1:]),
     (triton_backend, 8, "int", torch.float32, 64, 256, 0, (5000,), KINDS[1:2]),
@@ -184,6 +203,8 @@ def main(capability: int) -> None:
     for name, kernel in compiled.items():
         if kernel.metadata.shared > SHARED_MEMORY[capability]:
             problems[name].append(f"needs {kernel.metadata.shared} bytes of shared memory")
+        if capability == 90 and (used := stack(kernel)) > MOST_STACK:
+            problems[name].append(f"keeps {used} bytes of a thread in memory")
         print(name, *problems[name])
     sys.exit(any(problems.values()))
 

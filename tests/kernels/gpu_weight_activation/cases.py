@@ -204,7 +204,7 @@ def few_tokens_whose_codes_are_read() -> None:
 
 
 def one_token() -> None:
-    """On Hopper groups of one token take a launch of their own, but for some, beside each tile of it."""
+    """On Hopper groups without experts take one launch for one token, but for some; each tile of it, and of others."""
     rows = [(45, 11), (300, 70)]
     if not INTERPRETED:
         rows = [(3584, 4608), (1536, 2048), (640, 17000), (3584, 17000), (8192, 1024), (18944, 512), (18944, 3584)]
@@ -243,15 +243,16 @@ def takes_one_launch(group: GroupOperands, linears: list[LinearOperands], dtype:
 @numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
 def hard_inputs_of_one_token() -> None:
     """Zero, huge, tiny and infinite tokens, ties between experts, and clean ones after them."""
-    k, n = (300, 40) if INTERPRETED else (9000, 700)
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
-    for parts, reads_codes in (((), False), (("smooth", "shared"), True), (ALL, False)):
+    for parts, reads_codes in (((), False), (("smooth",), False), (("smooth", "shared"), True), (ALL, False)):
+        k, n = (300, 40) if INTERPRETED else (8000 if "shared" not in parts else 9000, 700)
         group, linears = operands(k, (n,), 8, parts, integer_factors=reads_codes, rank=32, reads_codes=reads_codes)
         if group.router_weight is not None and group.router_bias is not None:
             group.router_weight[:] = 1
             group.router_bias[:] = torch.tensor([1.0, 0, 0, 0])
         x, packed = tokens(1, k, dtype), triton_backend.pack(group, linears, dtype)
         clean = triton_backend.apply(x, packed)
+        takes_one_launch(group, linears, dtype, "shared" not in parts)
         for factor in (0, 1e30, 1e-20):
             check(x * factor, group, linears)
         for bad in (torch.nan, torch.inf):
@@ -428,8 +429,9 @@ def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads
         sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9, 16, 17, 256, 257, 512, 513)]
         sizes += [(m, 18944, 4096, torch.bfloat16) for m in (40, 200, 700)]
         sizes += [(2, 8960, 1536, torch.bfloat16), (2, 1536, 17920, torch.bfloat16), (8, 3584, 17920, torch.bfloat16)]
-    for m, k, n, dtype in sizes:
-        parts = ("smooth", "shared") if reads_codes else ALL
+    runs = [(*size, ("smooth", "shared") if reads_codes else ALL) for size in sizes]
+    runs += [(1, 3584, 4096, torch.bfloat16, ("smooth",))] * (not INTERPRETED and not reads_codes)  # one launch
+    for m, k, n, dtype, parts in runs:
         group, linears = operands(
             k, (n,), 8, parts, integer_factors=reads_codes, reads_codes=reads_codes, rank=32,
             activation_format=activation_format,

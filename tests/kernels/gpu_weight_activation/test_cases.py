@@ -107,10 +107,11 @@ def rows_on_no_device(n: int, k: int) -> Any:
         (9, (37888, 3584), 8, 32, torch.int8, False),
         (8, (10240, 8192), 8, 32, torch.int8, True),
         (9, (10240, 8192), 8, 32, torch.int8, False),
-        (1, (4608, 3584), 8, 128, torch.int8, True),
+        (1, (4608, 3584), 8, 128, torch.int8, False),  # values of experts of a high rank
         (4, (4608, 3584), 8, 128, torch.int8, False),  # more ranks than registers hold
         (1, (4608, 3584), 8, 32, torch.float8_e4m3fn, False),
         (1, (31, 128), 0, 64, torch.int8, False),  # fewer rows than a tile
+        (8, (4608, 3584), 2, 64, torch.int8, True),
         # an expert that reads codes
         (16, (4608, 3584), 0, 64, torch.int8, True),
         (16, (4608, 3584), 0, 128, torch.int8, True),
@@ -142,6 +143,43 @@ def test_which_linears_settle(
     assert triton_backend._settles(tokens, packed) == expected
     packed.linear = replace(linear, up=None)  # linears of the group differ in having experts
     assert not triton_backend._settles(tokens, packed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "channels", "reads_codes", "code_type", "settled", "expected"),
+    [  # projected in `prepare`, counted in the linear, added where they are, beside quantization
+        (4, 3584, True, torch.int8, False, (False, True, True, False)),
+        (4, 3584, True, torch.int8, True, (True, False, True, False)),
+        (17, 3584, True, torch.int8, True, (True, False, False, False)),
+        (4, 3584, True, torch.float8_e4m3fn, True, (True, False, False, False)),
+        (4, 3584, False, torch.int8, False, (True, True, False, True)),
+        (4, 18944, False, torch.int8, False, (True, True, False, False)),
+        (4, 3584, False, torch.int8, True, (True, False, False, True)),
+    ],
+)
+def test_what_prepare_leaves_to_the_linear(
+    tokens: int, channels: int, reads_codes: bool, code_type: torch.dtype, settled: bool, expected: tuple[bool, ...]
+) -> None:
+    from quant_experts.kernels.gpu_weight_activation.layout import Kind
+    from quant_experts.kernels.gpu_weight_activation.prepare_launch import plan
+
+    experts = 0 if reads_codes else 8
+    rows = 64 if reads_codes else 9 * 32 + 32
+    kind = Kind(127, code_type, True, 0, experts + 1, experts, 32, rows, 1 if reads_codes else 2, reads_codes)
+    p = plan(kind, tokens, channels, torch.bfloat16, torch.device("cpu"), settled)
+    assert (p.projects, p.counts, p.adds, p.beside) == expected
+    assert p.settled == settled and not p.sorts
+    assert p.cut.sums == (1 if p.adds else p.cut.slices)
+
+
+def test_the_linear_cannot_settle_everything() -> None:
+    from quant_experts.kernels.gpu_weight_activation.layout import Kind
+    from quant_experts.kernels.gpu_weight_activation.prepare_launch import plan
+
+    codes = Kind(127, torch.int8, True, 0, 1, 0, 64, 64, 1, True)
+    for kind, tokens in ((codes, 17), (codes._replace(code_type=torch.float8_e4m3fn), 4)):
+        with pytest.raises(AssertionError, match="could not settle"):
+            plan(kind, tokens, 3584, torch.bfloat16, torch.device("cpu"), False)
 
 
 @pytest.mark.parametrize("kind", ["none", "projects", "settles"])

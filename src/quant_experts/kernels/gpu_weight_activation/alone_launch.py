@@ -15,7 +15,7 @@ from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, GroupLayou
 
 MOST_BLOCKS = SHORT_BLOCKS
 """Blocks of 128 input channels, at most: programs hold the whole token in registers."""
-FEW_BLOCKS, SOME_BLOCKS = 16, 32
+SMALLEST_BLOCKS, SMALL_BLOCKS = 16, 32
 """Of the shortest tokens, and of longer ones, at most."""
 KEPT = 4096
 """Decisions that are kept: a model calls every group with the same sizes."""
@@ -39,9 +39,9 @@ def is_fastest(kind: Kind, n: int, blocks: int, device: torch.device) -> bool:
 
 def tile(n: int, blocks: int, device: torch.device) -> dict[str, int]:
     """Rows and warps of a program, and turns that a warp asks for at a time, as measured on an H200."""
-    if blocks > SOME_BLOCKS:
+    if blocks > SMALL_BLOCKS:
         rows, ways, most = 32, 4, 4
-    elif blocks > FEW_BLOCKS:
+    elif blocks > SMALLEST_BLOCKS:
         rows, ways, most = (16, 2, 8) if is_wide(n, device) else (32, 4, 8)
     else:
         rows, ways, most = 32, 2, 8

@@ -106,11 +106,12 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
 def _settles(m: int, packed: Packed) -> bool:
     """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
     layout, kind = packed.linear, packed.group.kind
-    if not (hopper(layout.weight.device) and kind.rows and layout.up is not None):
+    if not hopper(layout.weight.device) or layout.up is None:
         return False
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
-    return hopper_launch.takes_few(m, kind.code_type, layout, _ranks(kind.factors, kind.experts, kind.rank, m))
+    ranks = _ranks(kind.factors, kind.experts, kind.rank, m)
+    return hopper_launch.settles_few(kind) and hopper_launch.takes_few(m, kind.code_type, layout, ranks)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:

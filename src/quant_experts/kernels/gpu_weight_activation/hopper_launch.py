@@ -13,7 +13,7 @@ from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import LARGEST_TILE, Boxes, options, programs, ptr, start, zeros
 from quant_experts.kernels.gpu_weight_activation import hopper_few, hopper_settle
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
-from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, LinearLayout, Tokens, padded_experts
+from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, Kind, LinearLayout, Tokens, padded_experts
 
 LAYOUTS = {
     (width, size): gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * size, rank=2)
@@ -24,11 +24,14 @@ LAYOUTS = {
 
 
 FEW, MOST_FEW = 8, 16
-"""Tokens that `linear_few` takes at most, and if groups are not large and inputs not too long:"""
-MOST_RANKS = 320
-"""Ranks of the factors that these tokens use, together: up factors wait in registers."""
-FEW_RANKS, FEW_BLOCKS, RANKED_BLOCKS = 64, 160, 32
-"""Of more than FEW tokens blocks of 128 channels, with up to so many ranks, and with more."""
+"""Tokens that `linear_few` takes at most of any group, and of groups that are neither wide nor too long."""
+MOST_RANKS, FEW_RANKS = 320, 64
+"""Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers. Few ranks."""
+FEW_RANKS_BLOCKS, MORE_RANKS_BLOCKS = 160, 32
+"""Blocks of 128 channels of groups that are too long for more than FEW tokens, with few ranks and with more, begin
+above these."""
+SETTLED_RANK = 64
+"""Of experts that read values, at most, whose hidden values it settles: they take registers from all its programs."""
 SHORT_BLOCKS = 64
 """Blocks of inputs that are not long."""
 LEAST_ROWS = 32
@@ -148,9 +151,14 @@ def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, ranks: int) -> b
     an H200."""
     if codes != torch.int8 or layout.out_features < LEAST_ROWS or ranks > MOST_RANKS:
         return False
-    most = FEW_BLOCKS if ranks <= FEW_RANKS else RANKED_BLOCKS
+    most = FEW_RANKS_BLOCKS if ranks <= FEW_RANKS else MORE_RANKS_BLOCKS
     wide = is_wide(layout.out_features, layout.scale.device)
     return m <= FEW or (m <= MOST_FEW and not wide and layout.weight.shape[0] <= most)
+
+
+def settles_few(kind: Kind) -> bool:
+    """Whether `linear_few` settles the experts of a kind of group, and projects codes for them."""
+    return kind.rows > 0 and (kind.reads_codes or kind.rank <= SETTLED_RANK)
 
 
 def is_wide(n: int, device: torch.device) -> bool:
@@ -173,7 +181,7 @@ def few_tile(m: int, layout: LinearLayout, factors: int, projects: bool) -> tupl
 
 
 def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    """As `linear`, for what `takes_few`; `tokens` may be unsettled."""
+    """As `linear`, for what `takes_few`; `tokens` may be unsettled, if their kind `settles_few`."""
     assert tokens.codes is not None
     m, n, steps, device = len(tokens.codes), layout.out_features, layout.weight.shape[0], y.device
     nothing, up, sums = layout.scale, layout.up, tokens.sums
@@ -187,8 +195,8 @@ def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     rows, ways, ahead, registers = few_tile(m, layout, factors, projects)
     workers, hidden, present = 0, tokens.hidden, tokens.present
     if settles:
-        pieces = -(-steps // ways) * (total // hopper_settle.ROWS.value) if projects else factors
-        workers = min(pieces, programs(device))  # which others wait for: all of them must run at once
+        parts = -(-steps // ways) * (total // hopper_settle.ROWS.value) if projects else factors
+        workers = min(parts, programs(device))  # one of which waits for the others: all of them must run at once
         hidden = torch.empty(m, factors * rank, dtype=torch.float16, device=device)
         present = torch.empty(1, dtype=torch.int32, device=device)
     start(

@@ -3,8 +3,8 @@ project codes, or settle what `prepare` has projected, while others multiply.
 
 A launch between two others costs a few tokens more than what it does, and the linear behind it asks for its weights the
 later. So there is none: programs count themselves done, and those that need their results wait for the count at their
-end. Programs that are waited for are no more than multiprocessors and start first, so that all of them run, and wait
-for none but each other. Counts are zero when a linear starts: what quantizes its tokens leaves them so.
+end. Programs that are waited for start before all others, and are no more than multiprocessors, because one of them
+waits for the rest. Counts are zero when a linear starts: what quantizes its tokens leaves them so.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across, factors_of_experts, multiply
 from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier
+from quant_experts.kernels.gpu_weight_activation.layout import COUNTS
 
 ROWS = gl.constexpr(16)
 """Of a matrix product: rows of the projection that a program owns."""
-LINE = gl.constexpr(32)
-"""Numbers from count to count, so that each has a line of the cache."""
+LINE = gl.constexpr(COUNTS // 2)
+"""Numbers from the first count to the second, so that each has a line of the cache."""
 
 
 @gluon.jit
@@ -84,8 +85,8 @@ def add_piece(down, i, codes_ptr, sums_ptr, M, steps, WAYS: gl.constexpr, BM: gl
         at = codes_ptr + (token * steps + block) * 128 + run * 64 + across(64, 2, BYTES)
         codes = gl.load(at, mask=(token < M) & (block < steps), other=0, cache_modifier=".cg")
         total = multiply(down[run], codes, total, 4)
-    token, way = across(BM, 2, MMA), across(WAYS, 0, MMA)
-    at = token * TOTAL + row + across(ROWS, 1, MMA) + 0 * way
+    token = across(BM, 2, MMA)
+    at = token * TOTAL + row + across(ROWS, 1, MMA) + 0 * across(WAYS, 0, MMA)  # each warp adds its own
     gl.atomic_add(sums_ptr + at, total, mask=(token < M) & (at >= 0), sem="relaxed")
 
 

@@ -36,7 +36,7 @@ MAX_CHANNELS = (2**31 - 1) // (16 * 8 * 127)
 MAX_FACTORS = 31
 """The factors that serve a block of tokens are bits of an int32."""
 COUNTS = 64
-"""Two lines of the cache, a count at the start of each."""
+"""Numbers in two lines of the cache, a count at the start of each."""
 MASK_TOKENS = 16
 """Tokens per such int32."""
 
@@ -155,10 +155,10 @@ class Tokens(Prepared):
     """Whether a kernel that starts while the last one of `prepare` still runs finds its codes complete, and need wait
     for what else experts ask for only."""
     sums: Tensor | None = None
-    """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for a linear that chooses
-    experts and finishes hidden values itself"""
+    """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for one launch of a linear
+    that chooses experts and finishes hidden values itself"""
     projection: Tensor | None = None
-    """See `GroupLayout`, of codes, which that linear then projects before, and adds to sums of zeros."""
+    """See `GroupLayout`: where experts read codes, which that linear projects, adding to sums of zeros."""
     counts: Tensor | None = None
     """(COUNTS,) int32, zeros: programs of that linear count themselves there."""
     router_bias: Tensor | None = None

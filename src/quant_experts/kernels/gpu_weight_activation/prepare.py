@@ -1,6 +1,7 @@
 """`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each, on Hopper by
 `gpu.hopper_tokens` instead of `quantize`; experts are projected by `begin`, beside quantization, or by `project`, on
-Hopper more than 16 tokens by `hopper_project`; `end` settles experts and hidden values.
+Hopper more than 16 tokens by `hopper_project`; `end` settles experts and hidden values. (A few tokens' codes are
+projected, and experts settled, by the linear on Hopper, `hopper_few`.)
 
 A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
 writes its sums; `end` adds the slices, always in the same order, chooses experts, and keeps the hidden values of each
@@ -8,7 +9,7 @@ token's own. Integer sums of a few tokens' codes are added where they are instea
 `quantize` leaves. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
 routing and projecting. (Many tokens of routed experts are projected alike, and then sorted, in `prepare_many`.)
 
-The linear kernel after them needs codes at once and hidden values only at its end (`Tokens.hidden_comes_later`). So
+Linears for more tokens need codes at once and hidden values only at their end (`Tokens.hidden_comes_later`). So
 `end` lets it start when codes are complete, which is before its own wait where `project` had waited for them, and after
 it otherwise. `project` reads values, or `quantize` codes them, while the other runs (EARLY): what was written before
 the previous kernel is read past the first-level cache (".cg"), which may hold what was there before, and a kernel ends

@@ -113,7 +113,7 @@ class Plan:
     adds: bool
     """Whether integer sums are added where they are, and so are to be zero before."""
     projects: bool
-    """Whether codes are projected here, or values."""
+    """Whether anything is projected here, and not by the linear."""
     end: dict[str, Any]
     """Those of `end`."""
 
@@ -127,6 +127,7 @@ def plan(
     sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
     adds = sums_type == torch.int32 and m <= ADD_TOKENS
     sorts = kind.experts > 0 and m > FEW_TOKENS
+    assert settled or (m <= ADD_TOKENS and (adds or not kind.reads_codes)), "which the linear could not settle"
     if copied:
         cut = _cut_copied(kind, m, padded // BLOCK, sorts, device)
     else:
@@ -248,7 +249,8 @@ def _quantize(
     x: Tensor, layout: GroupLayout, tokens: Tokens, order: Tensor | None = None, early: bool = False,
     sums: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Codes and scales, and sums written zero. early: whether the previous kernel is not waited for until the end."""
+    """Codes and scales, and sums and counts written zero. early: whether the previous kernel is not waited for until
+    the end."""
     codes, scale = tokens.codes, tokens.token_scale
     assert codes is not None and scale is not None
     if hopper(x.device):
