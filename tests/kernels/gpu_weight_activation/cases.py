@@ -430,7 +430,8 @@ def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads
         sizes += [(m, 18944, 4096, torch.bfloat16) for m in (40, 200, 700)]
         sizes += [(2, 8960, 1536, torch.bfloat16), (2, 1536, 17920, torch.bfloat16), (8, 3584, 17920, torch.bfloat16)]
     runs = [(*size, ("smooth", "shared") if reads_codes else ALL) for size in sizes]
-    runs += [(1, 3584, 4096, torch.bfloat16, ("smooth",))] * (not INTERPRETED and not reads_codes)  # one launch
+    if not (INTERPRETED or reads_codes) and activation_format == "int":
+        runs.append((1, 3584, 4096, torch.bfloat16, ("smooth",)))  # one launch
     for m, k, n, dtype, parts in runs:
         group, linears = operands(
             k, (n,), 8, parts, integer_factors=reads_codes, reads_codes=reads_codes, rank=32,

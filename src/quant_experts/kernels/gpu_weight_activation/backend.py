@@ -130,7 +130,7 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
 
 
 def _prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
-    """As `prepare`, not settled, with sums instead of hidden values for the linear to settle."""
+    """As `prepare`; not settled, with sums instead of hidden values, for the linear to settle."""
     dtype = x.dtype
     if layout.before is not None:
         x = reference.transform(x, layout.before)

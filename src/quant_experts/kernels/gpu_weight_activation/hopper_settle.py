@@ -32,7 +32,7 @@ def count_done(count_ptr):
 @gluon.jit
 def wait_for(count_ptr, programs):
     """Until so many programs have counted themselves; what they wrote before can be read then. One thread of each warp
-    looks: where all do, many programs keep each other waiting."""
+    looks (that all do was no slower)."""
     at = count_ptr.to(gl.int64, bitcast=True)
     seen = seen_by_one(at, programs)
     while seen != programs:

@@ -57,8 +57,8 @@ PLANS = 4096
 
 
 def prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
-    """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that settles them,
-    and projects codes before."""
+    """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that projects codes
+    and settles."""
     m, k = x.shape
     if not m:
         return _allocate(x, layout)
