@@ -564,6 +564,32 @@ def large_layers() -> None:
             check(tokens(m, k, dtype), group, linears)
 
 
+def smaller_tiles_behind_complete_waves() -> None:
+    """On Hopper, wherever tiles fill a wave: tokens and rows that do not fill tiles, hidden values that come while the
+    product runs, and sorted tokens, whose experts differ from tile to tile."""
+    if not launch.hopper(torch.device(DEVICE)):
+        return
+    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+
+    chosen = hopper_launch.REST_MICROSECONDS
+    hopper_launch.REST_MICROSECONDS = -1000.0
+    hopper_launch.tiles.cache_clear()
+    formats: tuple[ActivationFormat, ...] = ("int", "fp8")
+    for activation_format in formats:
+        for m, k, n, parts in [
+            (40, 200, 34000, ALL), (130, 640, 34000, ()), (250, 640, 35001, ALL), (600, 300, 34000, ALL),
+            (600, 300, 35001, ("smooth", "shared", "bias")), (300, 300, 50000, ()),
+        ]:  # fmt: skip
+            cut = hopper_launch.tiles(m, n, 640, 0, 32, launch.programs(torch.device(DEVICE)), BIAS=False, SORTED=False)
+            assert cut.end < n or cut.config.WHOLE.value
+            group, linears = operands(k, (n,), 8, parts, rank=32, activation_format=activation_format)
+            if group.router_weight is not None:
+                group.router_weight[:, 8:] = 0  # short sums: no near ties
+            check(tokens(m, k), group, linears)
+    hopper_launch.REST_MICROSECONDS = chosen
+    hopper_launch.tiles.cache_clear()
+
+
 def dense_projections() -> None:
     """On Hopper, sums of every tile of values against float64: tokens and rows that do not fill tiles, a token that is
     not finite beside others; and outputs of tokens that take it in each pipeline."""
@@ -581,7 +607,9 @@ def dense_projections() -> None:
         assert group.router_weight is not None
         group.router_weight[:, 8:] = 0  # short sums: no near ties among thousands of tokens
         x = tokens(m, k, torch.bfloat16)
-        clean, packed = check(x, group, linears), triton_backend.pack(group, linears, x.dtype)
+        check(x, group, linears)
+        packed = triton_backend.pack(group, linears, x.dtype)
+        clean = triton_backend.apply(x, packed)
         apart = torch.zeros(m * k + 1, dtype=x.dtype, device=DEVICE)[1:].view(m, k)  # which the copy engine cannot read
         outputs = triton_backend.apply(apart.copy_(x), packed).double()
         assert ((outputs - clean).norm(dim=1) <= tolerance * clean.double().norm(dim=1)).all()
@@ -658,7 +686,8 @@ CASES: list[Callable[[], None]] = [
     inputs_of_codes_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
     fp8_non_finite_tokens, fp8_inputs_follow_one_another,
-    fp8_inputs_of_codes_follow_one_another, large_layers, dense_projections, threads_that_have_not_used_the_gpu,
+    fp8_inputs_of_codes_follow_one_another, large_layers, smaller_tiles_behind_complete_waves,
+    dense_projections, threads_that_have_not_used_the_gpu,
     a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 

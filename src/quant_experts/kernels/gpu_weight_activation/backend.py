@@ -100,7 +100,9 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
 
         if alone_launch.takes_alone(packed.group, packed.linear):
             return alone_launch.alone(x.contiguous(), packed.group, packed.linear)
-    return linear(_prepare(x, packed.group, settled=not _settles(x.shape[0], packed)), packed.linear)
+    m = x.shape[0]
+    sorts = prepare_launch.sorts_tokens(m, packed.linear.out_features)
+    return linear(_prepare(x, packed.group, settled=not _settles(m, packed), sorts=sorts), packed.linear)
 
 
 def _settles(m: int, packed: Packed) -> bool:
@@ -129,12 +131,12 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     return _prepare(x, layout)
 
 
-def _prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
-    """As `prepare`; not settled, with sums instead of hidden values, for the linear to settle."""
+def _prepare(x: Tensor, layout: GroupLayout, settled: bool = True, sorts: bool | None = None) -> Tokens:
+    """As `prepare`; settled and sorts: see `prepare_launch.prepare`."""
     dtype = x.dtype
     if layout.before is not None:
         x = reference.transform(x, layout.before)
-    tokens = prepare_launch.prepare(x.contiguous(), layout, settled)
+    tokens = prepare_launch.prepare(x.contiguous(), layout, settled, sorts)
     return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
 
 

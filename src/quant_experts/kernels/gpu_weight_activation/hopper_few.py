@@ -157,10 +157,12 @@ def multiply_tile(
             low_sums, high_sums = add_products(low_sums, high_sums, packed, codes)
     token_scale = gl.load(token_scale_ptr + token, mask=token < M, other=0.0) * headroom
     if F > 0:
-        if SETTLES:
-            wait_for(settled_ptr, settlers)
         present = 1
-        if E > 0:
+        if SETTLES and E > 0:
+            present = wait_for(settled_ptr, settlers)
+        elif SETTLES:
+            wait_for(settled_ptr, settlers)
+        elif E > 0:
             present = gl.load(present_ptr, cache_modifier=".cg")
         if not ASK_EARLY:
             ups = ask_for_ups(up_ptr, present, first, N, BN, WAYS, F, R, USED, HALVES)
@@ -190,8 +192,8 @@ def kernel(
     of BN rows; the last one ends with the last row. EVEN: every warp has as many blocks as it asks for each time; ONCE:
     it asks only once. USED: factors that M tokens use at most.
 
-    SETTLES: workers settle sums (SLICES, M, TOTAL), to hidden values (M, F R) and the factors present; with PROJECTS
-    they project codes before, to one slice of sums. Without, hidden values are there."""
+    SETTLES: workers settle sums (SLICES, M, TOTAL), to hidden values (M, F R); with PROJECTS they project codes before,
+    to one slice of sums. Without, hidden values are there, and at `present_ptr` the factors present."""
     allow_next_kernel()
     tile = gl.program_id(0) - workers
     if tile >= 0:
@@ -203,20 +205,21 @@ def kernel(
     elif SETTLES:
         worker = tile + workers
         factors = F
+        present = worker * 0
         if PROJECTS:
             down = ask_for_piece(down_ptr, worker, steps, WAYS, TOTAL)
             wait_for_previous_kernel()
             add_projection(down, worker, workers, codes_ptr, down_ptr, sums_ptr, M, steps, WAYS, BM, TOTAL)
-            count_done(counts_ptr)
+            count_done(counts_ptr, present)
             factors = gl.where(worker == 0, F, 0)
             if worker == 0:
                 wait_for(counts_ptr, workers)
         else:
             wait_for_previous_kernel()
         for factor in range(worker, factors, workers):
-            settle(
-                factor, sums_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, present_ptr, M,
-                inverse_headroom, WAYS, BM, F, E, EP, R, TOTAL, SLICES, PROJECTS,
+            present |= settle(
+                factor, sums_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, M, inverse_headroom,
+                WAYS, BM, F, E, EP, R, TOTAL, SLICES, PROJECTS,
             )  # fmt: skip
         if worker < factors:
-            count_done(counts_ptr + LINE)
+            count_done(counts_ptr + LINE, present)

@@ -4,7 +4,8 @@ project codes, or settle what `prepare` has projected, while others multiply.
 A launch between two others costs a few tokens more than what it does, and the linear behind it asks for its weights the
 later. So there is none: programs count themselves done, and those that need their results wait for the count at their
 end. Programs that are waited for start before all others, and are no more than multiprocessors, because one of them
-waits for the rest. Counts are zero when a linear starts: what quantizes its tokens leaves them so.
+waits for the rest. Which factors are present stands beside the count: who waits needs that at once, to ask for the up
+factors. Counts are zero when a linear starts: what quantizes its tokens leaves them so.
 """
 
 from __future__ import annotations
@@ -23,38 +24,44 @@ LINE = gl.constexpr(COUNTS // 2)
 
 
 @gluon.jit
-def count_done(count_ptr):
-    """Of a program: who has seen the count can read what all its threads wrote before."""
+def count_done(count_ptr, word):
+    """Of a program: who has seen the count can read what all its threads wrote before, and has the sum of the words."""
     barrier()
-    gl.atomic_add(count_ptr, 1, sem="release")
+    gl.atomic_add(count_ptr, (word.to(gl.int64) << 32) + 1, sem="release")
 
 
 @gluon.jit
 def wait_for(count_ptr, programs):
-    """Until so many programs have counted themselves; what they wrote before can be read then. One thread of each warp
-    looks (that all do was no slower)."""
+    """Until so many programs have counted themselves; what they wrote before can be read then. -> the sum of their
+    words. One thread of each warp looks (that all do was no slower)."""
     at = count_ptr.to(gl.int64, bitcast=True)
-    seen = seen_by_one(at, programs)
+    seen, word = seen_by_one(at, programs)
     while seen != programs:
-        seen = seen_by_one(at, programs)
+        seen, word = seen_by_one(at, programs)
     barrier()
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [word], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
 def seen_by_one(at, others):
-    """The number at an address, in the first thread of each warp, and `others` in others."""
+    """The count at an address and the sum of words, in the first thread of each warp, and `others` and 0 in others."""
     return gl.inline_asm_elementwise(
         """
         {
             .reg .pred first;
             .reg .b32 lane;
+            .reg .b64 both;
             mov.u32 lane, %laneid;
             setp.eq.u32 first, lane, 0;
-            mov.b32 $0, $2;
-            @first ld.acquire.gpu.global.b32 $0, [$1];
+            mov.b32 $0, $3;
+            mov.b32 $1, 0;
+            @first ld.acquire.gpu.global.b64 both, [$2];
+            @first mov.b64 {$0, $1}, both;
         }
         """,
-        "=&r,l,r", [at, others], dtype=gl.int32, is_pure=False, pack=1,
+        "=&r,=&r,l,r", [at, others], dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -131,17 +138,18 @@ def choose(
 
 @gluon.jit
 def settle(
-    factor, sums_ptr, bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, present_ptr, M, inverse_headroom,
+    factor, sums_ptr, bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, M, inverse_headroom,
     WAYS: gl.constexpr, BM: gl.constexpr, F: gl.constexpr, E: gl.constexpr, EP: gl.constexpr, R: gl.constexpr,
     TOTAL: gl.constexpr, SLICES: gl.constexpr, CODES: gl.constexpr,
 ):  # fmt: skip
-    """Hidden values (M, F R) of one factor, as `prepare.end` leaves them, M <= BM, from sums (SLICES, M, TOTAL); with
-    the first also which factors are present, where experts are routed."""
+    """Hidden values (M, F R) of one factor, as `prepare.end` leaves them, M <= BM, from sums (SLICES, M, TOTAL). -> of
+    the first, which factors are present, where experts are routed; else 0."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WAYS, 1], [1, 0])
     SHARED: gl.constexpr = F - E
     token = gl.arange(0, BM, gl.SliceLayout(1, WIDE))
     rank = gl.arange(0, R, gl.SliceLayout(0, WIDE))[None, :]
     uses = token < M
+    present = 0
     row = token[:, None]
     at = sums_ptr + row * TOTAL + factor * R + rank
     total = gl.load(at, mask=row < M, other=0, cache_modifier=".cg")
@@ -157,9 +165,9 @@ def settle(
     if E > 0:
         CHOICE: gl.constexpr = gl.BlockedLayout([1, EP // 4], [8, 4], [WAYS, 1], [1, 0])
         expert = choose(sums_ptr, bias_ptr, M, BM, F, E, R, TOTAL, EP, SLICES, CHOICE)
-        if factor == 0:
-            used = gl.arange(0, BM, gl.SliceLayout(1, CHOICE)) < M
-            gl.store(present_ptr, factors_of_experts(expert, used, SHARED))
+        used = gl.arange(0, BM, gl.SliceLayout(1, CHOICE)) < M
+        present = gl.where(factor == 0, factors_of_experts(expert, used, SHARED), 0)
         uses = uses & ((factor < SHARED) | (gl.convert_layout(expert, token.type.layout) == factor - SHARED))
     hidden = gl.where(uses[:, None], hidden, 0.0).to(gl.float16)
     gl.store(hidden_ptr + row * (F * R) + factor * R + rank, hidden, mask=row < M)
+    return present

@@ -35,8 +35,8 @@ MAX_CHANNELS = (2**31 - 1) // (16 * 8 * 127)
 """Input channels whose products, 16 times those of codes, an int32 sum holds whatever the codes."""
 MAX_FACTORS = 31
 """The factors that serve a block of tokens are bits of an int32."""
-COUNTS = 64
-"""Numbers in two lines of the cache, a count at the start of each."""
+COUNTS = 32
+"""Numbers of eight bytes in two lines of the cache, a count at the start of each."""
 MASK_TOKENS = 16
 """Tokens per such int32."""
 
@@ -160,7 +160,7 @@ class Tokens(Prepared):
     projection: Tensor | None = None
     """See `GroupLayout`: where experts read codes, which that linear projects, adding to sums of zeros."""
     counts: Tensor | None = None
-    """(COUNTS,) int32, zeros: programs of that linear count themselves there."""
+    """(COUNTS,) int64, zeros: programs of that linear count themselves there."""
     router_bias: Tensor | None = None
     code_scale: Tensor | None = None
     """See `GroupLayout`: what that linear needs for it."""

@@ -51,7 +51,7 @@ def begin(
     if program < M:
         wait_for_previous_kernel(PDL)
         if COUNTS > 0:
-            tl.store(counts_ptr + tl.arange(0, COUNTS), tl.zeros((COUNTS,), tl.int32), mask=program == 0)
+            tl.store(counts_ptr + tl.arange(0, COUNTS), tl.zeros((COUNTS,), tl.int64), mask=program == 0)
         quantize_token(
             x_ptr, inverse_ptr, signs_ptr, codes_ptr, token_scale_ptr, program, program, K, Kp, LARGEST, CHUNK, PARTS,
             SMOOTH, ROT,

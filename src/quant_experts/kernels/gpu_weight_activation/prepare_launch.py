@@ -35,6 +35,8 @@ from quant_experts.kernels.gpu_weight_activation.layout import (
 
 FEW_TOKENS = 17 if INTERPRETED else 512
 """Up to here `prepare` prepares tokens of routed experts, above `prepare_many`, which sorts them."""
+MOST_UNSORTED = 1 if INTERPRETED else 1 << 24
+"""Outputs of all tokens together, up to which multiplying the up factors of all experts costs less than sorting."""
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels of a token that a program reads at a time; longer tokens are quantized by a launch of their own."""
 LONG = 8192
@@ -56,14 +58,22 @@ PLANS = 4096
 """Plans that are kept."""
 
 
-def prepare(x: Tensor, layout: GroupLayout, settled: bool = True) -> Tokens:
+def prepare(x: Tensor, layout: GroupLayout, settled: bool = True, sorts: bool | None = None) -> Tokens:
     """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that projects codes
-    and settles."""
+    and settles. sorts: whether tokens are sorted by expert; if they are many where it is not given."""
     m, k = x.shape
     if not m:
         return _allocate(x, layout)
-    p = plan(layout.kind, m, k, x.dtype, x.device, settled, _copied(x, layout))
+    if sorts is None:
+        sorts = m > FEW_TOKENS
+    sorts = sorts and layout.kind.experts > 0
+    p = plan(layout.kind, m, k, x.dtype, x.device, settled, _copied(x, layout), sorts)
     return _prepare_many(x, layout, p) if p.sorts else _prepare(x, layout, p)
+
+
+def sorts_tokens(m: int, n: int) -> bool:
+    """Whether m tokens of routed experts are sorted for n output channels, as measured on an H200."""
+    return m > FEW_TOKENS and m * n > MOST_UNSORTED
 
 
 def _copied(x: Tensor, layout: GroupLayout) -> bool:
@@ -120,13 +130,13 @@ class Plan:
 
 @lru_cache(PLANS)
 def plan(
-    kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, settled: bool, copied: bool = False
-) -> Plan:
-    """For m tokens of k channels; copied: whether `hopper_project` projects them."""
+    kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, settled: bool, copied: bool = False,
+    sorts: bool = False,
+) -> Plan:  # fmt: skip
+    """For m tokens of k channels; copied: whether `hopper_project` projects them; sorts: see `prepare`."""
     padded = max(1, -(-k // BLOCK)) * BLOCK
     sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
     adds = sums_type == torch.int32 and m <= ADD_TOKENS
-    sorts = kind.experts > 0 and m > FEW_TOKENS
     assert settled or (m <= ADD_TOKENS and (adds or not kind.reads_codes)), "which the linear could not settle"
     if copied:
         cut = _cut_copied(kind, m, padded // BLOCK, sorts, device)
@@ -199,7 +209,7 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
         tokens = _allocate(
             x, layout, experts=layout.experts, sums=sums, router_bias=layout.router_bias, code_scale=layout.code_scale,
             projection=None if p.projects else layout.projection,
-            counts=torch.empty(COUNTS, dtype=torch.int32, device=x.device) if p.counts else None,
+            counts=torch.empty(COUNTS, dtype=torch.int64, device=x.device) if p.counts else None,
         )  # fmt: skip
     else:
         tokens = _allocate(x, layout)
