@@ -187,16 +187,6 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
 """Backend, bits and format of activations, type of inputs, output and input channels, codes, tokens, kinds."""
 
 
-def compile_smaller_tiles() -> None:
-    """Of rows behind complete waves, whether they are estimated to be faster or not."""
-    hopper_launch.REST_MICROSECONDS = -1000.0
-    formats: list[tuple[ActivationFormat, tuple[int, ...]]] = [("int", (40, 600)), ("fp8", (600,))]
-    for activation_format, sizes in formats:
-        packed = triton_backend.pack(*operands("experts", 8, activation_format, 34000, 128, 0), torch.bfloat16)
-        for m in sizes:
-            triton_backend.apply(torch.ones(m, 128, dtype=torch.bfloat16), packed)
-
-
 def main(capability: int) -> None:
     compiled = compile_launches(capability)
     for backend, bits, activation_format, dtype, n, k, code, sizes, kinds in CASES:
@@ -206,10 +196,8 @@ def main(capability: int) -> None:
             packed = backend.pack(*operands(kind, bits, activation_format, n, k, code), dtype)
             for m in sizes:
                 backend.apply(torch.ones(m, k, dtype=dtype), packed)
-                if backend is triton_backend:  # sorts tokens of any number of outputs
+                if backend is triton_backend:  # which sorts tokens whatever the number of outputs
                     backend.linear(backend.prepare(torch.ones(m, k, dtype=dtype), packed.group), packed.linear)
-    if capability == 90:
-        compile_smaller_tiles()
     if capability == 90:
         unfinished = re.compile(r"warp_group_dot_wait.*pendings = [1-9]")
         assert any(unfinished.search(kernel.asm["ttgir"]) for kernel in compiled.values()), "nothing to look at"

@@ -358,6 +358,24 @@ def shared_expert_that_reads_codes(activation_format: ActivationFormat = "int") 
         assert other[m - 1].isnan().all() and torch.equal(other[: m - 1], y[: m - 1])
 
 
+def many_tokens_unsorted() -> None:
+    """Sorted by expert or not, many tokens have the same outputs, one that is not finite beside them too."""
+    for m, activation_format in ((20, "int"), (20, "fp8")) if INTERPRETED else ((1000, "int"), (1000, "fp8")):
+        group, linears = operands(140, (33,), 8, activation_format=activation_format)
+        x, packed = tokens(m, 140), triton_backend.pack(group, linears)
+        x[m // 2, 5] = torch.nan
+        outputs = []
+        for sorts in (False, True):
+            prepared = triton_backend._prepare(x, packed.group, sorts=sorts)
+            assert (prepared.order is not None) == sorts
+            outputs.append(triton_backend.linear(prepared, packed.linear).double())
+        unsorted, expected = outputs
+        others = [i for i in range(m) if i != m // 2]
+        assert unsorted[m // 2].isnan().all() and expected[m // 2].isnan().all()
+        error = (unsorted - expected)[others].norm(dim=1)
+        assert (error <= EXPERTS_TOLERANCE * expected[others].norm(dim=1)).all(), error.max()
+
+
 def all_tokens_to_one_expert() -> None:
     for m, n in ((6, 11), (4, 40), (20, 11)):
         group, linears = operands(45, (n,))
@@ -564,32 +582,6 @@ def large_layers() -> None:
             check(tokens(m, k, dtype), group, linears)
 
 
-def smaller_tiles_behind_complete_waves() -> None:
-    """On Hopper, wherever tiles fill a wave: tokens and rows that do not fill tiles, hidden values that come while the
-    product runs, and sorted tokens, whose experts differ from tile to tile."""
-    if not launch.hopper(torch.device(DEVICE)):
-        return
-    from quant_experts.kernels.gpu_weight_activation import hopper_launch
-
-    chosen = hopper_launch.REST_MICROSECONDS
-    hopper_launch.REST_MICROSECONDS = -1000.0
-    hopper_launch.tiles.cache_clear()
-    formats: tuple[ActivationFormat, ...] = ("int", "fp8")
-    for activation_format in formats:
-        for m, k, n, parts in [
-            (40, 200, 34000, ALL), (130, 640, 34000, ()), (250, 640, 35001, ALL), (600, 300, 34000, ALL),
-            (600, 300, 35001, ("smooth", "shared", "bias")), (300, 300, 50000, ()),
-        ]:  # fmt: skip
-            cut = hopper_launch.tiles(m, n, 640, 0, 32, launch.programs(torch.device(DEVICE)), BIAS=False, SORTED=False)
-            assert cut.end < n or cut.config.WHOLE.value
-            group, linears = operands(k, (n,), 8, parts, rank=32, activation_format=activation_format)
-            if group.router_weight is not None:
-                group.router_weight[:, 8:] = 0  # short sums: no near ties
-            check(tokens(m, k), group, linears)
-    hopper_launch.REST_MICROSECONDS = chosen
-    hopper_launch.tiles.cache_clear()
-
-
 def dense_projections() -> None:
     """On Hopper, sums of every tile of values against float64: tokens and rows that do not fill tiles, a token that is
     not finite beside others; and outputs of tokens that take it in each pipeline."""
@@ -680,14 +672,13 @@ def fp8_model_runs_stacked() -> None:
 CASES: list[Callable[[], None]] = [
     sizes, parts, few_tokens, few_tokens_whose_codes_are_read, one_token, hard_inputs_of_one_token,
     uncommon_layouts, stacked_linears, sums_are_exact, activation_widths, input_types,
-    rotation_and_integer_factors, rotations, shared_expert_that_reads_codes,
+    rotation_and_integer_factors, rotations, shared_expert_that_reads_codes, many_tokens_unsorted,
     all_tokens_to_one_expert, experts_without_tokens,
     ties_go_to_the_first, zero_and_extreme_tokens, non_finite_tokens, inputs_follow_one_another,
     inputs_of_codes_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
     fp8_non_finite_tokens, fp8_inputs_follow_one_another,
-    fp8_inputs_of_codes_follow_one_another, large_layers, smaller_tiles_behind_complete_waves,
-    dense_projections, threads_that_have_not_used_the_gpu,
+    fp8_inputs_of_codes_follow_one_another, large_layers, dense_projections, threads_that_have_not_used_the_gpu,
     a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 

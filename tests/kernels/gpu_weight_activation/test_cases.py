@@ -23,16 +23,14 @@ def test_on_the_gpu() -> None:
 def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
     """Ring and registers of each configuration stay inside a Hopper multiprocessor's shared memory and registers."""
     from quant_experts.kernels.gpu.launch import LARGEST_TILE
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import tiles
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import config
 
     n, k = shape
-    cut = tiles(tokens, n, -(-k // 128) * 128, 9, 32, BIAS=True, SORTED=tokens > 256)
-    for c in (cut.config, cut.rest):
-        assert c.STAGES.value == cut.config.STAGES.value
-        assert c.STAGES.value * (c.BN.value + 2 * c.BM.value) * 64 <= 200 * 1024
-        assert c.BN.value * c.BM.value <= LARGEST_TILE
-        assert 12 * 32 * c.LAUNCH_REGISTERS.value <= 65536
-        assert c.BM.value >= 16 and c.BN.value % 128 == 0
+    c = config(tokens, n, -(-k // 128) * 128, 9, 32, BIAS=True, SORTED=tokens > 256)
+    assert c.STAGES.value * (c.BN.value + 2 * c.BM.value) * 64 <= 200 * 1024
+    assert c.BN.value * c.BM.value <= LARGEST_TILE
+    assert 12 * 32 * c.LAUNCH_REGISTERS.value <= 65536
+    assert c.BM.value >= 16 and c.BN.value % 128 == 0
 
 
 @pytest.mark.parametrize(
@@ -247,7 +245,7 @@ def test_which_groups_of_one_token_take_one_launch(
         (48, (28672, 4096), False, (256, 64, False)),  # tokens that are no power of two have a tile that holds them
         (63, (3584, 18944), False, (128, 64, True)),
         (100, (28672, 4096), False, (256, 128, False)),
-        (100, (37888, 3584), False, (256, 128, False)),
+        (100, (37888, 3584), False, (128, 128, False)),
         (512, (3584, 3584), False, (128, 128, False)),
         (1025, (1536, 1536), False, (128, 128, False)),  # not 54 large tiles
         (8192, (37888, 3584), False, (256, 128, False)),
@@ -256,36 +254,10 @@ def test_which_groups_of_one_token_take_one_launch(
     ],
 )
 def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expected: tuple[int, int, bool]) -> None:
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import tiles
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import config
 
-    c = tiles(tokens, *shape, 0, 32, BIAS=False, SORTED=False, FP8=fp8).config
+    c = config(tokens, *shape, 0, 32, BIAS=False, SORTED=False, FP8=fp8)
     assert (c.BN.value, c.BM.value, c.SHARES.value) == expected
-
-
-@pytest.mark.parametrize(
-    ("tokens", "shape", "factors", "main", "end", "rest"),
-    [
-        (512, (37888, 3584), 0, (256, 128), 33792, (128, 128)),
-        (128, (37888, 3584), 1, (256, 128), 33792, (128, 32)),
-        (128, (37888, 3584), 9, (128, 128), 37888, (128, 128)),  # all programs would want all factors at once
-        (32, (37888, 3584), 0, (128, 32), 37888, (128, 32)),  # gains less than it costs
-        (1024, (10240, 8192), 0, (256, 128), 8448, (128, 128)),
-        (2048, (10240, 8192), 0, (256, 128), 10240, (256, 128)),  # nearly a wave
-    ],
-)
-def test_rows_behind_complete_waves(
-    tokens: int, shape: tuple[int, int], factors: int, main: tuple[int, int], end: int, rest: tuple[int, int]
-) -> None:
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import tiles
-
-    cut = tiles(tokens, *shape, factors, 32, BIAS=False, SORTED=False)
-    assert (cut.config.BN.value, cut.config.BM.value, cut.end) == (*main, end)
-    assert (cut.rest.BN.value, cut.rest.BM.value) == rest
-    programs = -(-end // main[0]) * -(-tokens // main[1])
-    if cut.end < shape[0]:
-        assert cut.config.RESTS.value and cut.rest.WHOLE.value and programs % 132 == 0
-    else:
-        assert cut.rest is cut.config and not cut.config.RESTS.value
 
 
 def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:

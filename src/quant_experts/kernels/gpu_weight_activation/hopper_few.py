@@ -33,6 +33,7 @@ from quant_experts.kernels.gpu_weight_activation.hopper_settle import (
     ask_for_piece,
     count_done,
     settle,
+    told,
     wait_for,
 )
 from quant_experts.kernels.gpu_weight_activation.hopper_work import unpack_int8
@@ -159,7 +160,7 @@ def multiply_tile(
     if F > 0:
         present = 1
         if SETTLES and E > 0:
-            present = wait_for(settled_ptr, settlers)
+            present = told(wait_for(settled_ptr, settlers))
         elif SETTLES:
             wait_for(settled_ptr, settlers)
         elif E > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +41,6 @@ LEAST_ROWS = 32
 FP8_CHANNELS = 4096
 """Input channels, at most, whose fp8 sums are left to the matrix units altogether. Tiles of 256 rows do so: a second
 set of sums would not fit registers."""
-Size = tuple[int, int]
-"""Rows and tokens of a tile."""
-Choice = tuple[int, int, bool]
-"""Rows and tokens of a tile, and whether tiles are shared."""
 STEP_MICROSECONDS = {(256, 128): 0.64, (256, 64): 0.40, (128, 128): 0.34, (128, 64): 0.21, (128, 32): 0.20}
 """Of a step of 128 channels, by rows and tokens of a tile, where no multiprocessor has more than one."""
 BUSY = {256: 1.16, 128: 1.13}
@@ -55,11 +51,9 @@ SHARED, SHARED_MICROSECONDS = 1.35, 3.1
 """How much longer steps take where fewer tiles than multiprocessors are shared, and what that costs once."""
 LAST_MICROSECONDS, LAST_SUMS_MICROSECONDS = 4.7, 1.4
 """Of more tiles than multiprocessors the last are shared: what that costs once, and for each 8,192 sums of a tile."""
-REST_MICROSECONDS, REST_FACTOR_MICROSECONDS = 4.0, 0.6
-"""Of smaller tiles for the rest of the rows, and for each routed factor, which all programs then want at once."""
 
 
-def estimated(choice: Choice, m: int, n: int, steps: int, count: int) -> float:
+def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: int) -> float:
     """Microseconds on so many multiprocessors, but for what is the same for all tiles, of a product by tiles of so many
     rows and tokens, shared or not: a model fitted to times on an H200 (`benchmarks/kernels/gpu_tiles.py`)."""
     rows, tokens, shares = choice
@@ -73,71 +67,19 @@ def estimated(choice: Choice, m: int, n: int, steps: int, count: int) -> float:
     return SHARED * tiles / count * step + finishing + SHARED_MICROSECONDS
 
 
-class Tiles(NamedTuple):
-    """How a product's rows are cut."""
-
-    config: Config
-    end: int
-    """The first row that is left for `rest`."""
-    rest: Config
-
-
 @cache
-def tiles(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **flags: bool) -> Tiles:
-    """The tiles that are estimated to be fastest for a shape; flags are those of `Config`."""
+def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **flags: bool) -> Config:
+    """The tile that is estimated to be fastest for a shape; flags are those of `Config`."""
     fixed: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, **flags)
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
-        config = Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
-        return Tiles(config, n, config)
+        return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
     most = 128 if flags.get("FP8") and k > FP8_CHANNELS else 256
-    steps, fitting = k // BLOCK, [choice for choice in choices(m, n, count) if choice[0] <= most]
-    time, choice = min((estimated(choice, m, n, steps, count), choice) for choice in fitting)
-    config = tile(*choice, fixed)
-    found = Tiles(config, n, config)
-    for rows, tokens in STEP_MICROSECONDS:
-        end = complete_waves(rows, tokens, m, n, count)
-        if end and rows <= most:
-            rest_time, rest = min(
-                (waves_time(*smaller, m, n - end, steps, count), smaller)
-                for smaller in STEP_MICROSECONDS
-                if smaller[0] <= rows and smaller[1] <= tokens
-            )
-            both = waves_time(rows, tokens, m, end, steps, count) + rest_time + REST_MICROSECONDS
-            both += REST_FACTOR_MICROSECONDS * max(0, factors - 1)
-            if both < time:
-                time, found = both, waves_and_rest((rows, tokens), end, rest, n, fixed)
-    return found
+    fitting = [choice for choice in choices(m, n, count) if choice[0] <= most]
+    return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
 
 
-def waves_and_rest(main: Size, end: int, rest: Size, n: int, fixed: dict[str, Any]) -> Tiles:
-    """Complete waves of tiles up to a row, and tiles of another size from there on, none of them shared."""
-    whole = fixed | dict(WHOLE=True)
-    if rest == main:
-        config = tile(*main, False, whole)
-        return Tiles(config, n, config)
-    config = tile(*main, False, fixed | dict(RESTS=True))
-    return Tiles(config, end, tile(*rest, False, whole, config.STAGES.value))
-
-
-def complete_waves(rows: int, tokens: int, m: int, n: int, count: int) -> int:
-    """Rows of a product that tiles of so many rows and tokens cover in complete waves over the multiprocessors; 0 if
-    there are none, or none are left."""
-    beside = -(-m // tokens)
-    waves = n // rows * beside // count
-    end = waves * count // beside * rows
-    return end if waves * count % beside == 0 and end < n else 0
-
-
-def waves_time(rows: int, tokens: int, m: int, n: int, steps: int, count: int) -> float:
-    """As `estimated`, of tiles that are not shared, however many there are."""
-    waves = -(-(-(-n // rows) * -(-m // tokens)) // count)
-    return waves * (
-        (BUSY[rows] if waves > 1 else 1.0) * steps * STEP_MICROSECONDS[rows, tokens] + FINISHING_MICROSECONDS
-    )
-
-
-def choices(m: int, n: int, count: int) -> list[Choice]:
+def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
     """Tiles for more than 16 tokens, as `estimated` takes them: none with twice the tokens that are needed; shared or
     not where multiprocessors are more (`count`), because of more tiles the last are shared always."""
     return [
@@ -149,9 +91,9 @@ def choices(m: int, n: int, count: int) -> list[Choice]:
     ]
 
 
-def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any], stages: int | None = None) -> Config:
+def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
     """A tile's `Config`, with what is decided elsewhere."""
-    stages = stages or {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
+    stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
     chosen: dict[str, Any] = dict(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares)
     return Config(**chosen, UNITS=rows == 256, **fixed)
 
@@ -171,19 +113,6 @@ def weight_descriptors(layout: LinearLayout, rows: int) -> tuple[Boxes, Boxes | 
     return kept[rows]
 
 
-def operand_descriptors(tokens: Tokens, layout: LinearLayout, c: Config) -> tuple[Boxes, Boxes, Boxes, Boxes]:
-    """Of weights, codes, up factors and hidden values, in boxes of a tile; without experts the last two are of what is
-    never copied."""
-    assert tokens.codes is not None
-    bm = c.BM.value
-    weight_rows, up_rows = weight_descriptors(layout, c.BN.value)
-    token_rows = descriptor(tokens.codes, bm, BLOCK)
-    if tokens.hidden is None or up_rows is None:
-        nothing = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
-        return weight_rows, token_rows, nothing, nothing
-    return weight_rows, token_rows, up_rows, descriptor(tokens.hidden, bm, 32)
-
-
 def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
     """y (M, N) = tokens times layout, scales, bias and experts included."""
     assert tokens.codes is not None and tokens.token_scale is not None and tokens.sums is None
@@ -194,22 +123,26 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     flags = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
     count = programs(device)
-    cut = Tiles(chosen, n, chosen) if chosen else tiles(m, n, k, factors, rank, count, **flags)
-    c, end, rest = cut
+    c = chosen or config(m, n, k, factors, rank, count, **flags)
     assert not (fp8 and c.UNITS.value) or k <= FP8_CHANNELS, "the matrix units would lose too much of such long sums"
-    descriptors = operand_descriptors(tokens, layout, c)
-    rests = operand_descriptors(tokens, layout, rest) if end < n else descriptors
+    bn, bm = c.BN.value, c.BM.value
+    weight_rows, up_rows = weight_descriptors(layout, bn)
+    token_rows = descriptor(tokens.codes, bm, BLOCK)
+    if hidden is None or up_rows is None:
+        up_rows = hidden_rows = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
+    else:
+        hidden_rows = descriptor(hidden, bm, 32)
     sums = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
     sums = sums.view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 2, device)
-    number = -(-end // c.BN.value) * -(-m // c.BM.value)
-    used = min(count, number * (k // BLOCK) if c.SHARES.value else number)
+    tiles = -(-n // bn) * -(-m // bm)
+    used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
     start(
         kernel, (used,),
-        *descriptors, *rests, done if tokens.present is None else tokens.present, y,
+        weight_rows, token_rows, up_rows, hidden_rows, done if tokens.present is None else tokens.present, y,
         layout.scale, tokens.token_scale, layout.scale if layout.bias is None else layout.bias,
-        done if tokens.order is None else tokens.order, sums, done, m, n, k // BLOCK, end, tokens.headroom, c, rest,
-        num_warps=4, maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
+        done if tokens.order is None else tokens.order, sums, done, m, n,
+        k // BLOCK, tokens.headroom, c, num_warps=4, maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
     )  # fmt: skip
 
 
@@ -261,17 +194,17 @@ def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     slices, _, total = (0, 0, 0) if sums is None else sums.shape
     experts = tokens.experts if factors else 0
     rows, ways, ahead, registers = few_tile(m, layout, factors, projects)
-    workers, hidden, present = 0, tokens.hidden, tokens.present
+    workers, hidden = 0, tokens.hidden
     if settles:
         parts = -(-steps // ways) * (total // hopper_settle.ROWS.value) if projects else factors
         workers = min(parts, programs(device))  # one of which waits for the others: all of them must run at once
         hidden = torch.empty(m, factors * rank, dtype=torch.float16, device=device)
-        present = torch.empty(1, dtype=torch.int32, device=device)
     start(
         hopper_few.kernel, (workers + -(-n // rows),),
         layout.weight, tokens.codes, ptr(tokens.projection, nothing), ptr(up, nothing), ptr(sums, nothing),
-        ptr(hidden, nothing), ptr(present, nothing), ptr(tokens.counts, nothing), ptr(tokens.router_bias, nothing),
-        ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale, ptr(layout.bias, nothing), m, n, steps,
+        ptr(hidden, nothing), ptr(tokens.present, nothing), ptr(tokens.counts, nothing),
+        ptr(tokens.router_bias, nothing), ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale,
+        ptr(layout.bias, nothing), m, n, steps,
         workers, tokens.headroom, 1.0 / tokens.headroom, BN=rows, BM=8 if m <= 8 else 16, WAYS=ways, AHEAD=ahead,
         EVEN=steps % (ways * ahead) == 0, ONCE=steps <= ways * ahead, F=factors, E=experts, R=rank,
         USED=factors - experts + min(experts, 1 << (m - 1).bit_length()), TOTAL=total, EP=padded_experts(experts),

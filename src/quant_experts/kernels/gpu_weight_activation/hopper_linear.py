@@ -4,9 +4,7 @@ One warp copies tiles into a ring in shared memory with the bulk copy engine; tw
 of the weight are the *left* operand: they are unpacked in registers, which `wgmma` reads directly, so unpacked codes
 never touch shared memory, and few tokens cost few columns. Work is counted in steps of 128 input channels. The last one
 or two waves of tiles are cut into equal shares of steps (stream-K): the program that holds a tile's first step adds up
-the other shares, always in the same order. Or tiles fill complete waves, and rows that are left behind them are cut
-into smaller tiles, of which no program has more than it must. Expert factors pass through the same ring as further
-steps.
+the other shares, always in the same order. Expert factors pass through the same ring as further steps.
 
 int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of FP8_STEPS
 steps are added up in float32 outside, or where tiles have no registers for that, inputs are short and all is left to
@@ -78,10 +76,6 @@ class Config:
     """Of each thread at the start, before they are shared out anew: 64 Ki over the threads that share a processor."""
     SHARES: Constant = True
     """Whether more programs than tiles start, so that tiles are cut into shares."""
-    RESTS: Constant = False
-    """Whether rows are left for the kernel's second `Config`, behind complete waves of tiles."""
-    WHOLE: Constant = False
-    """Whether no tile is cut into shares, however many there are."""
     LATER: Constant = False
     """Whether codes are complete when the kernel starts, and hidden values only when the previous one has ended."""
     STEP: Constant = 128
@@ -127,78 +121,41 @@ def late_factors(present, mask_ptr, token_tile, index, M, C: gl.constexpr):
 
 
 @gluon.jit
-def weights_in(slot, w_ring, C: gl.constexpr):
-    """A tile's (BN, 64) packed weights of a step."""
-    return w_ring.index(slot)._reinterpret(w_ring.dtype, [C.BN, 64], w_ring.layout)
-
-
-@gluon.jit
-def tokens_in(slot, x_ring, C: gl.constexpr):
-    """A tile's (BM, STEP) codes of a step."""
-    return x_ring.index(slot)._reinterpret(x_ring.dtype, [C.BM, C.STEP], x_ring.layout)
-
-
-@gluon.jit
-def ups_in(slot, w_ring, C: gl.constexpr):
-    """A tile's (BN, CHUNK) up factors of a step."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
-    return w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], LAYOUT)
-
-
-@gluon.jit
-def hidden_in(slot, x_ring, C: gl.constexpr):
-    """A tile's (BM, CHUNK) hidden values of a step."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
-    return x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
-
-
-@gluon.jit
-def producer(descs, rest_descs, mask_ptr, rings, sizes, rest_sizes, C: gl.constexpr, REST: gl.constexpr):
+def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr):
     """The copying warp. Weights of the first steps are asked for before the previous kernel has ended."""
-    w_ring, x_ring, ready, _empty = rings
-    w_desc, x_desc, _up_desc, _hidden_desc = descs
-    _M, N, steps, row, tiles_n, tiles_m, _headroom = sizes
-    start, end, segments, cut, _per, total = share(steps, tiles_n * tiles_m, C.WHOLE)
+    w_ring, x_ring, ready, empty = rings
+    M, N, steps, tiles_n, tiles_m, _headroom = sizes
+    start, end, segments, cut, _per = share(steps, tiles_n * tiles_m)
+    total = segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)
+    X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
+    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
     tile, first, last = segment(0, steps, start, end, segments, cut)
     row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
     ahead = gl.where(total > 0, gl.minimum(C.STAGES, last - first), 0)
     for i in range(ahead):
         mbarrier.expect(ready.index(i), (C.BN + 2 * C.BM) * 64)
-        at = [(first + i) * N + row + row_tile * C.BN, 0]
-        tma.async_copy_global_to_shared(w_desc, at, ready.index(i), weights_in(i, w_ring, C))
+        at = (first + i) * N + row_tile * C.BN
+        tma.async_copy_global_to_shared(w_desc, [at, 0], ready.index(i), w_ring.index(i))
     if not C.LATER:
         wait_for_previous_kernel()
     for i in range(ahead):
         at = [token_tile * C.BM, (first + i) * C.STEP]
-        tma.async_copy_global_to_shared(x_desc, at, ready.index(i), tokens_in(i, x_ring, C))
-    i = copy_tiles(ahead, ahead, 0, descs, mask_ptr, rings, sizes, C)
-    if C.RESTS:
-        copy_tiles(i, 0, 1, rest_descs, mask_ptr, rings, rest_sizes, REST)
-
-
-@gluon.jit
-def copy_tiles(i, ahead, before, descs, mask_ptr, rings, sizes, C: gl.constexpr):
-    """All steps of this program's tiles, but `ahead` of the first one, from ring step i on -> the ring step behind
-    them. `before`: pieces of work that it had before."""
-    w_ring, x_ring, ready, empty = rings
-    w_desc, x_desc, up_desc, hidden_desc = descs
-    M, N, steps, row, tiles_n, tiles_m, _headroom = sizes
-    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
-    start, end, segments, cut, _per, total = share(steps, tiles_n * tiles_m, C.WHOLE)
+        tma.async_copy_global_to_shared(x_desc, at, ready.index(i), x_ring.index(i))
+    i = ahead
     for index in range(total):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        present = early_factors(mask_ptr, token_tile, before + index, M, C)
+        present = early_factors(mask_ptr, token_tile, index, M, C)
         for k in range(gl.where(index == 0, first + ahead, first), last):
             slot = i % C.STAGES
             mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
             mbarrier.expect(ready.index(slot), (C.BN + 2 * C.BM) * 64)
-            at = [k * N + row + row_tile * C.BN, 0]
-            tma.async_copy_global_to_shared(w_desc, at, ready.index(slot), weights_in(slot, w_ring, C))
+            at = [k * N + row_tile * C.BN, 0]
+            tma.async_copy_global_to_shared(w_desc, at, ready.index(slot), w_ring.index(slot))
             at = [token_tile * C.BM, k * C.STEP]
-            tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), tokens_in(slot, x_ring, C))
+            tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(slot))
             i += 1
-        present = late_factors(present, mask_ptr, token_tile, before + index, M, C)
+        present = late_factors(present, mask_ptr, token_tile, index, M, C)
         if C.FACTORS > 0 and first == 0:
             for j in range(C.FACTORS):
                 if (present >> j) & 1 != 0:
@@ -206,13 +163,13 @@ def copy_tiles(i, ahead, before, descs, mask_ptr, rings, sizes, C: gl.constexpr)
                         slot = i % C.STAGES
                         mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
                         mbarrier.expect(ready.index(slot), (C.BN + C.BM) * 64)
-                        at = [j * N + row + row_tile * C.BN, c * C.CHUNK]
-                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), ups_in(slot, w_ring, C))
+                        up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], X_LAYOUT)
+                        at = [j * N + row_tile * C.BN, c * C.CHUNK]
+                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
+                        hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], X_LAYOUT)
                         at = [token_tile * C.BM, j * C.RANK + c * C.CHUNK]
-                        hidden = hidden_in(slot, x_ring, C)
                         tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
                         i += 1
-    return i
 
 
 @gluon.jit
@@ -221,7 +178,7 @@ def unpacked(i, w_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.const
     ROWS: gl.constexpr = C.BN // 2
     slot = i % C.STAGES
     mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
-    packed = weights_in(slot, w_ring, C).slice(WG * ROWS, ROWS).load(LEFT)
+    packed = w_ring.index(slot).slice(WG * ROWS, ROWS).load(LEFT)
     if C.FP8:
         low, high = unpack_fp8(packed)
     else:
@@ -233,7 +190,7 @@ def unpacked(i, w_ring, ready, LEFT: gl.constexpr, WG: gl.constexpr, C: gl.const
 def multiply_step(acc, i, low, high, x_ring, C: gl.constexpr):
     """Start acc + operands times the tokens of ring step i."""
     slot = i % C.STAGES
-    tokens = tokens_in(slot, x_ring, C).permute([1, 0])
+    tokens = x_ring.index(slot).permute([1, 0])
     acc = warpgroup_mma(low, tokens.slice(0, 64, dim=0), acc, is_async=True)
     return warpgroup_mma(high, tokens.slice(64, 64, dim=0), acc, is_async=True)
 
@@ -306,10 +263,12 @@ def add_factors(y, i, present, w_ring, x_ring, ready, empty, WG: gl.constexpr, C
 def multiply_factor(y, i, w_ring, x_ring, ready, WG: gl.constexpr, C: gl.constexpr):
     """Start y + the factors of ring step i times their hidden values."""
     ROWS: gl.constexpr = C.BN // 2
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
     slot = i % C.STAGES
     mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
-    up = ups_in(slot, w_ring, C).slice(WG * ROWS, ROWS)
-    return warpgroup_mma(up, hidden_in(slot, x_ring, C).permute([1, 0]), y, is_async=True)
+    up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], LAYOUT).slice(WG * ROWS, ROWS)
+    hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
+    return warpgroup_mma(up, hidden.permute([1, 0]), y, is_async=True)
 
 
 @gluon.jit
@@ -354,27 +313,29 @@ def workspace(program, acc, WG: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def to_float(acc, row, scale_ptr, N, headroom, WG: gl.constexpr, C: gl.constexpr):
+def to_float(acc, row_tile, scale_ptr, N, headroom, WG: gl.constexpr, C: gl.constexpr):
     """Sums (rows, tokens) -> float32 in units of token scale * headroom, a power of two."""
     ROWS: gl.constexpr = C.BN // 2
-    rows = row + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
+    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
     scale = gl.load(scale_ptr + rows, mask=rows < N, other=0.0)
     UNIT: gl.constexpr = 256.0 if C.FP8 else 0.0625
     return acc.to(gl.float32) * (scale * (UNIT / headroom))[:, None]
 
 
 @gluon.jit
-def store(y, row, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG: gl.constexpr, C: gl.constexpr):
+def store(
+    y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG: gl.constexpr, C: gl.constexpr
+):
     """Scale by token, add the bias, and write rows in the order of the input."""
     ROWS: gl.constexpr = C.BN // 2
-    rows = row + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
+    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
     tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, y.type.layout))
     y = y * (gl.load(token_ptr + tokens, mask=tokens < M, other=0.0) * headroom)[None, :]
     if C.BIAS:
         y = y + gl.load(bias_ptr + rows, mask=rows < N, other=0.0)[:, None]
     WIDE: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
     wide = gl.convert_layout(y.to(y_ptr.dtype.element_ty), WIDE)
-    rows = row + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
     tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, WIDE))
     place = tokens
     if C.SORTED:
@@ -384,70 +345,58 @@ def store(y, row, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headr
 
 
 @gluon.jit
-def consumer(mask_ptr, rings, ends, sizes, rest_sizes, WG: gl.constexpr, C: gl.constexpr, REST: gl.constexpr):
+def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
     """A multiplying warp group: half of each tile's weight rows."""
-    if not C.LATER:
-        wait_for_previous_kernel()
-    i = multiply_tiles(gl.to_tensor(0), 0, mask_ptr, rings, ends, sizes, WG, C)
-    if C.RESTS:
-        multiply_tiles(i, 1, mask_ptr, rings, ends, rest_sizes, WG, REST)
-
-
-@gluon.jit
-def multiply_tiles(i, before, mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
-    """What `copy_tiles` copies -> as that."""
     w_ring, x_ring, ready, empty = rings
     y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
-    M, N, steps, row, tiles_n, tiles_m, headroom = sizes
+    M, N, steps, tiles_n, tiles_m, headroom = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
-    start, end, segments, cut, per, total = share(steps, tiles_n * tiles_m, C.WHOLE)
-    for index in range(total):
+    if not C.LATER:
+        wait_for_previous_kernel()
+    start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
+    i = 0
+    for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
         tile, first, last = segment(index, steps, start, end, segments, cut)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        present = early_factors(mask_ptr, token_tile, before + index, M, C)
+        present = early_factors(mask_ptr, token_tile, index, M, C)
         if C.FP8:
             acc, i = multiply_fp8(i, last - first, w_ring, x_ring, ready, empty, WG, C)
         else:
             acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
             acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
-        present = late_factors(present, mask_ptr, token_tile, before + index, M, C)
+        present = late_factors(present, mask_ptr, token_tile, index, M, C)
         if first > 0:
             hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG, C)
         else:
             if last < steps:
                 shares = ((tile + 1) * steps - 1) // per - gl.program_id(0)
                 acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
-            tile_row = row + row_tile * C.BN
-            y = to_float(acc, tile_row, scale_ptr, N, headroom, WG, C)
+            y = to_float(acc, row_tile, scale_ptr, N, headroom, WG, C)
             if C.FACTORS > 0:
                 y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
-            store(y, tile_row, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)
-    return i
+            store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)
 
 
 @gluon.jit
 def kernel(
-    w_desc, x_desc, up_desc, hidden_desc, rest_w_desc, rest_x_desc, rest_up_desc, rest_hidden_desc, mask_ptr, y_ptr,
-    scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr, M, N, steps, end, headroom, C: gl.constexpr,
-    REST: gl.constexpr,
+    w_desc, x_desc, up_desc, hidden_desc, mask_ptr, y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr,
+    count_ptr, M, N, steps, headroom, C: gl.constexpr,
 ):  # fmt: skip
-    """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts: rows up to `end` by tiles of C, and
-    if it rests others, the rest by tiles of REST. One program a multiprocessor."""
+    """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts. One program a multiprocessor."""
     w_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 64], w_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [C.STAGES, C.BM, C.STEP], x_desc.layout)
     ready, empty = ring_barriers(C.STAGES)
     allow_next_kernel()
-    descs = (w_desc, x_desc, up_desc, hidden_desc)
-    rest_descs = (rest_w_desc, rest_x_desc, rest_up_desc, rest_hidden_desc)
+    tiles_n = gl.cdiv(N, C.BN)
+    tiles_m = gl.cdiv(M, C.BM)
     rings = (w_ring, x_ring, ready, empty)
-    sizes = (M, N, steps, 0, gl.cdiv(end, C.BN), gl.cdiv(M, C.BM), headroom)
-    rest_sizes = (M, N, steps, end, gl.cdiv(N - end, REST.BN), gl.cdiv(M, REST.BM), headroom)
+    sizes = (M, N, steps, tiles_n, tiles_m, headroom)
     ends = (y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr)
     gl.warp_specialize(
         [
-            (consumer, (mask_ptr, rings, ends, sizes, rest_sizes, gl.constexpr(0), C, REST)),
-            (consumer, (mask_ptr, rings, ends, sizes, rest_sizes, gl.constexpr(1), C, REST)),
-            (producer, (descs, rest_descs, mask_ptr, rings, sizes, rest_sizes, C, REST)),
+            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(0), C)),
+            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(1), C)),
+            (producer, (w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C)),
         ],
         [4, 1],
         [C.REGISTERS, 24],

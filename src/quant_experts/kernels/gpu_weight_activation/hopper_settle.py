@@ -32,13 +32,19 @@ def count_done(count_ptr, word):
 
 @gluon.jit
 def wait_for(count_ptr, programs):
-    """Until so many programs have counted themselves; what they wrote before can be read then. -> the sum of their
-    words. One thread of each warp looks (that all do was no slower)."""
+    """Until so many programs have counted themselves; what they wrote before can be read then. -> for `told`. One
+    thread of each warp looks (that all do was no slower)."""
     at = count_ptr.to(gl.int64, bitcast=True)
     seen, word = seen_by_one(at, programs)
     while seen != programs:
         seen, word = seen_by_one(at, programs)
     barrier()
+    return word
+
+
+@gluon.jit
+def told(word):
+    """The sum of words, in all threads, of what `wait_for` left in one of each warp."""
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [word], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -63,22 +63,19 @@ def tile_place(tile, tiles_n, tiles_m, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def share(steps, tiles, WHOLE: gl.constexpr):
-    """(first shared step, last, number of segments in the shared tiles, shared tiles, shared steps of any program,
-    pieces of work) of this program.
+def share(steps, tiles):
+    """(first shared step, last, number of segments in the shared tiles, shared tiles) of this program.
 
-    Tiles of all complete waves but one are whole; the rest are cut into equal shares, unless WHOLE.
+    Tiles of all complete waves but one are whole; the rest are cut into equal shares.
     """
     programs = gl.num_programs(0)
-    cut = 0
-    if not WHOLE:
-        cut = gl.where(tiles % programs == 0, 0, tiles - gl.maximum(tiles // programs - 1, 0) * programs)
+    whole = gl.where(tiles % programs == 0, tiles, gl.maximum(tiles // programs - 1, 0) * programs)
+    cut = tiles - whole
     per = gl.cdiv(cut * steps, programs)
     start = gl.minimum(gl.program_id(0) * per, cut * steps)
     end = gl.minimum(start + per, cut * steps)
     segments = gl.where(end > start, gl.cdiv(end, steps) - start // steps, 0)
-    whole = gl.maximum(tiles - cut - gl.program_id(0) + programs - 1, 0) // programs
-    return start, end, segments, cut, per, segments + whole
+    return start, end, segments, cut, per
 
 
 @gluon.jit
