@@ -23,6 +23,12 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """Modules that are never called: their members are."""
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight, adds its bias, and does nothing else. Routers of some families are
+    linears that choose as well."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def scope_modules(model: PreTrainedModel, scope: Scope) -> list[str]:
     """Names of a scope's modules in the order of registration, each to be quantized as one block.
 

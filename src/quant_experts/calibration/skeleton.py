@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quant_experts.calibration.scopes import scope_modules
+from quant_experts.calibration.scopes import is_linear, scope_modules
 from quant_experts.checkpoint.source import TensorFiles, module_names
 from quant_experts.config import DEFAULT_SCOPES, SCOPES, Scope
 from quant_experts.errors import QuantExpertsError
@@ -165,7 +165,7 @@ class Skeleton:
         """(name, remark) of a block's matrices that are no linear layer's (fused experts, convolutions): they stay as
         they are."""
         block, prefix = self.meta_block(index), self.block_names[index]
-        owned = {f"{name}.weight" for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        owned = {f"{name}.weight" for name, module in block.named_modules() if is_linear(module)}
         return [
             (f"{prefix}.{name}", f"no linear layer, {list(parameter.shape)}: left in full precision")
             for name, parameter in block.named_parameters()

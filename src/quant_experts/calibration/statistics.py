@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from quant_experts.artifacts import Event, GroupStatistics, Modality
+from quant_experts.calibration.scopes import is_linear
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.errors import QuantExpertsError
 
@@ -24,7 +26,7 @@ MOMENT_ROWS = 512
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The block's linear layers by name, in the order of registration."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return {name: cast(nn.Linear, module) for name, module in block.named_modules() if is_linear(module)}
 
 
 def find_groups(stream: BlockStream, block: nn.Module, *, together: bool) -> tuple[list[tuple[str, ...]], list[str]]:
