@@ -12,12 +12,12 @@ import torch
 import transformers
 from small_runs import SMALL, block_stream, contents, mixed_samples, small_batches, small_samples
 from tiny_models import FAMILIES, VISION_FAMILIES, build_tiny
-from torch import nn
+from torch import Tensor, nn
 
 from quant_experts import QuantExpertsError, QuantizationConfig, load, quantize
 from quant_experts.artifacts import Modality
 from quant_experts.calibration.memory import estimate_memory
-from quant_experts.calibration.scopes import image_encoder, scope_modules
+from quant_experts.calibration.scopes import image_encoder, is_linear, scope_modules
 from quant_experts.calibration.sensitivity import branch_sensitivities
 from quant_experts.calibration.skeleton import PausingBlock
 from quant_experts.calibration.streaming import _hook_encoder
@@ -25,6 +25,46 @@ from quant_experts.config import RECIPES, SCOPES
 from quant_experts.runtime.loading import model_class, read_config
 
 Folders = Callable[..., Path]
+
+
+class Otherwise(nn.Linear):
+    """The same product, written another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Router(nn.Linear):
+    """Chooses as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).topk(1, dim=1)  # type: ignore[return-value]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class OfTwo(nn.Linear):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * other
+
+
+def test_what_is_a_linear() -> None:
+    before = torch.get_rng_state()
+    for bias in (True, False):
+        for device in ("cpu", "meta"):
+            linear = Otherwise(5, 7, bias=bias, device=device)
+            assert is_linear(nn.Linear(5, 7, bias=bias, device=device)) and is_linear(linear)
+            assert linear.weight.shape == (7, 5), "it was only tried"
+            assert not any(is_linear(kind(5, 7, bias=bias, device=device)) for kind in (Router, Doubled, OfTwo))
+    assert not is_linear(nn.Conv1d(5, 7, 1)) and not is_linear(nn.Sequential(nn.Linear(5, 7)))
+    torch.set_rng_state(before)
+    assert is_linear(Otherwise(5, 7)) and is_linear(transformers.models.falcon.modeling_falcon.FalconLinear(5, 7))
+
+
 QWEN = "model.visual"
 MODULES = {
     "qwen2_vl": ([f"{QWEN}.blocks.0", f"{QWEN}.blocks.1"], [f"{QWEN}.merger"]),

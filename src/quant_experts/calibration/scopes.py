@@ -8,9 +8,12 @@ patch embedding, encoders of other modalities) belongs to no scope.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import TYPE_CHECKING, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from quant_experts.config import Scope
 from quant_experts.errors import QuantExpertsError
@@ -24,9 +27,20 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by its weight, adds its bias, and does nothing else. Routers of some families are
-    linears that choose as well."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """Whether a module multiplies by its weight, adds its bias, and does nothing else. Of some families routers are
+    linears that choose as well, and those of others only write the same product another way: they are tried."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 8, generator=generator) for rows in (4, 3))
+    bias = None if module.bias is None else torch.randn(4, generator=generator)
+    small = copy(module)
+    small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    try:
+        y = type(module).forward(small, x)
+    except Exception:  # whatever it asks for, a linear does not
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, functional.linear(x, weight, bias), atol=1e-5)
 
 
 def scope_modules(model: PreTrainedModel, scope: Scope) -> list[str]:
@@ -82,7 +96,7 @@ def _outermost_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Mod
     if not isinstance(module, nn.ModuleList):
         for child_name, child in module.named_children():
             yield from _outermost_lists(child, f"{name}.{child_name}")
-    elif _holds(module, lambda part: isinstance(part, nn.Linear)):
+    elif _holds(module, is_linear):
         yield name, module
 
 
@@ -104,7 +118,7 @@ def _merger_modules(model: PreTrainedModel) -> list[str]:
         if isinstance(module, CONTAINERS) or _holds(module, lambda part: part in elsewhere):
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}".removeprefix("."), child)
-        elif not isinstance(module, nn.Linear) and _holds(module, lambda part: isinstance(part, nn.Linear)):
+        elif not is_linear(module) and _holds(module, is_linear):
             found.append(name)
 
     visit("", model)

@@ -196,7 +196,7 @@ def main(capability: int) -> None:
             packed = backend.pack(*operands(kind, bits, activation_format, n, k, code), dtype)
             for m in sizes:
                 backend.apply(torch.ones(m, k, dtype=dtype), packed)
-                if backend is triton_backend:  # which sorts tokens whatever the number of outputs
+                if backend is triton_backend:  # `prepare` alone sorts tokens whatever the number of outputs
                     backend.linear(backend.prepare(torch.ones(m, k, dtype=dtype), packed.group), packed.linear)
     if capability == 90:
         unfinished = re.compile(r"warp_group_dot_wait.*pendings = [1-9]")

@@ -161,6 +161,8 @@ def names(x: Tensor, packed: Any) -> dict[int, str]:
     return {x.data_ptr(): "x"} | {tensor.data_ptr(): f"own {i}" for i, tensor in enumerate(own.tensors)}
 
 
+SORTED, UNSORTED = 6, 4
+"""Launches of many tokens of routed experts."""
 CASES: tuple[tuple[Any, int, Any, int, int, tuple[int, ...], tuple[str, ...]], ...] = (
     (triton_backend, 8, "int", 3584, 0, (1, 4, 100, 600), ("none", "experts", "codes")),
     (triton_backend, 8, "fp8", 256, 0, (100,), ("experts",)),
@@ -196,6 +198,10 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
         assert not any("operands" in vars(copied) for copied in copies), "their number is of one process"
         for given, packed in ((x, first), (other, second), *((x, copied) for copied in copies), (other, first)):
             compare(driver, backend, given, packed, name)
+        if backend is triton_backend and m > prepare_launch.FEW_TOKENS and first.group.experts:
+            driver.launches.clear()
+            backend.apply(x, first)
+            assert len(driver.launches) == (UNSORTED if prepare_launch.MOST_IDLE else SORTED), name
         kinds = len(recorded._programs)
         compare(driver, backend, x.view(1, m, 1, k), first, name)
         assert len(recorded._programs) == kinds, "tokens in other dimensions are the same call"
@@ -232,6 +238,23 @@ def compare(driver: WritesDown, backend: Any, x: Tensor, packed: Any, name: str)
     assert kept.work_bytes == end, name
     used = {place.offset for place in (*kept.pointers, *kept.maps) if place.source == recorded.WORK}
     assert used <= set(starts), f"{name}: nothing of ours begins inside of what was allocated"
+
+
+def check_sorted(driver: WritesDown) -> None:
+    """Tokens that are sorted, as where outputs are many."""
+    idle, prepare_launch.MOST_IDLE = prepare_launch.MOST_IDLE, 0
+    first, second = (
+        triton_backend.pack(*operands("experts", 8, "int", OUTPUTS, 640, 0), torch.bfloat16) for _ in range(2)
+    )
+    x, other = (torch.ones(600, 640, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(2):
+        triton_backend.apply(x, first)
+    for given, packed in ((x, first), (other, second), (other, first)):
+        compare(driver, triton_backend, given, packed, "sorted tokens")
+    driver.launches.clear()
+    triton_backend.apply(x, first)
+    assert len(driver.launches) == SORTED
+    prepare_launch.MOST_IDLE = idle
 
 
 def check_channels(driver: WritesDown) -> None:
@@ -409,6 +432,7 @@ def main() -> None:
     driver, cuda = pretend()
     with torch.inference_mode():
         check(driver, cuda)
+    check_sorted(driver)
     check_channels(driver)
     check_refusals(driver, cuda)
     check_drivers(cuda)

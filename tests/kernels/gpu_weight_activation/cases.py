@@ -359,7 +359,8 @@ def shared_expert_that_reads_codes(activation_format: ActivationFormat = "int") 
 
 
 def many_tokens_unsorted() -> None:
-    """Sorted by expert or not, many tokens have the same outputs, one that is not finite beside them too."""
+    """Sorted by expert or not, many tokens have the same outputs, one that is not finite beside them too; sorted ones
+    are compared with the oracle's elsewhere."""
     for m, activation_format in ((20, "int"), (20, "fp8")) if INTERPRETED else ((1000, "int"), (1000, "fp8")):
         group, linears = operands(140, (33,), 8, activation_format=activation_format)
         x, packed = tokens(m, 140), triton_backend.pack(group, linears)
@@ -446,6 +447,7 @@ def inputs_follow_one_another(activation_format: ActivationFormat = "int", reads
         sizes += [(1, 18944, 4096, torch.bfloat16)]
         sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9, 16, 17, 256, 257, 512, 513)]
         sizes += [(m, 18944, 4096, torch.bfloat16) for m in (40, 200, 700)]
+        sizes += [(513, 3584, 38000, torch.bfloat16), (1100, 9000, 18000, torch.bfloat16)]  # tokens are sorted
         sizes += [(2, 8960, 1536, torch.bfloat16), (2, 1536, 17920, torch.bfloat16), (8, 3584, 17920, torch.bfloat16)]
     runs = [(*size, ("smooth", "shared") if reads_codes else ALL) for size in sizes]
     if not (INTERPRETED or reads_codes) and activation_format == "int":
@@ -594,8 +596,11 @@ def dense_projections() -> None:
     ]:  # fmt: skip
         sums_of_every_tile(tokens(m, k, torch.bfloat16), *operands(k, (1,), 8, parts, experts=experts, rank=rank))
     tolerance = EXPERTS_TOLERANCE + torch.finfo(torch.bfloat16).eps
-    for m, k in [(17, 3584), (65, 9472), (129, 1000), (500, 9472), (513, 3584), (2500, 1000), (2500, 9472)]:
-        group, linears = operands(k, (200,), 8, rank=32, experts=8)
+    for m, k, n in [
+        (17, 3584, 200), (65, 9472, 200), (129, 1000, 200), (500, 9472, 200), (513, 3584, 200), (2500, 9472, 200),
+        (513, 3584, 38000), (2500, 1000, 8000),
+    ]:  # fmt: skip
+        group, linears = operands(k, (n,), 8, rank=32, experts=8)
         assert group.router_weight is not None
         group.router_weight[:, 8:] = 0  # short sums: no near ties among thousands of tokens
         x = tokens(m, k, torch.bfloat16)
@@ -636,13 +641,14 @@ def sums_of_every_tile(x: Tensor, group: GroupOperands, linears: list[LinearOper
 
 def threads_that_have_not_used_the_gpu() -> None:
     """What comes first in a thread, before and after a call of the kind was recorded; also kernels with tensor maps."""
-    k, n = (300, 40) if INTERPRETED else (1024, 256)
-    group, linears = operands(k, (n,), 8, rank=32, experts=8)
-    packed = triton_backend.pack(group, linears, torch.bfloat16 if not INTERPRETED else torch.float32)
-    for m in (2, 20) if INTERPRETED else (1, 20, 600):
-        x, outputs = tokens(m, k, torch.float32 if INTERPRETED else torch.bfloat16), list[Tensor]()
+    runs = [(2, 40), (20, 40)] if INTERPRETED else [(1, 256), (20, 256), (600, 256), (600, 33000)]
+    for m, n in runs:
+        k, dtype = (300, torch.float32) if INTERPRETED else (1024, torch.bfloat16)
+        group, linears = operands(k, (n,), 8, rank=32, experts=8)
+        packed = triton_backend.pack(group, linears, dtype)
+        x, outputs = tokens(m, k, dtype), list[Tensor]()
 
-        def call(x: Tensor = x, outputs: list[Tensor] = outputs) -> None:
+        def call(x: Tensor = x, outputs: list[Tensor] = outputs, packed: triton_backend.Packed = packed) -> None:
             outputs.append(triton_backend.apply(x, packed))
 
         for _ in range(2 if INTERPRETED else 6):

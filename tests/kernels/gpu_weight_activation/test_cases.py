@@ -202,6 +202,19 @@ def test_what_few_tokens_ask_for_fits_registers(
 
 
 @pytest.mark.parametrize(
+    ("tokens", "factors", "projects", "warps"),
+    [(1, 0, False, 8), (1, 9, False, 8), (2, 9, False, 4), (1, 1, True, 4)],  # registers decide what is best
+)
+def test_warps_of_long_tokens(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, factors: int, projects: bool, warps: int
+) -> None:
+    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+
+    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
+    assert hopper_launch.few_tile(tokens, rows_on_no_device(3584, 18944), factors, projects)[1] == warps
+
+
+@pytest.mark.parametrize(
     ("shape", "experts", "rotation", "expected"),
     [
         ((4608, 3584), False, 0, True),
@@ -262,11 +275,18 @@ def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expecte
 
 def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_experts.kernels.gpu_weight_activation import prepare_launch
+    from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     monkeypatch.setattr(prepare_launch, "FEW_TOKENS", 512)
-    monkeypatch.setattr(prepare_launch, "MOST_UNSORTED", 1 << 24)
-    assert not prepare_launch.sorts_tokens(512, 1 << 20)
-    assert not prepare_launch.sorts_tokens(1024, 1 << 14) and prepare_launch.sorts_tokens(1025, 1 << 14)
+    monkeypatch.setattr(prepare_launch, "MOST_IDLE", 1 << 32)  # the interpreter's is another
+    kind = Kind(127, torch.int8, True, 0, 9, 8, 32, 320, 2, False)
+
+    def sorts(m: int, n: int, kind: Kind = kind) -> bool:
+        return prepare_launch.sorts_tokens(kind, m, n)
+
+    assert not sorts(512, 1 << 20) and sorts(513, 37888) and not sorts(4096, 4608) and sorts(8192, 3584)
+    assert sorts(2048, 4608, kind._replace(factors=17, rank=64)), "more factors are idle, and larger ones"
+    assert not sorts(100_000, 37888, kind._replace(factors=2, experts=1)), "none is idle"
 
 
 def test_an_estimate_grows_with_the_work() -> None:

@@ -101,7 +101,7 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
         if alone_launch.takes_alone(packed.group, packed.linear):
             return alone_launch.alone(x.contiguous(), packed.group, packed.linear)
     m = x.shape[0]
-    sorts = prepare_launch.sorts_tokens(m, packed.linear.out_features)
+    sorts = prepare_launch.sorts_tokens(packed.group.kind, m, packed.linear.out_features)
     return linear(_prepare(x, packed.group, settled=not _settles(m, packed), sorts=sorts), packed.linear)
 
 

@@ -32,8 +32,8 @@ def count_done(count_ptr, word):
 
 @gluon.jit
 def wait_for(count_ptr, programs):
-    """Until so many programs have counted themselves; what they wrote before can be read then. -> for `told`. One
-    thread of each warp looks (that all do was no slower)."""
+    """Until so many programs have counted themselves; what they wrote before can be read then. One thread of each warp
+    looks (that all do was no slower). -> the sum of their words in that thread, for `told`."""
     at = count_ptr.to(gl.int64, bitcast=True)
     seen, word = seen_by_one(at, programs)
     while seen != programs:
@@ -44,7 +44,7 @@ def wait_for(count_ptr, programs):
 
 @gluon.jit
 def told(word):
-    """The sum of words, in all threads, of what `wait_for` left in one of each warp."""
+    """What `wait_for` has returned to one thread of each warp, in all of them."""
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [word], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -7,7 +7,8 @@ A program that projects owns rows of the stacked down factors and router weights
 writes its sums; `end` adds the slices, always in the same order, chooses experts, and keeps the hidden values of each
 token's own. Integer sums of a few tokens' codes are added where they are instead, in any order, to zeros that
 `quantize` leaves. Hidden values of all experts are computed: tokens need no sorting, and no launch stands between
-routing and projecting. (Many tokens of routed experts are projected alike, and then sorted, in `prepare_many`.)
+routing and projecting. (Where sorting pays, tokens of routed experts are projected alike, and sorted, by
+`prepare_many`.)
 
 Linears for more tokens need codes at once and hidden values only at their end (`Tokens.hidden_comes_later`). So
 `end` lets it start when codes are complete, which is before its own wait where `project` had waited for them, and after

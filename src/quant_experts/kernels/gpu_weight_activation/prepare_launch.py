@@ -34,9 +34,10 @@ from quant_experts.kernels.gpu_weight_activation.layout import (
 )
 
 FEW_TOKENS = 17 if INTERPRETED else 512
-"""Up to here `prepare` prepares tokens of routed experts, above `prepare_many`, which sorts them."""
-MOST_UNSORTED = 1 if INTERPRETED else 1 << 24
-"""Outputs of all tokens together, up to which multiplying the up factors of all experts costs less than sorting."""
+"""Up to here tokens of routed experts are never sorted."""
+MOST_IDLE = 0 if INTERPRETED else 1 << 32
+"""Multiplications by up factors that a token does not use, up to which they cost less than sorting: by measurements of
+9 factors of rank 32 on an H200."""
 CHUNK = 256 if INTERPRETED else 4096
 """Input channels of a token that a program reads at a time; longer tokens are quantized by a launch of their own."""
 LONG = 8192
@@ -71,9 +72,10 @@ def prepare(x: Tensor, layout: GroupLayout, settled: bool = True, sorts: bool | 
     return _prepare_many(x, layout, p) if p.sorts else _prepare(x, layout, p)
 
 
-def sorts_tokens(m: int, n: int) -> bool:
-    """Whether m tokens of routed experts are sorted for n output channels, as measured on an H200."""
-    return m > FEW_TOKENS and m * n > MOST_UNSORTED
+def sorts_tokens(kind: Kind, m: int, n: int) -> bool:
+    """Whether m tokens are sorted by expert, by `prepare_many`, for n output channels: a token uses two of its factors,
+    and unsorted it is multiplied by all."""
+    return m > FEW_TOKENS and m * n * (kind.factors - 2) * kind.rank > MOST_IDLE
 
 
 def _copied(x: Tensor, layout: GroupLayout) -> bool:

@@ -1,6 +1,6 @@
-"""`prepare` for many tokens of routed experts, which are sorted by expert: after the projection of all of them, `route`
-(the expert of each token), `place` (a stable counting sort by expert), `prepare.quantize` of tokens in that order, and
-`settle` (their hidden values, in that order).
+"""`prepare` for many tokens of routed experts that are sorted by expert, because outputs are many as well: after the
+projection of all of them, `route` (the expert of each token), `place` (a stable counting sort by expert),
+`prepare.quantize` of tokens in that order, and `settle` (their hidden values, in that order).
 
 Exactness. Codes and scales are the oracle's bit for bit, the same float32 products; a rotation's sums come in another
 order, so that its codes may differ by one where a value lies on a tie. Routers and experts that read values read the
