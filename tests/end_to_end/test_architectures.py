@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from quant_experts import QuantizationConfig, pipeline
+from quant_experts import QuantExpertsError, QuantizationConfig, pipeline
 from quant_experts.artifacts import CalibrationBatch, Modality
 from quant_experts.calibration.scopes import scope_modules
 from quant_experts.config import RECIPES
@@ -138,6 +138,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def without_image(batch: CalibrationBatch) -> CalibrationBatch:
+    text = batch.modality != Modality.IMAGE
+    ids = batch.inputs["input_ids"][:, text]
+    return CalibrationBatch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, batch.modality[text])
+
+
 def some_batch(architecture: Architecture, seed: int) -> CalibrationBatch:
     generator = torch.Generator().manual_seed(seed)
     text, answer = (torch.randint(5, 500, (n,), generator=generator) for n in (8 + seed % 3, 8))
@@ -149,42 +155,74 @@ def some_batch(architecture: Architecture, seed: int) -> CalibrationBatch:
     return CalibrationBatch(inputs, modality)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    architecture = ARCHITECTURES[name]
-    batches = [some_batch(architecture, seed) for seed in range(5)]
-    monkeypatch.setattr(pipeline, "_calibration", lambda *arguments: (batches, []))
+def made(architecture: Architecture, folder: Path) -> Any:
+    """A random model, written to a folder as well."""
     config = architecture.config()
     config.tie_word_embeddings = False
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     for parameter in model.parameters():  # some are made without being filled
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
-    model.save_pretrained(tmp_path / "original")
+    model.save_pretrained(folder)
+    return model
 
+
+def quantize(folder: Path, batches: list[CalibrationBatch], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """-> the quantized model as `transformers` loads it, and the linears that are quantized."""
+    monkeypatch.setattr(pipeline, "_calibration", lambda *arguments: (batches, []))
     recipe = RECIPES["quant-experts"].model_copy(update={"shared_rank": 4})
-    result = pipeline.quantize(
-        tmp_path / "original", None, tmp_path / "quantized", QuantizationConfig.of("W8A8", recipe), device="cpu"
-    )
-    loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized", dtype=torch.float32)
+    output = folder.with_name("quantized")
+    result = pipeline.quantize(folder, None, output, QuantizationConfig.of("W8A8", recipe), device="cpu")
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32)
+    return loaded, [linear for group in result.config.groups for linear in group.linears]
+
+
+def check_logits(model: Any, loaded: Any, batch: CalibrationBatch, tolerance: float) -> None:
+    with torch.inference_mode():
+        expected, logits = model(**batch.inputs).logits, loaded(**batch.inputs).logits
+        assert (logits - expected).norm() < tolerance * expected.norm()
+        if "pixel_values" in batch.inputs:
+            black = batch.inputs | {"pixel_values": torch.zeros_like(batch.inputs["pixel_values"])}
+            seen = (model(**black).logits - expected).norm()
+            assert seen > 1.2 * tolerance * expected.norm(), "the image counts"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = ARCHITECTURES[name]
+    batches = [some_batch(architecture, seed) for seed in range(5)]
+    model = made(architecture, tmp_path / "original")
+    loaded, quantized = quantize(tmp_path / "original", batches, monkeypatch)
     linears = {
         f"{block}.{linear}"
         for block in scope_modules(model, "language")
         for linear, module in model.get_submodule(block).named_modules()
         if isinstance(module, nn.Linear) and not any(piece in linear for piece in architecture.in_full_precision)
     }
-    assert linears == {linear for group in result.config.groups for linear in group.linears}
+    assert linears == set(quantized)
     assert linears == {linear for linear, module in loaded.named_modules() if isinstance(module, QuantizedLinear)}
     for batch in batches:
-        with torch.inference_mode():
-            expected, logits = model(**batch.inputs).logits, loaded(**batch.inputs).logits
-            assert (logits - expected).norm() < architecture.tolerance * expected.norm()
-            if architecture.image_tokens:
-                black = batch.inputs | {"pixel_values": torch.zeros_like(batch.inputs["pixel_values"])}
-                seen = (model(**black).logits - expected).norm()
-                assert seen > 1.2 * architecture.tolerance * expected.norm(), "the image counts"
+        check_logits(model, loaded, batch, architecture.tolerance)
     with torch.inference_mode():
         inputs = batches[0].inputs
         tokens = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
         first = loaded(**inputs).logits[0, -1].argmax()
     assert tokens[0, inputs["input_ids"].shape[1]] == first
+
+
+def test_blocks_that_only_images_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples without an image skip cross-attention, whichever sample comes first; without any image there is nothing
+    to calibrate it with."""
+    architecture = ARCHITECTURES["cross-attention (mllama)"]
+    model = made(architecture, tmp_path / "original")
+    batches = [some_batch(architecture, seed) for seed in range(6)]
+    text = [without_image(batch) for batch in batches]
+    mixed = [text[0], batches[1], text[2], batches[3], batches[4]]
+    loaded, quantized = quantize(tmp_path / "original", mixed, monkeypatch)
+    assert any("cross_attn" in linear for linear in quantized)
+    for batch in (batches[5], text[5]):
+        check_logits(model, loaded, batch, architecture.tolerance)
+    (tmp_path / "again").mkdir()
+    model.save_pretrained(tmp_path / "again" / "original")
+    with pytest.raises(QuantExpertsError, match=r"layers\.1'.*calibrate with samples that have some"):
+        quantize(tmp_path / "again" / "original", text, monkeypatch)

@@ -113,7 +113,7 @@ class BlockStream:
                 for i, batch in enumerate(self.batches):
                     self._receive(i, self._passes[i].switch(batch))
             leader = min(range(len(self.batches)), key=self._place)
-            while (index := self._place(leader)) < count:
+            while (index := self._next(leader)) < count:
                 self._check_order(done)
                 self.index = index
                 if self.scope == "language":
@@ -131,14 +131,28 @@ class BlockStream:
         call = self._calls[sample]
         return len(self.skeleton.blocks) if call is None else call.index
 
+    def _next(self, leader: int) -> int:
+        """The block that comes next, the number after the last where there is none. The language model's are run in
+        their order, though not by all samples (cross-attention is for those with images); others in the leader's."""
+        place = self._place(leader)
+        if place < len(self.skeleton.blocks) and self._scope(place) != "language":
+            return place
+        before = sum(block.scope != "language" for block in self.skeleton.blocks)
+        return min(place for place in map(self._place, range(len(self.batches))) if place >= before)
+
     def _scope(self, index: int) -> Scope:
         return self.skeleton.blocks[index].scope
 
     def _check_order(self, passed: Sequence[int]) -> None:
         """No sample may come to a block after the leader has passed it, and none of the language model's may be left
         out."""
+        missed = [i for i in self.never_run if self._scope(i) == "language"]
+        if missed:
+            raise QuantExpertsError(
+                f"No sample ran through '{self.skeleton.block_names[missed[0]]}': if that block attends to images, "
+                "calibrate with samples that have some; if not, the model is not supported."
+            )
         late = [place for place in map(self._place, range(len(self.batches))) if place in passed]
-        late += [i for i in self.never_run if self._scope(i) == "language"]
         if late:
             raise QuantExpertsError(
                 f"The model does not run its blocks once each and in one order for all samples (at block "
