@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from quant_experts import QuantExpertsError, QuantizationConfig, pipeline
+from quant_experts import QuantExpertsError, QuantizationConfig, Recipe, pipeline
 from quant_experts.artifacts import CalibrationBatch, Modality
 from quant_experts.calibration.scopes import scope_modules
 from quant_experts.config import RECIPES
@@ -167,10 +167,14 @@ def made(architecture: Architecture, folder: Path) -> Any:
     return model
 
 
-def quantize(folder: Path, batches: list[CalibrationBatch], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+DEFAULT = RECIPES["quant-experts"].model_copy(update={"shared_rank": 4})
+
+
+def quantize(
+    folder: Path, batches: list[CalibrationBatch], monkeypatch: pytest.MonkeyPatch, recipe: Recipe = DEFAULT
+) -> tuple[Any, list[str]]:
     """-> the quantized model as `transformers` loads it, and the linears that are quantized."""
     monkeypatch.setattr(pipeline, "_calibration", lambda *arguments: (batches, []))
-    recipe = RECIPES["quant-experts"].model_copy(update={"shared_rank": 4})
     output = folder.with_name("quantized")
     result = pipeline.quantize(folder, None, output, QuantizationConfig.of("W8A8", recipe), device="cpu")
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32)
@@ -210,7 +214,8 @@ def test_an_architecture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert tokens[0, inputs["input_ids"].shape[1]] == first
 
 
-def test_blocks_that_only_images_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recipe", [DEFAULT, RECIPES["mbq"]], ids=lambda recipe: recipe.name)  # mbq: gradients too
+def test_blocks_that_only_images_reach(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples without an image skip cross-attention, whichever sample comes first; without any image there is nothing
     to calibrate it with."""
     architecture = ARCHITECTURES["cross-attention (mllama)"]
@@ -218,11 +223,11 @@ def test_blocks_that_only_images_reach(tmp_path: Path, monkeypatch: pytest.Monke
     batches = [some_batch(architecture, seed) for seed in range(6)]
     text = [without_image(batch) for batch in batches]
     mixed = [text[0], batches[1], text[2], batches[3], batches[4]]
-    loaded, quantized = quantize(tmp_path / "original", mixed, monkeypatch)
+    loaded, quantized = quantize(tmp_path / "original", mixed, monkeypatch, recipe)
     assert any("cross_attn" in linear for linear in quantized)
     for batch in (batches[5], text[5]):
         check_logits(model, loaded, batch, architecture.tolerance)
     (tmp_path / "again").mkdir()
     model.save_pretrained(tmp_path / "again" / "original")
     with pytest.raises(QuantExpertsError, match=r"layers\.1'.*calibrate with samples that have some"):
-        quantize(tmp_path / "again" / "original", text, monkeypatch)
+        quantize(tmp_path / "again" / "original", text, monkeypatch, recipe)

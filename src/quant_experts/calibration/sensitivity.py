@@ -67,7 +67,7 @@ def branch_sensitivities(stream: BlockStream) -> list[dict[str, dict[Modality, f
         index = first + len(entries) - 1
         block = stream.skeleton.load_block(index, stream.device)
         sums = {name: torch.zeros(len(Modality), 2, dtype=torch.float64) for name in branch_names(block)}
-        for i, entry in enumerate(entries.pop()):
+        for i, entry in entries.pop().items():
             gradients[i], branches = _through_block(block, entry, gradients[i], stream.device)
             for name, gradient in branches:
                 sums[name] += _by_modality(gradient, stream.batches[i].modality)
@@ -86,11 +86,11 @@ class _Entry:
     """The hidden state that the block before put out; the call's own was made from it. None at the first block."""
 
 
-def _forward(stream: BlockStream) -> tuple[list[list[_Entry]], list[Tensor]]:
-    """Entries by block of the language model and sample, and by sample the gradient of its loss at the last block's
-    output."""
-    entries: list[list[_Entry]] = []
-    gradients: list[Tensor] = []
+def _forward(stream: BlockStream) -> tuple[list[dict[int, _Entry]], dict[int, Tensor]]:
+    """Entries by block of the language model and sample that runs through it, and by sample the gradient of its loss at
+    its last block's output."""
+    entries: list[dict[int, _Entry]] = []
+    gradients: dict[int, Tensor] = {}
     left: list[Tensor | None] = [None] * len(stream.batches)
     for index in stream.blocks():
         block = stream.skeleton.load_block(index, stream.device)
@@ -98,15 +98,15 @@ def _forward(stream: BlockStream) -> tuple[list[list[_Entry]], list[Tensor]]:
             stream.advance(block)
             stream.skeleton.release_block(index)
             continue
-        calls = list(stream.calls.values())
-        entries.append([_Entry(call, hidden) for call, hidden in zip(calls, left, strict=True)])
-        for i, call in enumerate(calls):
+        calls = {i: stream.calls[i] for i in stream.waiting}
+        entries.append({i: _Entry(call, left[i]) for i, call in calls.items()})
+        for i, call in calls.items():
             with torch.no_grad():
                 output = to_device(stream.call_block(block, call), HOST)
             hidden = left[i] = hidden_state(output).requires_grad_()
             result = stream.resume(i, output)
             if not isinstance(result, BlockCall):
-                gradients += torch.autograd.grad(answer_loss(result.logits, stream.batches[i]), hidden)
+                (gradients[i],) = torch.autograd.grad(answer_loss(result.logits, stream.batches[i]), hidden)
         stream.skeleton.release_block(index)
     return entries, gradients
 
