@@ -32,8 +32,8 @@ FEW_RANKS_BLOCKS, MORE_RANKS_BLOCKS = 160, 32
 above these."""
 SETTLED_RANK = 64
 """Of experts that read values, at most, whose hidden values it settles: they take registers from all its programs."""
-SHORT_BLOCKS = 64
-"""Blocks of inputs that are not long."""
+FEW_BLOCKS, SHORT_BLOCKS = 32, 64
+"""Blocks of short inputs, and of those that are not long, at most."""
 LEAST_ROWS = 32
 """Rows of the largest tile of `linear_few`: a layout has as many."""
 
@@ -171,12 +171,15 @@ def few_tile(m: int, layout: LinearLayout, factors: int, projects: bool) -> tupl
     they are limited, as measured on an H200; projects: whether programs project codes."""
     blocks, registers = layout.weight.shape[0], None
     if is_wide(layout.out_features, layout.scale.device):
-        rows, ways, most = (32, 2, 2) if factors and not projects and m <= 4 else (16, 2, 4 if factors else 8)
+        tall = blocks <= FEW_BLOCKS if not factors else m <= 4 and not projects
+        rows, ways, most = (32, 2, 2) if tall else (16, 2, 4 if factors else 8)
     elif blocks > SHORT_BLOCKS:
         eight = not factors or (m == 1 and not projects)
         rows, ways, most, registers = (16, 8, 5, 128) if eight else (16, 4, 10, None)
+        if projects and m == MOST_FEW:  # whose kernel lets three programs on a multiprocessor: slower than two or four
+            registers = 128
     else:
-        rows, ways, most = 16, 2, 8 if projects or blocks > 32 else 16
+        rows, ways, most = 16, 2, 8 if projects or blocks > FEW_BLOCKS else 16
     turns = -(-blocks // ways)
     return rows, ways, -(-turns // -(-turns // most)), registers
 
