@@ -1,8 +1,10 @@
 """Times of one decoder block's four input groups on a GPU: bf16, cuBLAS int8 and fp8, ours without and with experts.
 
     python benchmarks/kernels/gpu_linear.py [--models ...] [--tokens ...] [--kinds ...] [--out benchmarks/results]
+    python benchmarks/kernels/gpu_linear.py --stored FILE.json ...
 
-writes gpu_linear.json, gpu_linear.md (tables) and gpu_linear.png. The groups (qkv, o, gate+up, down) run one after
+writes gpu_linear.json, gpu_linear.md (tables) and gpu_linear.png; with --stored only the last two, of rows that were
+timed before, on any machine: of a model and size the last file's. The groups (qkv, o, gate+up, down) run one after
 another in a CUDA graph, each preparing its input anew (smoothing, quantization, routing, projection), on copies of the
 weights that together exceed the L2 cache, of several blocks where tokens are few, so that the start of the graph counts
 little. Times are medians of replays. "Reading" is a kernel that reads packed weights and does nothing else: what memory
@@ -246,6 +248,13 @@ def measure(
     return rows
 
 
+def stored(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Rows of such files by model and tokens, each from the last file that has it."""
+    found = {(row["model"], row["tokens"]): row for path in paths for row in json.loads(path.read_text())["rows"]}
+    models = list(SHAPES)
+    return sorted(found.values(), key=lambda row: (models.index(row["model"]), row["tokens"]))
+
+
 def warm_up(busy: Callable[[], object]) -> None:
     """Work until the chip runs at its full clock."""
     end = time.perf_counter() + WARM_SECONDS
@@ -298,6 +307,12 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
+    """gpu_linear.md and gpu_linear.png."""
+    (folder / "gpu_linear.md").write_text(table(rows).lstrip())
+    picture(rows, folder / "gpu_linear.png")
+
+
 def compile_ahead(tokens: list[int], models: list[str], kinds: Iterable[str] = OURS) -> None:
     """Let processes side by side fill the compiler's cache."""
     command = [sys.executable, __file__, "--compile-only", "--models", *models, "--kinds", *kinds, "--tokens"]
@@ -323,8 +338,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="bf16 is always timed")
     parser.add_argument("--bits", type=int, default=8, help="activation bits")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--stored", nargs="+", type=Path, metavar="FILE", help="time nothing: tables of these results")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.stored:
+        return write_tables(stored(arguments.stored), arguments.out)
     require_gpu()
     kinds = [kind for kind in KINDS if kind == "bf16" or kind in arguments.kinds]
     if arguments.compile_only:
@@ -344,8 +362,7 @@ def main() -> None:
     for model in arguments.models:
         rows += measure(model, arguments.tokens, arguments.bits, limits, kinds)
         (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
-    (arguments.out / "gpu_linear.md").write_text(table(rows).lstrip())
-    picture(rows, arguments.out / "gpu_linear.png")
+    write_tables(rows, arguments.out)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ KINDS = ("none", "experts", "codes")
 CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[int, ...], tuple[str, ...]]] = [
     (triton_backend, 8, "int", torch.bfloat16, 4608, 8192, 0, (1, 12, 100, 600), KINDS),
     (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (1, 4, 12), KINDS),
-    (triton_backend, 8, "int", torch.bfloat16, 1024, 8960, 0, (1, 12), KINDS),
+    (triton_backend, 8, "int", torch.bfloat16, 1024, 8960, 0, (1, 12, 16), KINDS),
     (triton_backend, 8, "int", torch.bfloat16, 17920, 1536, 0, (3, 8), KINDS),
     (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (8, 16), ("high rank",)),
     (triton_backend, 8, "int", torch.bfloat16, 64, 8960, 0, (2,), KINDS[1:]),
