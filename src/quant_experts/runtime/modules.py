@@ -144,20 +144,26 @@ class InputGroup(nn.Module):
             raise RuntimeError(
                 f"The input has the shape {tuple(x.shape)}, the layer takes {self.in_features} channels."
             )
-        stack = self._stack
-        if stack is None or not stack.serves(x, self.backend):
-            self.unstack()
-            backend = self.select_backend(x.device)
-            if backend.layout is None:
+        if self._stack is None or not self._stack.serves(x, self.backend):
+            backend = self.lay_out(x.device, x.dtype)
+            if self._stack is None:
                 prepared = backend.prepare(x.reshape(-1, self.in_features), self.operands())
                 parts = [backend.linear(prepared, linear.operands()) for linear in self._linears]
                 return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1]) for y in parts]
+        return [self._stack.layout.apply(x, self._stack.packed)]
+
+    def lay_out(self, device: torch.device, dtype: torch.dtype) -> Backend:
+        """Put the weights into the form that the backend for such inputs has for them, if it has one of its own. The
+        first call does so; servers ask for it before, so that they can count on the memory that is left."""
+        self.unstack()
+        backend = self.select_backend(device)
+        if backend.layout is not None:
             linears = [linear.operands() for linear in self._linears]
-            packed = backend.layout.pack(self.operands(), linears, x.dtype)
-            self._stack = stack = _Stack(packed, backend.layout, self.backend, x.device.type, x.dtype)
+            packed = backend.layout.pack(self.operands(), linears, dtype)
+            self._stack = _Stack(packed, backend.layout, self.backend, device.type, dtype)
             for linear in self._linears:  # the layout holds them in fewer bytes
                 linear.weight_codes = None
-        return [stack.layout.apply(x, stack.packed)]
+        return backend
 
     def unstack(self) -> None:
         """Give the linears their codes back, before they move, are saved or run on another backend."""
