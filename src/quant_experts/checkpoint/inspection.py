@@ -14,7 +14,7 @@ from quant_experts.checkpoint.schema import (
     group_tensors,
     linear_tensors,
 )
-from quant_experts.checkpoint.source import TensorFiles, read_json
+from quant_experts.checkpoint.source import TensorFiles, read_json, stored_names
 from quant_experts.config import Scheme
 from quant_experts.errors import QuantExpertsError
 
@@ -29,13 +29,14 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         raise QuantExpertsError(f"'{folder}' is not quantized by quant-experts: give a folder that `quantize` wrote.")
     config = CheckpointConfig.read(raw)
     files = TensorFiles(folder)
+    stored = stored_names((name for spec in config.groups for name in spec.linears), files)
     records = _records(folder)
     groups = []
     for spec in config.groups:
-        stored_names = [_stored_name(files, name) for name in spec.linears]
-        shapes = [_weight_shape(files, name) for name in stored_names]
+        names = [stored.get(name, name) for name in spec.linears]
+        shapes = [_weight_shape(files, name) for name in names]
         rows, width = tuple(shape[0] for shape in shapes), shapes[0][1]
-        _check_headers(files, spec, config.scheme, stored_names, rows, width)
+        _check_headers(files, spec, config.scheme, names, rows, width)
         bits = group_stored_bits(spec, config.scheme, rows, width)
         record = records.get(spec.linears[0], {})
         groups.append(
@@ -92,22 +93,12 @@ def _check_headers(
             )
 
 
-def _stored_name(files: TensorFiles, name: str) -> str:
-    """What the files call a linear. They may name the model's outer parts otherwise than its modules do, so the longest
-    ending of the name that occurs in the files counts."""
-    parts = [*name.split("."), "weight_shape"]
-    for start in range(len(parts) - 1):
-        ending = ".".join(parts[start:])
-        keys = [key for key in files if key == ending or key.endswith(f".{ending}")]
-        if len(keys) == 1:
-            return keys[0].removesuffix(".weight_shape")
-    raise QuantExpertsError(
-        f"Tensor '{name}.weight_shape' is missing from '{files.folder}': the checkpoint is incomplete."
-    )
-
-
 def _weight_shape(files: TensorFiles, stored_name: str) -> tuple[int, int]:
-    """(N, K) of a linear. Raises `QuantExpertsError` if it cannot be one."""
+    """(N, K) of a linear. Raises `QuantExpertsError` if it is missing or cannot be one."""
+    if f"{stored_name}.weight_shape" not in files:
+        raise QuantExpertsError(
+            f"Tensor '{stored_name}.weight_shape' is missing from '{files.folder}': the checkpoint is incomplete."
+        )
     shape = files.read(f"{stored_name}.weight_shape").tolist()
     if not (isinstance(shape, list) and len(shape) == 2 and min(shape) > 0):
         raise QuantExpertsError(f"Tensor '{stored_name}.weight_shape' says {shape}: the checkpoint is damaged.")

@@ -70,6 +70,35 @@ def check_inside(folder: Path, name: str) -> None:
         )
 
 
+def stored_names(linears: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
+    """What files call quantized linears, by their module names; one that is not found is left out.
+
+    Files may name the model's outer parts otherwise than its modules do. So names belong together that have the longest
+    ending in common: `model.language_model.layers.0.mlp.up_proj` and `language_model.model.layers.0.mlp.up_proj`, once
+    `vision_tower.layers.0.mlp.up_proj` has gone to its own.
+
+    keys: the names of all tensors in the files.
+    """
+    suffix = ".weight_shape"  # of each quantized linear there is one
+    stored = {key.removesuffix(suffix) for key in keys if key.endswith(suffix)}
+    wanted, found = list(linears), dict[str, str]()
+    for length in range(max((name.count(".") + 1 for name in wanted), default=0), 0, -1):
+        by_ending: dict[str, list[str]] = {}
+        for name in stored:
+            by_ending.setdefault(_ending(name, length), []).append(name)
+        for linear in wanted:
+            candidates = by_ending.get(_ending(linear, length), []) if linear not in found else []
+            if len(candidates) == 1:
+                found[linear] = candidates.pop()
+                stored.remove(found[linear])
+    return found
+
+
+def _ending(name: str, length: int) -> str:
+    """The last parts of a dotted name."""
+    return ".".join(name.split(".")[-length:])
+
+
 def spot_check(path: Path, *, spots: int = 64, length: int = 1 << 14) -> str:
     """A digest of a file's size and of evenly spaced spots in it: tells a fine-tuned model from its origin without
     reading all."""

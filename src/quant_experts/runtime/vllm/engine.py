@@ -20,6 +20,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from quant_experts.checkpoint.schema import QUANT_METHOD, CheckpointConfig
 from quant_experts.errors import QuantExpertsError
@@ -62,6 +63,13 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
     def get_config_filenames() -> list[str]:
         """None beside config.json."""
         return []
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Called once, with the model's folder or its name on the hub. Without a list of its tensors (a hub that does
+        not answer) the names in config.json must do."""
+        tensors = get_safetensors_params_metadata(model_name, revision=revision)
+        if tensors:
+            self.plan.use_stored_names(tensors)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Called for each model class, the outer one first."""

@@ -7,10 +7,11 @@ for one model, and nothing here needs vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
+from quant_experts.checkpoint.source import stored_names
 from quant_experts.errors import QuantExpertsError
 
 _CUSTOMARY = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -39,8 +40,22 @@ class LayerPlan:
             for i, spec in enumerate(config.groups)
             for j, name in enumerate(spec.linears)
         }
-        """By the name that vLLM has for the linear; at first by the checkpoint's own."""
+        """By the name that vLLM has for the linear; at first by that of config.json."""
         self._found: set[str] = set()
+
+    def use_stored_names(self, keys: Iterable[str]) -> None:
+        """Go over to the names in files, which vLLM's renamings are made for; config.json has those of modules in
+        `transformers`.
+
+        keys: the names of all tensors in the files. Raises `QuantExpertsError` if they do not hold a linear.
+        """
+        stored = stored_names(self._parts, keys)
+        for name in self._parts:
+            if name not in stored:
+                raise QuantExpertsError(
+                    f"Tensor '{name}.weight_shape' is missing from the checkpoint: download or quantize it again."
+                )
+        self._parts = {stored[name]: part for name, part in self._parts.items()}
 
     def rename(self, rename: Callable[[str], str | None]) -> None:
         """Take over vLLM's names. A model within a model renames again, and leaves alone what has its final name."""
