@@ -96,8 +96,8 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
             return UnquantizedLinearMethod()
         if get_tensor_model_parallel_world_size() > 1:
             raise QuantExpertsError(
-                "Quantized checkpoints are not split over devices: start vLLM with tensor_parallel_size=1 (several "
-                "copies of the model, data_parallel_size, or its layers in turn, pipeline_parallel_size, are possible)."
+                "The layers of a quantized checkpoint are not split over devices: start vLLM with "
+                "tensor_parallel_size=1."
             )
         self.whole = get_current_vllm_config().parallel_config.pipeline_parallel_size == 1
         return QuantExpertsLinearMethod(self, parts)
