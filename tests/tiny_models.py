@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL_TOKENS = [
@@ -49,6 +50,8 @@ class Family:
     image_processor: Callable[[], Any] | None = None
     video_processor: str | None = None
     processor_options: dict[str, Any] = field(default_factory=dict)
+    published: tuple[str, str] = ("", "")
+    """How tensors' names begin as `transformers` saves them, and as in the published files, where these differ."""
 
 
 def _qwen_vl(config_class: str, **vision: Any) -> Callable[..., transformers.PreTrainedConfig]:
@@ -154,6 +157,7 @@ FAMILIES: dict[str, Family] = {
         lambda: transformers.LlavaOnevisionImageProcessorPil(size=_SIZE, image_grid_pinpoints=PINPOINTS),
         "LlavaOnevisionVideoProcessor",
         dict(num_image_tokens=16, vision_feature_select_strategy="full"),
+        ("vision_tower.", "vision_tower.vision_model."),
     ),
     "qwen2": Family("Qwen2ForCausalLM", lambda text, token_id: transformers.Qwen2Config(**text)),
 }
@@ -223,6 +227,13 @@ def build_tiny(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
+    saved, published = row.published
+    if saved:
+        tensors = load_file(folder / "model.safetensors")
+        renamed = {
+            published + key.removeprefix(saved) if key.startswith(saved) else key: tensors[key] for key in tensors
+        }
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
     if row.image_processor is not None:
         # Written by hand: no processor object can be made without torchvision, and one saved without its video section
