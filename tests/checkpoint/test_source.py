@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_experts.checkpoint.source import TensorFiles, check_inside, read_json, weight_files
+from quant_experts.checkpoint.source import TensorFiles, check_inside, read_json, stored_names, weight_files
 from quant_experts.errors import QuantExpertsError
 
 INDEX = "model.safetensors.index.json"
@@ -167,3 +167,29 @@ def test_json_is_read_or_its_absence_is_named(tmp_path: Path) -> None:
     for missing in (tmp_path / "b.json", tmp_path):
         with pytest.raises(QuantExpertsError, match=missing.name):
             read_json(missing)
+
+
+def stored(*linears: str) -> list[str]:
+    return [f"{linear}.{leaf}" for linear in linears for leaf in ("weight_shape", "weight_packed")]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"model.language_model": "model", "model.visual": "visual"},  # Qwen2-VL
+        {"model.language_model": "language_model.model", "model.visual": "visual.tower"},  # LLaVA-OneVision
+        {"model.language_model": "model.language_model", "model.visual": "model.visual"},
+    ],
+)
+def test_linears_are_found_by_the_longest_common_ending(files: dict[str, str]) -> None:
+    """Also where blocks of two parts of the model are called alike."""
+    leaves = ("layers.0.up", "layers.1.up", "layers.11.up")
+    expected = {f"{outer}.{leaf}": f"{other}.{leaf}" for outer, other in files.items() for leaf in leaves}
+    expected["model.visual.encoder.layers.0.up"] = f"{files['model.visual']}.encoder.layers.0.up"
+    assert stored_names(expected, [*stored(*expected.values()), "model.norm.weight"]) == expected
+
+
+def test_linears_that_files_do_not_hold_are_left_out() -> None:
+    names = ["model.language_model.layers.0.up", "model.visual.layers.0.up"]
+    assert stored_names(names, stored("visual.layers.0.up")) == {names[1]: "visual.layers.0.up"}
+    assert stored_names(names, ["visual.layers.0.up.weight"]) == {} == stored_names([], stored("up"))

@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, VISION_FAMILIES
 from torch import nn
 
 import quant_experts
+from quant_experts.checkpoint.inspection import inspect_checkpoint
 from quant_experts.checkpoint.schema import CheckpointConfig
 from quant_experts.config import DEFAULT_SCOPES, RECIPES, SCOPES
 from quant_experts.runtime.modules import QuantizedLinear
@@ -94,6 +95,7 @@ def test_the_scopes_are_quantized_and_nothing_else(elsewhere: dict[str, Found], 
     config = CheckpointConfig.read(json.loads((run["folder"] / "config.json").read_text())["quantization_config"])
     assert sorted(name for group in config.groups for name in group.linears) == sorted(inside)
     assert set(config.ignore) == linears - inside
+    assert sum(len(group["linears"]) for group in inspect_checkpoint(run["folder"])["groups"]) == len(inside)
     after = model.state_dict()
     for key, value in original.state_dict().items():
         if key.removesuffix(".weight") not in inside:

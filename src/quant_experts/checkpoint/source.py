@@ -74,8 +74,8 @@ def stored_names(linears: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
     """What files call quantized linears, by their module names; one that is not found is left out.
 
     Files may name the model's outer parts otherwise than its modules do. So names belong together that have the longest
-    ending in common: `model.language_model.layers.0.mlp.up_proj` and `language_model.model.layers.0.mlp.up_proj`, once
-    `vision_tower.layers.0.mlp.up_proj` has gone to its own.
+    ending in common, and among several most other parts: `model.language_model.layers.0.mlp.up_proj` and
+    `language_model.model.layers.0.mlp.up_proj`, not `vision_tower.layers.0.mlp.up_proj`.
 
     keys: the names of all tensors in the files.
     """
@@ -86,12 +86,18 @@ def stored_names(linears: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
         by_ending: dict[str, list[str]] = {}
         for name in stored:
             by_ending.setdefault(_ending(name, length), []).append(name)
-        for linear in wanted:
-            candidates = by_ending.get(_ending(linear, length), []) if linear not in found else []
-            if len(candidates) == 1:
-                found[linear] = candidates.pop()
+        for linear in (name for name in wanted if name not in found):
+            ranked = sorted((_shared_parts(linear, name), name) for name in by_ending.get(_ending(linear, length), []))
+            if ranked and (len(ranked) == 1 or ranked[-1][0] > ranked[-2][0]):
+                found[linear] = ranked[-1][1]
+                by_ending[_ending(linear, length)].remove(found[linear])
                 stored.remove(found[linear])
     return found
+
+
+def _shared_parts(one: str, other: str) -> int:
+    """Parts that two dotted names have in common, wherever they stand."""
+    return len({*one.split(".")} & {*other.split(".")})
 
 
 def _ending(name: str, length: int) -> str:
