@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 def answer(folder: str, prompts: list[tuple[str, str | None]], tokens: int, options: dict[str, Any]) -> dict[str, Any]:
     limits = {"limit_mm_per_prompt": {"image": 1, "video": 0}} if any(image for _, image in prompts) else {}
-    model = LLM(folder, dtype="float32", max_model_len=512, max_num_seqs=2, **limits, **options)
+    model = LLM(folder, **{"dtype": "float32", "max_model_len": 512, "max_num_seqs": 2} | limits | options)
     inputs = [
         {"prompt": text} | ({"multi_modal_data": {"image": Image.open(image).convert("RGB")}} if image else {})
         for text, image in prompts

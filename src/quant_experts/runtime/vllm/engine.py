@@ -91,6 +91,7 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
         are never quantized."""
         if not isinstance(layer, LinearBase):
             return None
+        self.whole = get_current_vllm_config().parallel_config.pipeline_parallel_size == 1
         parts = self.plan.parts(prefix, self.packed_modules_mapping)
         if not parts:
             return UnquantizedLinearMethod()
@@ -99,7 +100,6 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
                 "The layers of a quantized checkpoint are not split over devices: start vLLM with "
                 "tensor_parallel_size=1."
             )
-        self.whole = get_current_vllm_config().parallel_config.pipeline_parallel_size == 1
         return QuantExpertsLinearMethod(self, parts)
 
 

@@ -52,7 +52,7 @@ class FusedLinears(nn.Module):
                 group = group or made[name].group
         self.linears = nn.ModuleList(made[name] for name in self.names)
         self.guarded = any(part.guarded for part in parts)
-        self._one_group = list(made) == self.names and tuple(self.names) == parts[0].spec.linears
+        self._one_group = tuple(self.names) == parts[0].spec.linears
         self._awaited = {
             (place, key) for place, linear in enumerate(self.quantized()) for key, _ in linear.named_buffers()
         }
