@@ -160,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         ("vision_tower.", "vision_tower.vision_model."),
     ),
     "qwen2": Family("Qwen2ForCausalLM", lambda text, token_id: transformers.Qwen2Config(**text)),
+    "cohere": Family("CohereForCausalLM", lambda text, token_id: transformers.CohereConfig(**text)),
 }
 VISION_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.processor)
 

@@ -40,10 +40,15 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256}
 """vLLM's attention takes heads of 32 channels and more."""
 DEFAULT = RECIPES["quant-experts"].to_json() | {"shared_rank": 8}
 PAPER: dict[str, Any] = {}
+TIED = {"cohere": {"tie_embeddings": True}}
+"""vLLM has no head of its own for these, in full precision either."""
 ALL = {"scopes": SCOPES}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{f"{family}, default": (family, "W4A6", DEFAULT) for family in FAMILIES},
-    **{f"{family}, paper": (family, "W4A6", PAPER) for family in FAMILIES},
+    **{
+        f"{family}, {recipe}": (family, "W4A6", changes | TIED.get(family, {}))
+        for recipe, changes in (("default", DEFAULT), ("paper", PAPER))
+        for family in FAMILIES
+    },
     "paper, one group": ("qwen2_vl", "W4A6", {"group_inputs": True}),
     **{
         f"{recipe}, {scheme}": ("qwen2_vl", scheme, changes)

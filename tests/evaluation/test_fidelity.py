@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build_tiny, tiny_image
+from tiny_models import FAMILIES, VISION_FAMILIES, build_tiny, tiny_image
 from transformers import AutoConfig
 
 from quant_experts.artifacts import CalibrationBatch, Modality, Sample
@@ -24,7 +24,7 @@ def test_against_single_tokens(family: str, tmp_path: Path) -> None:
     folder = build_tiny(family, tmp_path / "first")
     other = build_tiny(family, tmp_path / "second", seed=1)
     config = AutoConfig.from_pretrained(folder)
-    images = () if family == "qwen2" else (tiny_image(),)
+    images = (tiny_image(),) if family in VISION_FAMILIES else ()
     samples = [Sample("What?", "A cat.", images), Sample("2 + 2?", "4")]
     # As long as the first, with another image and an answer that begins elsewhere: both go through side by side.
     samples.append(Sample("What ?", "A cat", tuple(tiny_image(seed=3) for _ in images)))

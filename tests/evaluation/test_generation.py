@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build_tiny, tiny_image
+from tiny_models import FAMILIES, VISION_FAMILIES, build_tiny, tiny_image
 from transformers import AutoConfig
 
 from quant_experts.errors import QuantExpertsError
@@ -23,7 +23,7 @@ def open_tiny(folder: Path) -> tuple[Any, Any]:
 
 
 def items(family: str) -> list[EvaluationItem]:
-    if family == "qwen2":
+    if family not in VISION_FAMILIES:
         return [EvaluationItem("why? " * count, ("so",)) for count in (4, 1, 3)]
     pictures = [tiny_image(90 + 25 * index, 70, index) for index in range(3)]
     return [

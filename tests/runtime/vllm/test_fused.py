@@ -167,6 +167,68 @@ def test_the_guard_is_let_in_and_a_weight_is_not() -> None:
         loaded(fused, {"attn.q.weight": torch.zeros(10, K)})
 
 
+def in_two_layers(scheme: str, first: tuple[str, ...]) -> tuple[Attention, State, list[tuple[nn.Module, FusedLinears]]]:
+    """One group whose linears are in two layers. -> as it runs in transformers, tensors, layers with inlets."""
+    quantized, groups, state, _ = checkpoint(scheme)
+    spec, spread, layers = describe_group(groups[0]), dict[Any, Any](), []
+    for names in (first, tuple(name for name in SIZES if name not in first)):
+        parts = [Part(name, spec) for name in names]
+        fused = FusedLinears(parts, Scheme.parse(scheme), [SIZES[name] for name in names], K, spread)
+        layers.append((nn.Module(), fused))
+        fused.add_inlets(layers[-1][0])
+    return quantized, state, layers
+
+
+def deliver_to(layers: list[tuple[nn.Module, FusedLinears]], state: State) -> None:
+    for name, tensor in state.items():
+        linear = name[: len("attn.q")]
+        layer, fused = next(pair for pair in layers if linear in pair[1].names)
+        parameter: Any = layer.get_parameter(name.removeprefix(f"{linear}."))
+        parameter.weight_loader(parameter, tensor, fused.names.index(linear))
+
+
+@pytest.mark.parametrize("first", [("attn.q", "attn.k"), ("attn.v",), ("attn.q",)])
+@pytest.mark.parametrize("scheme", ["W4A6", "W3A16"])
+def test_a_group_in_two_layers(scheme: str, first: tuple[str, ...]) -> None:
+    """Both have what its linears share, whichever comes first."""
+    quantized, state, layers = in_two_layers(scheme, first)
+    deliver_to(layers, state)
+    x, outputs = normal(7, K, seed=8), {}
+    for layer, fused in layers:
+        fused.remove_inlets(layer)
+        fused.finalize(None, torch.float32)
+        outputs |= dict(zip(fused.names, fused(x).split([SIZES[name] for name in fused.names], -1), strict=True))
+    y = torch.cat([outputs[name] for name in SIZES], -1)
+    torch.testing.assert_close(y + bias_of(quantized), quantized(x))
+    _, _, others = in_two_layers(scheme, first)
+    deliver_to(others, {name: tensor for name, tensor in state.items() if "shared_down" not in name})
+    for _, fused in others:
+        with pytest.raises(QuantExpertsError, match=r"'attn\.q\.input_group\.shared_down' is missing"):
+            fused.finalize(None, torch.float32)
+
+
+def test_a_linear_of_several_pieces() -> None:
+    """As the projections of linear attention in Qwen3.5: q, k and v are one linear in files, z another."""
+    quantized, groups, state, _ = checkpoint("W4A6")
+    spec, (q, k, v) = describe_group(groups[0]), SIZES.values()
+    parts = [Part(name, spec, rows=n) for name, n in SIZES.items()]
+    fused, layer = FusedLinears(parts, Scheme.parse("W4A6"), [q - 5, 3, 2, k, v - 1, 1], K), nn.Module()
+    fused.add_inlets(layer)
+    shards: dict[str, Any] = {"attn.q": (0, 1, 2), "attn.k": 3, "attn.v": (4, 5)}
+    for name, tensor in state.items():
+        linear = name[: len("attn.q")]
+        parameter: Any = layer.get_parameter(name.removeprefix(f"{linear}."))
+        parameter.weight_loader(parameter, tensor, shards[linear])
+    fused.finalize(bias_of(quantized), torch.float32)
+    x = normal(7, K, seed=8)
+    assert torch.equal(fused(x), quantized(x))
+    with pytest.raises(QuantExpertsError, match=r"into piece \(2, 3\)"):
+        fused.load("weight_scale", state["attn.k.weight_scale"], (2, 3))
+    for pieces in ([q + k + v], [q - 5, 5, k, v - 1], [q + 1, k - 1, v - 1, 1]):
+        with pytest.raises(QuantExpertsError, match=rf"one layer of {len(pieces)} pieces"):
+            FusedLinears(parts, Scheme.parse("W4A6"), pieces, K)
+
+
 def test_pieces_that_are_no_linears_are_refused() -> None:
     _, groups, _, fused = checkpoint("W4A6")
     parts = [Part(name, describe_group(groups[0])) for name in SIZES]

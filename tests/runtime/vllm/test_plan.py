@@ -1,7 +1,5 @@
 """Which linears a layer of vLLM holds: fused ones, those of one group elsewhere, partly quantized ones, none."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
@@ -30,8 +28,10 @@ def rename(name: str) -> str | None:
     return name
 
 
-def stored(*linears: str) -> Iterator[str]:
-    return (f"{linear}.{leaf}" for linear in linears for leaf in ("weight_packed", "weight_shape"))
+def stored(*linears: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors in files, of linears with 8, 9, ... output channels."""
+    shapes = {f"{linear}.weight_scale": (8 + i, 1) for i, linear in enumerate(linears)}
+    return shapes | {f"{linear}.weight_shape": (2,) for linear in linears}
 
 
 def names(found: LayerPlan, layer: str) -> list[str]:
@@ -68,14 +68,22 @@ def test_names_in_files_count() -> None:
     found = plan(vision, text)
     files = [name.replace(f"model.vision_tower.{inside}", f"vision_tower.vision_model.{inside}") for name in vision]
     files += [name.replace("model.language_model.", "language_model.model.") for name in text]
-    found.use_stored_names([*stored(*files), "language_model.model.norm.weight"])
+    found.use_files(stored(*files) | {"language_model.model.norm.weight": (4,)})
     assert names(found, f"vision_tower.vision_model.{inside}.qkv_proj") == list(vision)
     assert names(found, "language_model.model.layers.0.self_attn.qkv_proj") == list(text)
 
 
 def test_a_linear_that_files_do_not_hold_is_named() -> None:
     with pytest.raises(QuantExpertsError, match=r"layers\.0\.self_attn\.k_proj\.weight_shape' is missing"):
-        plan(attention("q", "k")).use_stored_names(stored(*attention("q")))
+        plan(attention("q", "k")).use_files(stored(*attention("q")))
+
+
+def test_files_say_how_many_outputs_a_linear_has() -> None:
+    found = plan(attention("q", "k", "v"))
+    layer = f"{BLOCK}.self_attn.qkv_proj"
+    assert [part.rows for part in found.parts(layer, FUSED)] == [None] * 3
+    found.use_files(stored(*attention("q", "k", "v")))
+    assert [part.rows for part in found.parts(layer, FUSED)] == [8, 9, 10]
 
 
 def test_what_models_do_not_say_of_fused_layers_is_known_by_custom() -> None:
@@ -93,10 +101,14 @@ def test_a_layer_that_is_quantized_in_part_is_refused() -> None:
         names(plan(attention("q", "k")), f"{BLOCK}.self_attn.qkv_proj")
 
 
-def test_a_group_across_layers_is_refused() -> None:
-    found = plan((*attention("q", "k", "v"), f"{BLOCK}.mlp.gate"))
-    with pytest.raises(QuantExpertsError, match=r"q_proj' and '.*mlp\.gate' share an input group"):
-        names(found, f"{BLOCK}.self_attn.qkv_proj")
+def test_linears_of_a_group_may_be_in_several_layers() -> None:
+    """Blocks whose attention and MLP read the same input."""
+    found = plan((*attention("q", "k", "v"), f"{BLOCK}.mlp.up"))
+    assert names(found, f"{BLOCK}.self_attn.qkv_proj") == list(attention("q", "k", "v"))
+    with pytest.raises(QuantExpertsError, match=r"could hold the quantized '.*mlp\.up'"):
+        found.check_all_found()
+    assert names(found, f"{BLOCK}.mlp.up") == [f"{BLOCK}.mlp.up"]
+    found.check_all_found()
 
 
 def test_a_linear_without_a_layer_is_named() -> None:

@@ -24,7 +24,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from quant_experts.checkpoint.schema import QUANT_METHOD, CheckpointConfig
 from quant_experts.errors import QuantExpertsError
-from quant_experts.runtime.vllm.fused import FusedLinears
+from quant_experts.runtime.vllm.fused import FusedLinears, Spread
 from quant_experts.runtime.vllm.plan import LayerPlan, Part
 
 QUANTIZED = "quantized"
@@ -38,6 +38,7 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
         super().__init__()
         self.checkpoint = checkpoint
         self.plan = LayerPlan(checkpoint)
+        self.spread: Spread = {}
         self.whole = True
         """Whether this process makes the whole model."""
 
@@ -69,7 +70,8 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
         not answer) the names in config.json must do."""
         tensors = get_safetensors_params_metadata(model_name, revision=revision)
         if tensors:
-            self.plan.use_stored_names(tensors)
+            headers = {name: header["shape"] for name, header in tensors.items() if name != "__metadata__"}
+            self.plan.use_files(headers)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Called for each model class, the outer one first."""
@@ -121,7 +123,7 @@ class QuantExpertsLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Empty quantized linears on the current device."""
         scheme = self.config.checkpoint.scheme
-        fused = FusedLinears(self.parts, scheme, output_partition_sizes, input_size)
+        fused = FusedLinears(self.parts, scheme, output_partition_sizes, input_size, self.config.spread)
         layer.add_module(QUANTIZED, fused)
         fused.add_inlets(layer)
         known = get_current_vllm_config().compilation_config.static_forward_context

@@ -7,8 +7,8 @@ for one model, and nothing here needs vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
 from quant_experts.checkpoint.source import stored_names
@@ -29,6 +29,8 @@ class Part:
     """Its input group."""
     guarded: bool = False
     """Whether files hold the guard in place of its weight (docs/format.md)."""
+    rows: int | None = None
+    """Its output channels, where the files were looked at."""
 
 
 class LayerPlan:
@@ -43,19 +45,20 @@ class LayerPlan:
         """By the name that vLLM has for the linear; at first by that of config.json."""
         self._found: set[str] = set()
 
-    def use_stored_names(self, keys: Iterable[str]) -> None:
+    def use_files(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Go over to the names in files, which vLLM's renamings are made for; config.json has those of modules in
-        `transformers`.
+        `transformers`. And note how many outputs each linear has.
 
-        keys: the names of all tensors in the files. Raises `QuantExpertsError` if they do not hold a linear.
+        shapes: of all tensors in the files. Raises `QuantExpertsError` if they do not hold a linear.
         """
-        stored = stored_names(self._parts, keys)
+        stored = stored_names(self._parts, shapes)
         for name in self._parts:
             if name not in stored:
                 raise QuantExpertsError(
                     f"Tensor '{name}.weight_shape' is missing from the checkpoint: download or quantize it again."
                 )
-        self._parts = {stored[name]: part for name, part in self._parts.items()}
+        rows = {name: shapes.get(f"{stored[name]}.weight_scale", (None,))[0] for name in self._parts}
+        self._parts = {stored[name]: replace(part, rows=rows[name]) for name, part in self._parts.items()}
 
     def rename(self, rename: Callable[[str], str | None]) -> None:
         """Take over vLLM's names. A model within a model renames again, and leaves alone what has its final name."""
@@ -69,8 +72,7 @@ class LayerPlan:
             fused: last part of a layer's name -> those of the linears that it fuses.
 
         Raises:
-            QuantExpertsError: only some of the layer's linears are quantized, or one shares its input group with a
-                linear elsewhere.
+            QuantExpertsError: only some of the layer's linears are quantized.
         """
         parent, dot, leaf = layer.rpartition(".")
         names = [layer]
@@ -85,15 +87,7 @@ class LayerPlan:
                 f"vLLM computes '{parts[0].name}' and '{missing}' in one layer ('{layer}'), of which the checkpoint "
                 "quantizes the first only: quantize both or neither."
             )
-        together = {part.name for part in parts}
-        for part in parts:
-            for other in part.spec.linears:
-                if other not in together:
-                    raise QuantExpertsError(
-                        f"'{part.name}' and '{other}' share an input group and vLLM computes them in different layers: "
-                        "quantize with a recipe that has group_inputs=False."
-                    )
-        self._found |= together
+        self._found |= {part.name for part in parts}
         return tuple(parts)
 
     def check_all_found(self) -> None:
