@@ -160,7 +160,7 @@ FAMILIES: dict[str, Family] = {
         ("vision_tower.", "vision_tower.vision_model."),
     ),
     "qwen2": Family("Qwen2ForCausalLM", lambda text, token_id: transformers.Qwen2Config(**text)),
-    "cohere": Family("CohereForCausalLM", lambda text, token_id: transformers.CohereConfig(**text)),
+    "cohere": Family("CohereForCausalLM", lambda text, token_id: transformers.CohereConfig(**text, logit_scale=1.0)),
 }
 VISION_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.processor)
 
@@ -198,9 +198,10 @@ def build_tiny(
     tie_embeddings: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    weight_std: float | None = None,
 ) -> Path:
     """Write a random model of `family` with everything that its download would hold; the same seed gives the same
-    files.
+    files. weight_std: of all matrices; the models' own are so small that single linears hardly count.
 
     `hidden_size / heads` must be a multiple of 16 (three rotary sections); the vision tower's size is fixed.
     """
@@ -225,6 +226,9 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, row.model)(config).to(dtype).eval()
+        for parameter in model.parameters() if weight_std else ():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=weight_std)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)

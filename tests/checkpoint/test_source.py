@@ -189,6 +189,17 @@ def test_linears_are_found_by_the_longest_common_ending(files: dict[str, str]) -
     assert stored_names(expected, [*stored(*expected.values()), "model.norm.weight"]) == expected
 
 
+def test_no_choice_is_made_between_linears() -> None:
+    """Other blocks are other linears; a name that fits two as well is nobody's; what others leave is free."""
+    assert stored_names(["a.layers.1.up"], stored("b.layers.2.up")) == {}
+    one, other = "model.visual.layers.0.up", "model.language_model.layers.0.up"
+    assert stored_names([one, other], stored("model.layers.0.up", "vis.layers.0.up")) == {}
+    assert stored_names([one], stored("a.layers.0.up", "b.layers.0.up")) == {}
+    left = ["layers.0.up", "vision.layers.0.up"]
+    files = ["text.layers.0.up", "the.vision.layers.0.up"]
+    assert stored_names(left, stored(*files)) == dict(zip(left, files, strict=True))
+
+
 def test_linears_that_files_do_not_hold_are_left_out() -> None:
     names = ["model.language_model.layers.0.up", "model.visual.layers.0.up"]
     assert stored_names(names, stored("visual.layers.0.up")) == {names[1]: "visual.layers.0.up"}

@@ -74,35 +74,58 @@ def stored_names(linears: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
     """What files call quantized linears, by their module names; one that is not found is left out.
 
     Files may name the model's outer parts otherwise than its modules do. So names belong together that have the longest
-    ending in common, and among several most other parts: `model.language_model.layers.0.mlp.up_proj` and
-    `language_model.model.layers.0.mlp.up_proj`, not `vision_tower.layers.0.mlp.up_proj`.
+    ending in common, from the number of a block on at least, and among several those that have most other parts in
+    common: `model.language_model.layers.0.mlp.up_proj` and `language_model.model.layers.0.mlp.up_proj`, not
+    `vision_tower.layers.0.mlp.up_proj`. Where that leaves a choice none is made.
 
     keys: the names of all tensors in the files.
     """
     suffix = ".weight_shape"  # of each quantized linear there is one
     stored = {key.removesuffix(suffix) for key in keys if key.endswith(suffix)}
-    wanted, found = list(linears), dict[str, str]()
+    wanted, found = set(linears), dict[str, str]()
     for length in range(max((name.count(".") + 1 for name in wanted), default=0), 0, -1):
-        by_ending: dict[str, list[str]] = {}
-        for name in stored:
-            by_ending.setdefault(_ending(name, length), []).append(name)
-        for linear in (name for name in wanted if name not in found):
-            ranked = sorted((_shared_parts(linear, name), name) for name in by_ending.get(_ending(linear, length), []))
-            if ranked and (len(ranked) == 1 or ranked[-1][0] > ranked[-2][0]):
-                found[linear] = ranked[-1][1]
-                by_ending[_ending(linear, length)].remove(found[linear])
-                stored.remove(found[linear])
+        pairs: dict[str, str] | None = None
+        while pairs is None or pairs:  # what is found leaves less to choose from
+            pairs = _only_choices(
+                _by_ending((name for name in wanted if length >= _least_ending(name)), length),
+                _by_ending(stored, length),
+            )
+            found |= pairs
+            wanted -= pairs.keys()
+            stored -= set(pairs.values())
     return found
 
 
-def _shared_parts(one: str, other: str) -> int:
-    """Parts that two dotted names have in common, wherever they stand."""
-    return len({*one.split(".")} & {*other.split(".")})
+def _only_choices(wanted: dict[str, list[str]], stored: dict[str, list[str]]) -> dict[str, str]:
+    """Pairs of names with the same ending of which each is the other's best, alone."""
+    pairs = {}
+    for ending, linears in wanted.items():
+        names = stored.get(ending, [])
+        for linear in linears:
+            name = _best(linear, names)
+            if name is not None and _best(name, linears) == linear:
+                pairs[linear] = name
+    return pairs
 
 
-def _ending(name: str, length: int) -> str:
-    """The last parts of a dotted name."""
-    return ".".join(name.split(".")[-length:])
+def _best(name: str, others: list[str]) -> str | None:
+    """Of other names the one with most parts in common, None if there is none or a choice."""
+    ranked = sorted((len({*name.split(".")} & {*other.split(".")}), other) for other in others)
+    return ranked[-1][1] if ranked and (len(ranked) == 1 or ranked[-1][0] > ranked[-2][0]) else None
+
+
+def _least_ending(name: str) -> int:
+    """How many parts of a name an ending must have to tell it from those of other blocks: from the first number on."""
+    parts = name.split(".")
+    return next((len(parts) - i for i, part in enumerate(parts) if part.isdigit()), 1)
+
+
+def _by_ending(names: Iterable[str], length: int) -> dict[str, list[str]]:
+    """Dotted names by their last parts."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(".".join(name.split(".")[-length:]), []).append(name)
+    return found
 
 
 def spot_check(path: Path, *, spots: int = 64, length: int = 1 << 14) -> str:

@@ -219,14 +219,25 @@ def test_a_linear_of_several_pieces() -> None:
         linear = name[: len("attn.q")]
         parameter: Any = layer.get_parameter(name.removeprefix(f"{linear}."))
         parameter.weight_loader(parameter, tensor, shards[linear])
+    with pytest.raises(QuantExpertsError, match=r"into piece \(2, 3\)"):
+        fused.load("weight_scale", state["attn.k.weight_scale"], (2, 3))
     fused.finalize(bias_of(quantized), torch.float32)
     x = normal(7, K, seed=8)
     assert torch.equal(fused(x), quantized(x))
-    with pytest.raises(QuantExpertsError, match=r"into piece \(2, 3\)"):
-        fused.load("weight_scale", state["attn.k.weight_scale"], (2, 3))
     for pieces in ([q + k + v], [q - 5, 5, k, v - 1], [q + 1, k - 1, v - 1, 1]):
         with pytest.raises(QuantExpertsError, match=rf"one layer of {len(pieces)} pieces"):
             FusedLinears(parts, Scheme.parse("W4A6"), pieces, K)
+
+
+def test_nothing_is_loaded_once_all_is() -> None:
+    _, _, state, fused = checkpoint("W4A6")
+    loaded(fused, state)
+    for again in (
+        lambda: fused.load("weight_scale", state["attn.q.weight_scale"], "q"),
+        lambda: fused.finalize(None, torch.float32),
+    ):
+        with pytest.raises(QuantExpertsError, match="loaded once: start vLLM again"):
+            again()
 
 
 def test_pieces_that_are_no_linears_are_refused() -> None:

@@ -101,6 +101,12 @@ def test_a_layer_that_is_quantized_in_part_is_refused() -> None:
         names(plan(attention("q", "k")), f"{BLOCK}.self_attn.qkv_proj")
 
 
+def test_two_linears_of_one_name_are_refused() -> None:
+    found = plan(attention("q"), ("visual.layers.0.self_attn.q_proj",))
+    with pytest.raises(QuantExpertsError, match=r"one name for '.*q_proj' and '.*q_proj'"):
+        found.rename(lambda name: name.rpartition("layers.")[2])
+
+
 def test_linears_of_a_group_may_be_in_several_layers() -> None:
     """Blocks whose attention and MLP read the same input."""
     found = plan((*attention("q", "k", "v"), f"{BLOCK}.mlp.up"))

@@ -27,6 +27,11 @@ from quant_experts.errors import QuantExpertsError
 from quant_experts.runtime.vllm.fused import FusedLinears, Spread
 from quant_experts.runtime.vllm.plan import LayerPlan, Part
 
+REORDERED = ("llama4", "llama4_text", "falcon", "bloom")
+"""Model types whose classes in vLLM change the order of a tensor's rows on the way in, of some tensors only. Nothing
+would tell: shapes stay."""
+ABSORBED = "kv_b_proj"
+"""Last part of the name of a linear that vLLM multiplies into others, in attention with compressed keys and values."""
 QUANTIZED = "quantized"
 """Name of the `FusedLinears` in a layer of vLLM."""
 
@@ -67,7 +72,13 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Called once, with the model's folder or its name on the hub. Without a list of its tensors (a hub that does
-        not answer) the names in config.json must do."""
+        not answer) the names in config.json must do. Raises `QuantExpertsError` for a model in REORDERED."""
+        kind = getattr(hf_config, "model_type", None)
+        if kind in REORDERED:
+            raise QuantExpertsError(
+                f"vLLM reorders outputs of {kind}'s linears while it loads them, which is not supported for quantized "
+                "ones: load the checkpoint with transformers."
+            )
         tensors = get_safetensors_params_metadata(model_name, revision=revision)
         if tensors:
             headers = {name: header["shape"] for name, header in tensors.items() if name != "__metadata__"}
@@ -101,6 +112,11 @@ class QuantExpertsVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
             raise QuantExpertsError(
                 "The layers of a quantized checkpoint are not split over devices: start vLLM with "
                 "tensor_parallel_size=1."
+            )
+        if prefix.rpartition(".")[2] == ABSORBED:
+            raise QuantExpertsError(
+                f"vLLM needs the weight of '{prefix}' itself, which is quantized: load the checkpoint with "
+                "transformers."
             )
         return QuantExpertsLinearMethod(self, parts)
 
@@ -141,7 +157,13 @@ class QuantExpertsLinearMethod(LinearMethodBase):  # type: ignore[misc]
         fused.finalize(bias, layer.params_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., K) -> (..., N). The linears add the layer's bias, the only one that vLLM gives."""
+        """x (..., K) -> (..., N). The linears add the layer's bias, the only one that vLLM gives. Raises
+        `QuantExpertsError` if it gives none where there is one."""
+        if bias is None and layer.bias is not None and not layer.skip_bias_add:
+            raise QuantExpertsError(
+                f"vLLM asks for outputs of '{layer.prefix}' without its bias, which is not supported: load the "
+                "checkpoint with transformers."
+            )
         traced = torch.compiler.is_compiling()
         width = sum(layer.output_partition_sizes)
         outputs: Tensor = layer_outputs(x, layer.prefix, width) if traced else layer.get_submodule(QUANTIZED)(x)

@@ -68,6 +68,7 @@ class FusedLinears(nn.Module):
         self.linears = nn.ModuleList(made[name] for name in self.names)
         self.guarded = any(part.guarded for part in parts)
         self._one_group = list(made) == self.names and len({part.spec.linears for part in parts}) == 1
+        self._final = False
         self._awaited = {
             (place, key) for place, linear in enumerate(self.quantized()) for key, _ in linear.named_buffers()
         }
@@ -105,7 +106,8 @@ class FusedLinears(nn.Module):
 
     def load(self, key: str, value: Tensor, shard: Shard = None) -> None:
         """Fill a tensor of the linear that `shard` says. Raises `QuantExpertsError` that names a tensor which does not
-        fit."""
+        fit, and for any once all is loaded."""
+        self._refuse_if_final()
         place = self._place_of(key, shard)
         if key == GUARD:
             if value.numel():
@@ -149,6 +151,10 @@ class FusedLinears(nn.Module):
             "load the checkpoint with transformers."
         )
 
+    def _refuse_if_final(self) -> None:
+        if self._final:
+            raise QuantExpertsError("Weights of a quantized model are loaded once: start vLLM again.")
+
     def _name_in_files(self, place: int, key: str) -> str:
         """The linear under which files have a tensor of the linear at a place, or of its group."""
         return self.parts[place].spec.linears[0] if _is_shared(key) else self.names[place]
@@ -157,14 +163,16 @@ class FusedLinears(nn.Module):
         """Check that all was loaded and lay it out for inputs of a dtype.
 
         bias (sum of N,): added by the linears, as in `transformers` before their outputs are rounded to x's dtype.
-        Raises `QuantExpertsError` that names a tensor which is missing or damaged.
+        Raises `QuantExpertsError` that names a tensor which is missing or damaged, and when it is called again.
         """
+        self._refuse_if_final()
         if self._awaited:
             place, key = min(self._awaited)
             raise QuantExpertsError(
-                f"Tensor '{self._name_in_files(place, key)}.{key}' is missing from the checkpoint: download or "
-                "quantize it again."
+                f"Tensor '{self._name_in_files(place, key)}.{key}' is missing from what vLLM has read: download or "
+                "quantize the checkpoint again, and leave vLLM's load_format as it is."
             )
+        self._final = True
         linears = self.quantized()
         biases = [None] * len(linears) if bias is None else bias.detach().split([n.out_features for n in linears])
         for name, linear, part in zip(self.names, linears, biases, strict=True):

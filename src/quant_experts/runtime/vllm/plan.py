@@ -61,8 +61,18 @@ class LayerPlan:
         self._parts = {stored[name]: replace(part, rows=rows[name]) for name, part in self._parts.items()}
 
     def rename(self, rename: Callable[[str], str | None]) -> None:
-        """Take over vLLM's names. A model within a model renames again, and leaves alone what has its final name."""
-        self._parts = {rename(name) or name: part for name, part in self._parts.items()}
+        """Take over vLLM's names. A model within a model renames again, and leaves alone what has its final name.
+
+        Raises `QuantExpertsError` if two linears would have one name.
+        """
+        renamed: dict[str, Part] = {}
+        for name, part in self._parts.items():
+            other = renamed.setdefault(rename(name) or name, part)
+            if other is not part:
+                raise QuantExpertsError(
+                    f"vLLM has one name for '{other.name}' and '{part.name}': load the checkpoint with transformers."
+                )
+        self._parts = renamed
 
     def parts(self, layer: str, fused: Mapping[str, Sequence[str]]) -> tuple[Part, ...]:
         """The quantized linears of a layer in the order of its outputs, none for a layer in full precision.
