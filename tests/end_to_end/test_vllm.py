@@ -169,15 +169,49 @@ def test_a_wrong_tensor_would_be_noticed(tiny_runs: dict[str, Found], tmp_path: 
         assert_same(folder, run["asked"], run["job"], run["found"], tolerance=1e-3)
 
 
+def engine_and_config(*linears: str) -> tuple[Any, Any]:
+    """The part of the plugin that knows vLLM, and a configuration with a group for each linear."""
+    from quant_experts.runtime.vllm import engine
+
+    groups = tuple(GroupSpec(linears=(linear,)) for linear in linears)
+    config = CheckpointConfig(scheme=Scheme.parse("W4A6"), recipe=RECIPES["paper"], groups=groups)
+    return engine, engine.QuantExpertsVllmConfig(config)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of vLLM's, when it is imported
 @pytest.mark.parametrize("kind", ["llama4", "falcon", "bloom"])
 def test_models_that_reorder_rows_are_refused(kind: str) -> None:
-    from quant_experts.runtime.vllm.engine import QuantExpertsVllmConfig
-
-    group = {"linears": ["model.layers.0.mlp.down_proj"]}
-    config = CheckpointConfig(scheme=Scheme.parse("W4A6"), recipe=RECIPES["paper"], groups=(GroupSpec(**group),))
+    _, config = engine_and_config("layers.0.mlp.down_proj")
     with pytest.raises(QuantExpertsError, match=f"vLLM reorders outputs of {kind}"):
-        QuantExpertsVllmConfig(config).maybe_update_config("nowhere", hf_config=SimpleNamespace(model_type=kind))
+        config.maybe_update_config("nowhere", hf_config=SimpleNamespace(model_type=kind))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_linear_whose_weight_vllm_wants_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, config = engine_and_config("layers.0.self_attn.kv_b_proj", "layers.0.self_attn.o_proj")
+    parallel = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=1))
+    monkeypatch.setattr(engine, "LinearBase", torch.nn.Linear)
+    monkeypatch.setattr(engine, "get_current_vllm_config", lambda: parallel)
+    monkeypatch.setattr(engine, "get_tensor_model_parallel_world_size", lambda: 1)
+    layer = torch.nn.Linear(2, 2)
+    assert config.get_quant_method(layer, "layers.0.self_attn.o_proj").parts
+    with pytest.raises(QuantExpertsError, match=r"needs the weight of '.*kv_b_proj' itself"):
+        config.get_quant_method(layer, "layers.0.self_attn.kv_b_proj")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_outputs_without_a_bias_that_is_there_are_refused() -> None:
+    engine, config = engine_and_config("layers.0.mlp.down_proj")
+    method = engine.QuantExpertsLinearMethod(config, ())
+    layer = torch.nn.Module()
+    layer.add_module(engine.QUANTIZED, torch.nn.Identity())
+    layer.prefix, layer.output_partition_sizes, layer.bias, layer.skip_bias_add = "down", [2], torch.zeros(2), False
+    x = torch.ones(1, 2)
+    assert torch.equal(method.apply(layer, x, layer.bias), x)
+    with pytest.raises(QuantExpertsError, match="'down' without its bias"):
+        method.apply(layer, x, None)
+    layer.skip_bias_add = True
+    assert torch.equal(method.apply(layer, x, None), x)
 
 
 @pytest.mark.parametrize("name", COMPILED)
