@@ -584,6 +584,52 @@ def large_layers() -> None:
             check(tokens(m, k, dtype), group, linears)
 
 
+def shares_of_every_tile(activation_format: ActivationFormat = "int") -> None:
+    """On Hopper, each tile whole, cut into a few shares and into dozens: sums of integers are the same to the bit, in
+    each of two launches; those of fp8 differ by the order of additions. Outputs are poisoned before each."""
+    if not launch.hopper(torch.device(DEVICE)):
+        return
+    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+
+    for m, n, k, parts in [
+        (20, 130, 18944, ()), (70, 300, 18944, ()), (140, 2000, 9000, ()), (140, 20000, 1300, ("smooth", "bias")),
+        (70, 300, 18944, ALL),
+    ]:  # fmt: skip
+        group, linears = operands(k, (n,), 8, parts, rank=32, experts=8, activation_format=activation_format)
+        packed = triton_backend.pack(group, linears, torch.float32)
+        prepared = triton_backend._prepare(tokens(m, k), packed.group, sorts=False)
+        fixed = dict(
+            GROUP_M=8, FACTORS=packed.group.factors, RANK=max(32, packed.group.rank), BIAS="bias" in parts,
+            SORTED=False, FP8=activation_format == "fp8", LATER=prepared.hidden is not None,
+        )  # fmt: skip
+        outputs = []
+        for rows, columns in hopper_launch.STEP_MICROSECONDS:
+            if fixed["FP8"] and rows == 256 and k > hopper_launch.FP8_CHANNELS:
+                continue
+            for shares in (False, True):
+                tile = hopper_launch.tile(rows, columns, shares, fixed)
+                for _ in range(2):
+                    y = torch.full((m, n), torch.nan, device=DEVICE)
+                    hopper_launch.linear(prepared, packed.linear, y, tile)
+                    outputs.append(y)
+        plain = reference.prepare(tokens(m, k), group)
+        expected = reference.linear(plain, linears[0]).double()
+        free = EXPERTS_TOLERANCE if parts == ALL else SUMS_TOLERANCE
+        if fixed["FP8"]:
+            free += TENSOR_CORE_FP8
+        for i, y in enumerate(outputs):
+            error = (y.double() - expected).norm(dim=1)
+            assert (error <= free * expected.norm(dim=1)).all(), (m, n, k, i)
+            if fixed["FP8"] or parts == ALL:
+                assert torch.equal(y, outputs[i // 2 * 2]), "a second launch must find clean counts"
+            else:
+                assert torch.equal(y, outputs[0]), (m, n, k, i)
+
+
+def fp8_shares_of_every_tile() -> None:
+    shares_of_every_tile("fp8")
+
+
 def dense_projections() -> None:
     """On Hopper, sums of every tile of values against float64: tokens and rows that do not fill tiles, a token that is
     not finite beside others; and outputs of tokens that take it in each pipeline."""
@@ -684,7 +730,8 @@ CASES: list[Callable[[], None]] = [
     inputs_of_codes_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
     fp8_non_finite_tokens, fp8_inputs_follow_one_another,
-    fp8_inputs_of_codes_follow_one_another, large_layers, dense_projections, threads_that_have_not_used_the_gpu,
+    fp8_inputs_of_codes_follow_one_another, large_layers, shares_of_every_tile, fp8_shares_of_every_tile,
+    dense_projections, threads_that_have_not_used_the_gpu,
     a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 

@@ -254,7 +254,7 @@ def test_which_groups_of_one_token_take_one_launch(
 @pytest.mark.parametrize(
     ("tokens", "shape", "fp8", "expected"),
     [  # rows, tokens, whether fewer tiles than multiprocessors are shared
-        (20, (3584, 3584), False, (128, 32, False)),
+        (20, (3584, 3584), False, (128, 32, True)),
         (48, (28672, 4096), False, (256, 64, False)),  # tokens that are no power of two have a tile that holds them
         (63, (3584, 18944), False, (128, 64, True)),
         (100, (28672, 4096), False, (256, 128, False)),

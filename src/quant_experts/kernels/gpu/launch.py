@@ -238,7 +238,7 @@ def reserve(device: torch.device) -> None:
     """Make the workspaces of a GPU whose sizes are known, once, when the first layer is laid out for it."""
     if hopper(device):
         zeros("hopper sums", MAX_PROGRAMS * LARGEST_TILE, device)
-        zeros("hopper shares", MAX_PROGRAMS * 2, device)
+        zeros("hopper shares", MAX_PROGRAMS * 4, device)
 
 
 MAX_PROGRAMS = 160

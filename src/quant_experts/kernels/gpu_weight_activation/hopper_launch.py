@@ -41,15 +41,14 @@ LEAST_ROWS = 32
 FP8_CHANNELS = 4096
 """Input channels, at most, whose fp8 sums are left to the matrix units altogether. Tiles of 256 rows do so: a second
 set of sums would not fit registers."""
-STEP_MICROSECONDS = {(256, 128): 0.64, (256, 64): 0.40, (128, 128): 0.34, (128, 64): 0.21, (128, 32): 0.20}
-"""Of a step of 128 channels, by rows and tokens of a tile, where no multiprocessor has more than one."""
-BUSY = {256: 1.16, 128: 1.13}
-"""How much longer steps of tiles of so many rows take where multiprocessors have several, one after another."""
-FINISHING_MICROSECONDS = 0.81
-"""Of finishing a tile, or of adding up 8,192 sums of a share."""
-SHARED, SHARED_MICROSECONDS = 1.35, 3.1
-"""How much longer steps take where fewer tiles than multiprocessors are shared, and what that costs once."""
-LAST_MICROSECONDS, LAST_SUMS_MICROSECONDS = 4.7, 1.4
+STEP_MICROSECONDS = {(256, 128): 0.69, (256, 64): 0.46, (128, 128): 0.35, (128, 64): 0.25, (128, 32): 0.23}
+"""Of a step of 128 channels, by rows and tokens of a tile."""
+FINISHING_MICROSECONDS = 1.4
+"""Of finishing a tile."""
+SHARED, SHARED_MICROSECONDS, ADDING_MICROSECONDS = 1.11, 3.2, 0.52
+"""Where fewer tiles than multiprocessors are shared: how much longer steps take, what that costs once, and for adding
+up 8,192 sums of a share."""
+LAST_MICROSECONDS, LAST_SUMS_MICROSECONDS = 1.9, 1.6
 """Of more tiles than multiprocessors the last are shared: what that costs once, and for each 8,192 sums of a tile."""
 
 
@@ -59,12 +58,12 @@ def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: 
     rows, tokens, shares = choice
     tiles, step, sums = -(-n // rows) * -(-m // tokens), steps * STEP_MICROSECONDS[rows, tokens], rows * tokens / 8192
     if tiles >= count:
-        each = BUSY[rows] * step + FINISHING_MICROSECONDS
-        return tiles / count * each + LAST_MICROSECONDS + LAST_SUMS_MICROSECONDS * sums
+        whole = tiles / count * (step + FINISHING_MICROSECONDS)
+        return whole + LAST_MICROSECONDS + LAST_SUMS_MICROSECONDS * sums
     if not shares:
         return step + FINISHING_MICROSECONDS
-    finishing = FINISHING_MICROSECONDS * count / tiles * sums
-    return SHARED * tiles / count * step + finishing + SHARED_MICROSECONDS
+    adding = ADDING_MICROSECONDS * count / tiles * sums
+    return SHARED * tiles / count * step + adding + SHARED_MICROSECONDS
 
 
 @cache
@@ -134,7 +133,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         hidden_rows = descriptor(hidden, bm, 32)
     sums = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
     sums = sums.view(torch.float32 if fp8 else torch.int32)
-    done = zeros("hopper shares", count * 2, device)
+    done = zeros("hopper shares", count * 4, device).view(torch.int64)
     tiles = -(-n // bn) * -(-m // bm)
     used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
     start(

@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
+from quant_experts.kernels.gpu_weight_activation.hopper_shares import collect, hand_over
 from quant_experts.kernels.gpu_weight_activation.hopper_work import (
-    barrier,
     ring_barriers,
     segment,
     share,
@@ -272,47 +272,6 @@ def multiply_factor(y, i, w_ring, x_ring, ready, WG: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def hand_over(acc, owner, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr):
-    """Write this program's share of a tile, of which it has one at most, and tell the owner."""
-    gl.store(sums_ptr + workspace(gl.program_id(0), acc, WG, C), acc)
-    barrier()
-    gl.atomic_add(count_ptr + owner * 2 + WG, 1, sem="release")
-
-
-@gluon.jit
-def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr, C: gl.constexpr):
-    """Wait for a tile's other shares, which the programs after this one hold, and add them in their order."""
-    owner = gl.program_id(0)
-    seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
-    while seen != shares:
-        seen = gl.atomic_add(count_ptr + owner * 2 + WG, 0, sem="acquire")
-    barrier()
-    at = sums_ptr + workspace(owner, acc, WG, C)
-    TILE: gl.constexpr = C.BN * C.BM
-    pairs = 0
-    if C.BN == 128:  # registers hold two at once, which are under way together
-        pairs = shares // 2
-        for pair in range(pairs):
-            first = gl.load(at + (2 * pair + 1) * TILE, cache_modifier=".cg")
-            second = gl.load(at + (2 * pair + 2) * TILE, cache_modifier=".cg")
-            acc = acc + first + second
-    for other in range(2 * pairs, shares):
-        acc += gl.load(at + (other + 1) * TILE, cache_modifier=".cg")
-    gl.store(count_ptr + owner * 2 + WG, 0)
-    return acc
-
-
-@gluon.jit
-def workspace(program, acc, WG: gl.constexpr, C: gl.constexpr):
-    """Offsets (BN / 2, BM) of a warp group's part of a program's share in the workspace."""
-    ROWS: gl.constexpr = C.BN // 2
-    LAYOUT: gl.constexpr = acc.type.layout
-    rows = program * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, C.BM, gl.SliceLayout(0, LAYOUT))
-    return rows[:, None] * C.BM + columns[None, :]
-
-
-@gluon.jit
 def to_float(acc, row_tile, scale_ptr, N, headroom, WG: gl.constexpr, C: gl.constexpr):
     """Sums (rows, tokens) -> float32 in units of token scale * headroom, a power of two."""
     ROWS: gl.constexpr = C.BN // 2
@@ -366,11 +325,11 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
             acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
         present = late_factors(present, mask_ptr, token_tile, index, M, C)
         if first > 0:
-            hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG, C)
+            hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG)
         else:
             if last < steps:
                 shares = ((tile + 1) * steps - 1) // per - gl.program_id(0)
-                acc = collect(acc, shares, sums_ptr, count_ptr, WG, C)
+                acc = collect(acc, shares, sums_ptr, count_ptr, WG)
             y = to_float(acc, row_tile, scale_ptr, N, headroom, WG, C)
             if C.FACTORS > 0:
                 y, i = add_factors(y, i, present, w_ring, x_ring, ready, empty, WG, C)
