@@ -38,7 +38,7 @@ def test_chosen_tiles_are_near_the_best_of_those_measured(
     rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_tiles.json").read_text())["rows"]
     assert f"in the mean of {len(rows)} shapes" in capsys.readouterr().out
     found = tiles.losses(rows)
-    assert 0 < found["chosen"] < 0.03 < found.get("before", 1)
+    assert 0 < found["chosen"] < 0.015 and found["chosen"] < found["before"]
 
 
 def test_times_that_are_not_there(tiles: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
