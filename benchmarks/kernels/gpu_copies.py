@@ -21,7 +21,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_linear import COLD_BYTES, GROUPS, SHAPES, Captured, about, require_gpu
+from gpu_linear import COLD_BYTES, Captured, about, require_gpu
+from kinds import GROUPS, SHAPES
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

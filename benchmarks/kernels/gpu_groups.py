@@ -18,19 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_linear import (
-    COLD_BYTES,
-    GROUPS,
-    HEADS,
-    LAYERS,
-    OURS,
-    SHAPES,
-    about,
-    compile_ahead,
-    layer,
-    median_time,
-    require_gpu,
-)
+from gpu_linear import COLD_BYTES, about, compile_ahead, layer, median_time, require_gpu
+from kinds import GROUPS, HEADS, LAYERS, OURS, SHAPES
 from torch import Tensor
 
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend

@@ -1,15 +1,14 @@
 """Times of one decoder block's four input groups on a GPU: bf16, cuBLAS int8 and fp8, ours without and with experts.
 
     python benchmarks/kernels/gpu_linear.py [--models ...] [--tokens ...] [--kinds ...] [--out benchmarks/results]
-    python benchmarks/kernels/gpu_linear.py --stored FILE.json ...
 
-writes gpu_linear.json, gpu_linear.md (tables) and gpu_linear.png; with --stored only the last two, of rows that were
-timed before, on any machine: of a model and size the last file's. The groups (qkv, o, gate+up, down) run one after
-another in a CUDA graph, each preparing its input anew (smoothing, quantization, routing, projection), on copies of the
-weights that together exceed the L2 cache, of several blocks where tokens are few, so that the start of the graph counts
-little. Times are medians of replays. "Reading" is a kernel that reads packed weights and does nothing else: what memory
-allows at such sizes. The bound is the larger of bytes over the measured copy bandwidth and operations over the measured
-rate of `torch._scaled_mm`, summed over groups, with the factors that so many tokens use at most. Ours with fp8
+writes gpu_linear.json, gpu_linear.md (tables) and gpu_linear.png, with --docs docs/performance.md that page's tables
+too; `linear_tables.py` makes all but the first of files that were kept. The groups (qkv, o, gate+up, down) run one
+after another in a CUDA graph, each preparing its input anew (smoothing, quantization, routing, projection), on copies
+of the weights that together exceed the L2 cache, of several blocks where tokens are few, so that the start of the graph
+counts little. Times are medians of replays. "Reading" is a kernel that reads packed weights and does nothing else: what
+memory allows at such sizes. The bound is the larger of bytes over the measured copy bandwidth and operations over the
+measured rate of `torch._scaled_mm`, summed over groups, with the factors that so many tokens use at most. Ours with fp8
 activations are timed from FP8_TOKENS tokens on.
 """
 
@@ -30,42 +29,21 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from kinds import BASELINES, EXPERTS, KINDS, OURS, RANK, RECIPE, SHAPES
+from linear_tables import write
 
-from quant_experts.config import RECIPES
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
-GROUPS = ("qkv", "o", "gate+up", "down")
-SHAPES = {  # (N, K) of each group
-    "Qwen2-VL-2B": ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
-    "Qwen2-VL-7B": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
-    "InternVL2-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
-    "Qwen2-VL-72B": ((10240, 8192), (8192, 8192), (59136, 8192), (8192, 29568)),
-}
 TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
-RANK, EXPERTS = 32, 8
-RECIPE = RECIPES["quant-experts"]
 COLD_BYTES = 200_000_000
 FEW_TOKENS, FEW_BLOCKS = 128, 4
 """Up to so many tokens a graph has at least so many blocks."""
 ROUNDS = 9
 WARM_SECONDS = 0.5
 """Of work before a model is timed: a chip that was idle is slower at first."""
-BASELINES = ("bf16", "cublas_int8", "cublas_fp8", "reading")
-LAYERS = {
-    "without_experts": "no experts",
-    "with_experts": f"{EXPERTS} routed experts and a shared one, rank {RANK} + {RANK}",
-    "default": f"default recipe: rotation {RECIPE.rotation}, static expert of rank {RECIPE.shared_rank}, reads codes",
-}
-OURS = LAYERS | {f"fp8_{kind}": f"{title}; fp8 activations" for kind, title in LAYERS.items()}
 FP8_TOKENS = 512
 """Below, products wait for memory, and kinds of activations differ little."""
-KINDS = (*BASELINES, *OURS)
-HEADS = dict(bf16="bf16", cublas_int8="`_int_mm`", cublas_fp8="`_scaled_mm`", reading="reading") | {
-    f"{prefix}{kind}": f"{prefix.replace('_', ' ')}{head}"
-    for prefix in ("", "fp8_")
-    for kind, head in dict(without_experts="no experts", with_experts="experts", default="default").items()
-}
 
 
 def layer(n: int, k: int, bits: int, kind: str, seed: int) -> triton_backend.Packed:
@@ -248,69 +226,12 @@ def measure(
     return rows
 
 
-def stored(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Rows of such files by model and tokens, each from the last file that has it."""
-    found = {(row["model"], row["tokens"]): row for path in paths for row in json.loads(path.read_text())["rows"]}
-    models = list(SHAPES)
-    return sorted(found.values(), key=lambda row: (models.index(row["model"]), row["tokens"]))
-
-
 def warm_up(busy: Callable[[], object]) -> None:
     """Work until the chip runs at its full clock."""
     end = time.perf_counter() + WARM_SECONDS
     while time.perf_counter() < end:
         busy()
         torch.cuda.synchronize()
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one table a model."""
-    text = ""
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
-        kinds = [kind for kind in KINDS if any(kind in row for row in mine)]
-        schemes = f"W4A{rows[0]['bits']}" + (" and W4Afp8" if any(kind.startswith("fp8") for kind in kinds) else "")
-        text += f"\n**{model}**, {schemes}, microseconds for the four groups of a block\n\n"
-        ours = [kind for kind in kinds if kind in OURS]
-        heads = ["tokens", *(HEADS[kind] for kind in kinds), "bound", *(f"bf16 / {HEADS[kind]}" for kind in ours)]
-        text += f"| {' | '.join(heads)} |\n" + "| ---: " * len(heads) + "|\n"
-        for row in mine:
-            cells = [f"{row[kind]:.0f}" if kind in row else "-" for kind in kinds]
-            ratios = [f"{row['bf16'] / row[kind]:.2f}" if kind in row else "-" for kind in ours]
-            text += f"| {row['tokens']} | {' | '.join(cells)} | {row['bound']:.0f} | {' | '.join(ratios)} |\n"
-    return text
-
-
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """bf16's time over ours against tokens, one line a model, broken with fp8 activations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {layers: title for layers, title in LAYERS.items() if any({layers, f"fp8_{layers}"} & set(r) for r in rows)}
-    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), sharey=True, squeeze=False)
-    axes = axes[0]
-    for axis, (layers, title) in zip(axes, shown.items(), strict=True):
-        for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-            for kind, style, label in ((layers, "-", model), (f"fp8_{layers}", "--", f"{model}, fp8")):
-                mine = [row for row in rows if row["model"] == model and kind in row]
-                if mine:
-                    ratios = [row["bf16"] / row[kind] for row in mine]
-                    axis.plot([row["tokens"] for row in mine], ratios, style, marker="o", color=f"C{i}", label=label)
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel="tokens")
-        axis.set_title(title, fontsize=9)
-    axes[0].set_ylabel("bf16 time / our time")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
-    """gpu_linear.md and gpu_linear.png."""
-    (folder / "gpu_linear.md").write_text(table(rows).lstrip())
-    picture(rows, folder / "gpu_linear.png")
 
 
 def compile_ahead(tokens: list[int], models: list[str], kinds: Iterable[str] = OURS) -> None:
@@ -338,11 +259,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="bf16 is always timed")
     parser.add_argument("--bits", type=int, default=8, help="activation bits")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--stored", nargs="+", type=Path, metavar="FILE", help="time nothing: tables of these results")
+    parser.add_argument("--docs", type=Path, metavar="PAGE", help="a page whose tables are made anew")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.stored:
-        return write_tables(stored(arguments.stored), arguments.out)
     require_gpu()
     kinds = [kind for kind in KINDS if kind == "bf16" or kind in arguments.kinds]
     if arguments.compile_only:
@@ -362,7 +281,7 @@ def main() -> None:
     for model in arguments.models:
         rows += measure(model, arguments.tokens, arguments.bits, limits, kinds)
         (arguments.out / "gpu_linear.json").write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n")
-    write_tables(rows, arguments.out)
+    write(rows, arguments.out, arguments.docs)
 
 
 if __name__ == "__main__":

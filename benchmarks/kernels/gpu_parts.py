@@ -17,7 +17,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_linear import COLD_BYTES, GROUPS, LAYERS, OURS, SHAPES, about, compile_ahead, layer, require_gpu
+from gpu_linear import COLD_BYTES, about, compile_ahead, layer, require_gpu
+from kinds import GROUPS, LAYERS, OURS, SHAPES
 
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 

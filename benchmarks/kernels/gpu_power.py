@@ -22,7 +22,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_linear import SHAPES, Captured, about, layer, require_gpu
+from gpu_linear import Captured, about, layer, require_gpu
+from kinds import SHAPES
 
 from quant_experts.kernels.gpu_weight_activation import backend
 

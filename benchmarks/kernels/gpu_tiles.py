@@ -94,7 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.out / "gpu_tiles.json"
     if not arguments.stored:
-        from gpu_linear import SHAPES, about, require_gpu
+        from gpu_linear import about, require_gpu
+        from kinds import SHAPES
 
         models = arguments.models or list(SHAPES)
         if unknown := set(models) - set(SHAPES):

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_linear import COLD_BYTES, EXPERTS, RANK, SHAPES, TOKENS, require_gpu
+from gpu_linear import COLD_BYTES, TOKENS, require_gpu
+from kinds import EXPERTS, RANK, SHAPES
 from random_blocks import about, replay_times, spread, write
 from torch import Tensor
 

@@ -98,41 +98,6 @@ def test_a_timeline_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_parts.table([{"tokens": 1, "kind": "default"} | row for row in rows]).count("\n|") == 1 + len(rows)
 
 
-def test_a_table_and_a_picture_of_some_kinds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Kinds and sizes may be chosen: what was not timed has no column and no panel."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    gpu_linear = import_module("gpu_linear")
-    row = {"model": "Qwen2-VL-7B", "bits": 8, "bound": 1.0, "bf16": 4.0}
-    rows = [row | {"tokens": 2048, "fp8_default": 2.0}, row | {"tokens": 8192, "fp8_default": 3.0}]
-    text = gpu_linear.table(rows)
-    assert text.count("\n|") == 2 + len(rows) and "| 2048 | 4 | 2 | 1 | 2.00 |" in text
-    gpu_linear.picture(rows, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert "fp8" not in gpu_linear.table([row | {"tokens": 1, "default": 2.0}])
-
-
-def test_tables_of_results_that_were_stored(tmp_path: Path) -> None:
-    """On any machine; of a model and size the last file's row, in the order of models and sizes."""
-    row = {"model": "Qwen2-VL-7B", "bits": 8, "bound": 1.0, "bf16": 4.0, "default": 2.0}
-    first = [row | {"tokens": 16}, row | {"tokens": 1}, row | {"tokens": 1, "model": "Qwen2-VL-2B"}]
-    second = [row | {"tokens": 16, "default": 1.0}]
-    files = [tmp_path / "first.json", tmp_path / "second.json"]
-    for path, rows in zip(files, (first, second), strict=True):
-        path.write_text(json.dumps({"about": {}, "rows": rows}))
-    command = [sys.executable, str(FOLDER / "gpu_linear.py"), "--out", str(tmp_path), "--stored", *map(str, files)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    text = (tmp_path / "gpu_linear.md").read_text()
-    assert [line for line in text.splitlines() if line.startswith(("**", "| 1"))] == [
-        "**Qwen2-VL-2B**, W4A8, microseconds for the four groups of a block",
-        "| 1 | 4 | 2 | 1 | 2.00 |",
-        "**Qwen2-VL-7B**, W4A8, microseconds for the four groups of a block",
-        "| 1 | 4 | 2 | 1 | 2.00 |",
-        "| 16 | 4 | 1 | 1 | 4.00 |",
-    ]
-    assert (tmp_path / "gpu_linear.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_each_group_of_a_block_is_timed_on_cold_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies exceed the cache; each row holds its own kind's times, and tables go by tokens."""
     monkeypatch.syspath_prepend(str(FOLDER))
