@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kinds import BASELINES, EXPERTS, FP8_LAYERS, HEADS, LAYERS, OURS, SHAPES
+from pages import filled, markdown
 
 Row = dict[str, Any]
 """Times of a model's block on a number of tokens: microseconds by kind."""
@@ -47,13 +48,6 @@ def cost(row: Row, kind: str) -> str:
     """Percent of the time without experts, for kinds of either format."""
     alone = "fp8_without_experts" if kind.startswith("fp8_") else "without_experts"
     return f"{100 * (row[kind] / row[alone] - 1):.0f}%"
-
-
-def markdown(heads: list[str], lines: Iterable[list[str]], names: int = 1) -> str:
-    """A table whose first columns, so many, are names."""
-    return "".join(
-        f"| {' | '.join(line)} |\n" for line in (heads, ["---"] * names + ["---:"] * (len(heads) - names), *lines)
-    )
 
 
 def tables(rows: list[Row]) -> str:
@@ -142,20 +136,6 @@ def row_of(rows: list[Row], model: str, m: int) -> Row:
 PARTS: dict[str, Callable[[list[Row]], str]] = dict(tables=tables, summary=summary, goals=goals, costs=costs)
 
 
-def filled(page: str, rows: list[Row]) -> str:
-    """A page with each of its marked parts made anew. Ends the program where a part is unknown or there is none."""
-    marked = re.compile(r"(<!-- linears: (\w+) -->\n).*?(<!-- linears: end -->)", re.DOTALL)
-
-    def made(match: re.Match[str]) -> str:
-        if match[2] not in PARTS:
-            sys.exit(f"<!-- linears: {match[2]} -->: no such part, choose from {', '.join(PARTS)}.")
-        return f"{match[1]}{PARTS[match[2]](rows)}{match[3]}"
-
-    if not marked.search(page):
-        sys.exit("The page has no part that begins with <!-- linears: tables --> and ends with <!-- linears: end -->.")
-    return marked.sub(made, page)
-
-
 def picture(rows: list[Row], path: Path) -> None:
     """bf16's time over ours against tokens, one line a model, broken with fp8 activations."""
     import matplotlib
@@ -188,7 +168,8 @@ def write(rows: list[Row], folder: Path, page: Path | None = None) -> None:
     (folder / "gpu_linear.md").write_text("Microseconds for the four groups of a block.\n\n" + tables(rows))
     picture(rows, folder / "gpu_linear.png")
     if page is not None:
-        page.write_text(filled(page.read_text(), rows))
+        parts = {name: partial(part, rows) for name, part in PARTS.items()}
+        page.write_text(filled(page.read_text(), "linears", parts))
 
 
 def main() -> None:

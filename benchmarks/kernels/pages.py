@@ -1,0 +1,28 @@
+"""Parts of a page that are made of stored results: between `<!-- NAME: PART -->` and `<!-- NAME: end -->`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+
+
+def markdown(heads: list[str], lines: Iterable[list[str]], names: int = 1) -> str:
+    """A table whose first columns, so many, are names."""
+    rule = ["---"] * names + ["---:"] * (len(heads) - names)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, rule, *lines))
+
+
+def filled(page: str, name: str, parts: Mapping[str, Callable[[], str]]) -> str:
+    """A page with each of its parts of that name made anew. Ends the program with a sentence where one is unknown, or
+    there is none."""
+    marked = re.compile(rf"(<!-- {name}: (\w+) -->\n).*?(<!-- {name}: end -->)", re.DOTALL)
+
+    def made(match: re.Match[str]) -> str:
+        if match[2] not in parts:
+            sys.exit(f"<!-- {name}: {match[2]} -->: no such part, choose from {', '.join(parts)}.")
+        return f"{match[1]}{parts[match[2]]()}{match[3]}"
+
+    if not marked.search(page):
+        sys.exit(f"No part of the page begins with <!-- {name}: PART --> and ends with <!-- {name}: end -->.")
+    return marked.sub(made, page)
