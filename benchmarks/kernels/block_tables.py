@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/block_tables.py FILE.json ... [--docs docs/performance.md]
 
-of a model, setting and kind the last file's. Between `<!-- blocks: times -->` or `<!-- blocks: memory -->` and
-`<!-- blocks: end -->` goes what is named there.
+prints tables, of a model and setting from the last file that has it. Between `<!-- blocks: times -->` or
+`<!-- blocks: memory -->` and `<!-- blocks: end -->` of a page goes what is named there.
 """
 
 from __future__ import annotations
@@ -20,40 +20,45 @@ from pages import filled, markdown
 
 KINDS = {"bf16": "bf16", "default": "default recipe", "experts": "experts", "no-experts": "no experts"}
 PEAKS = ("decode, batch 1", "prefill 2048")
-Rows = dict[tuple[str, str, str], dict[str, Any]]
-"""By model, setting and kind."""
+Rows = dict[tuple[str, str], dict[str, dict[str, Any]]]
+"""By model and setting, and then by kind."""
 
 
 def stored(paths: Iterable[Path]) -> Rows:
-    """Each from the last file that has it; models in the order of their first files."""
-    rows = [row for path in paths for row in json.loads(path.read_text())["rows"]]
-    return {(row["model"], row["setting"], row["kind"]): row for row in rows if row["kind"] in KINDS}
+    """Of a model and setting all kinds from the last file that has it: what is compared was timed together. Models come
+    in the order of their first files."""
+    rows: Rows = {}
+    for path in paths:
+        mine: Rows = {}
+        for row in json.loads(path.read_text())["rows"]:
+            mine.setdefault((row["model"], row["setting"]), {})[row["kind"]] = row
+        rows |= mine
+    return rows
 
 
-def found(rows: Rows, *key: str) -> dict[str, Any]:
+def found(rows: Rows, model: str, setting: str, kind: str) -> dict[str, Any]:
     """Ends the program with a sentence where it was not timed."""
-    if key not in rows:
-        sys.exit(f"These files have nothing of {', '.join(key)}, which the page shows.")
-    return rows[key]
+    if kind not in rows.get((model, setting), {}):
+        sys.exit(f"These files have nothing of {model}, {setting}, {KINDS[kind]}, which the tables show.")
+    return rows[model, setting][kind]
 
 
 def times(rows: Rows) -> str:
     """Microseconds, median (10% to 90% of the replays), and bf16's time over that."""
 
     def cell(model: str, setting: str, kind: str) -> str:
-        time, whole = found(rows, model, setting, kind)["microseconds"], found(rows, model, setting, "bf16")
+        time, whole = (found(rows, model, setting, one)["microseconds"] for one in (kind, "bf16"))
         text = f"{time['median']:.0f} ({time['p10']:.0f}-{time['p90']:.0f})"
-        return text if kind == "bf16" else f"{text}; {whole['microseconds']['median'] / time['median']:.2f}"
+        return text if kind == "bf16" else f"{text}; {whole['median'] / time['median']:.2f}"
 
-    settings = dict.fromkeys((model, setting) for model, setting, _ in rows)
-    lines = [[model, setting, *(cell(model, setting, kind) for kind in KINDS)] for model, setting in settings]
+    lines = [[model, setting, *(cell(model, setting, kind) for kind in KINDS)] for model, setting in rows]
     return markdown(["model", "setting", *KINDS.values()], lines, 2)
 
 
 def memory(rows: Rows) -> str:
     """Megabytes of a block, and at most while it runs."""
     lines = []
-    for model in dict.fromkeys(model for model, _, _ in rows):
+    for model in dict.fromkeys(model for model, _ in rows):
         sizes = [found(rows, model, PEAKS[0], kind)["block_bytes"] for kind in KINDS]
         lines.append([f"{model}, MB of a block", *(f"{size / 1e6:.0f}" for size in sizes)])
         for setting in PEAKS:

@@ -35,8 +35,8 @@ SUMMARY = (1, 4, 16, 128, 2048, 8192)
 def stored(paths: Iterable[Path]) -> list[Row]:
     """Rows of such files by model and tokens, each from the last file that has it."""
     found = {(row["model"], row["tokens"]): row for path in paths for row in json.loads(path.read_text())["rows"]}
-    models = list(SHAPES)
-    return sorted(found.values(), key=lambda row: (models.index(row["model"]), row["tokens"]))
+    models = dict.fromkeys((*SHAPES, *(model for model, _ in found)))
+    return sorted(found.values(), key=lambda row: (list(models).index(row["model"]), row["tokens"]))
 
 
 def ratio(row: Row, kind: str) -> float:
@@ -56,9 +56,8 @@ def tables(rows: list[Row]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         kinds = [kind for kind in (*BASELINES, *LAYERS) if any(kind in row for row in mine)]
-        if not set(kinds) & set(LAYERS):
-            continue
-        text += f"\n**{model}**, W4A{mine[0]['bits']}\n\n" + times(mine, kinds, ["tokens"])
+        if set(kinds) & set(LAYERS) or not any(set(row) & set(FP8_LAYERS) for row in mine):
+            text += f"\n**{model}**, W4A{mine[0]['bits']}\n\n" + times(mine, kinds, ["tokens"])
     fp8 = [row for row in rows if set(row) & set(FP8_LAYERS)]
     if fp8:
         kinds = ["bf16", *(kind for kind in FP8_LAYERS if any(kind in row for row in fp8))]
@@ -98,16 +97,16 @@ def goals(rows: list[Row]) -> str:
     heads = ["tokens", "goal", "with experts", "without experts", "default recipe", f"{LARGE} with experts"]
     wanted = [(m, goal, "") for m, goal in GOALS.items()] + [(m, goal, "fp8_") for m, goal in FP8_GOALS.items()]
 
-    def cell(model: str, m: int, kind: str, goal: float) -> str:
-        reached = ratio(row_of(rows, model, m), kind)
-        return f"**{reached:.2f}**" if "with_experts" in kind and reached >= goal else f"{reached:.2f}"
+    def cell(model: str, m: int, prefix: str, kind: str, goal: float) -> str:
+        reached = ratio(row_of(rows, model, m, prefix), prefix + kind)
+        return f"**{reached:.2f}**" if kind == "with_experts" and reached >= goal else f"{reached:.2f}"
 
     return markdown(
         heads,
         [
             [f"{m:,}{', fp8' * bool(prefix)}", str(goal)]
-            + [cell(MODEL, m, prefix + kind, goal) for kind in ("with_experts", "without_experts", "default")]
-            + [cell(LARGE, m, f"{prefix}with_experts", goal)]
+            + [cell(MODEL, m, prefix, kind, goal) for kind in ("with_experts", "without_experts", "default")]
+            + [cell(LARGE, m, prefix, "with_experts", goal)]
             for m, goal, prefix in wanted
         ],
     )
@@ -125,25 +124,29 @@ def costs(rows: list[Row]) -> str:
     return markdown(heads, lines)
 
 
-def row_of(rows: list[Row], model: str, m: int) -> Row:
-    """Ends the program with a sentence where it was not timed."""
+def row_of(rows: list[Row], model: str, m: int, prefix: str = "") -> Row:
+    """With all three layers, in one format. Ends the program with a sentence where they were not timed."""
     for row in rows:
-        if (row["model"], row["tokens"]) == (model, m):
+        if (row["model"], row["tokens"]) == (model, m) and {prefix + kind for kind in LAYERS} <= set(row):
             return row
-    sys.exit(f"These files have no times of {model} on {m} tokens, which the page shows.")
+    what = ", ".join(HEADS[prefix + kind] for kind in LAYERS)
+    sys.exit(f"These files do not have {what} of {model} on {m} token{'s' * (m > 1)}, which the page shows.")
 
 
 PARTS: dict[str, Callable[[list[Row]], str]] = dict(tables=tables, summary=summary, goals=goals, costs=costs)
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """bf16's time over ours against tokens, one line a model, broken with fp8 activations."""
+    """bf16's time over ours against tokens, one line a model, broken with fp8 activations; none where ours were not
+    timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = {layers: title for layers, title in LAYERS.items() if any({layers, f"fp8_{layers}"} & set(r) for r in rows)}
+    if not shown:
+        return
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), sharey=True, squeeze=False)
     axes = axes[0]
     for axis, (layers, title) in zip(axes, shown.items(), strict=True):
@@ -163,13 +166,14 @@ def picture(rows: list[Row], path: Path) -> None:
 
 
 def write(rows: list[Row], folder: Path, page: Path | None = None) -> None:
-    """gpu_linear.md and gpu_linear.png, and then a page's parts."""
+    """gpu_linear.md and gpu_linear.png, and a page's parts. Nothing is written where the page cannot be filled."""
+    parts = {name: partial(part, rows) for name, part in PARTS.items()}
+    new = None if page is None else filled(page.read_text(), "linears", parts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "gpu_linear.md").write_text("Microseconds for the four groups of a block.\n\n" + tables(rows))
     picture(rows, folder / "gpu_linear.png")
-    if page is not None:
-        parts = {name: partial(part, rows) for name, part in PARTS.items()}
-        page.write_text(filled(page.read_text(), "linears", parts))
+    if page is not None and new is not None:
+        page.write_text(new)
 
 
 def main() -> None:

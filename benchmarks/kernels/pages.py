@@ -23,6 +23,9 @@ def filled(page: str, name: str, parts: Mapping[str, Callable[[], str]]) -> str:
             sys.exit(f"<!-- {name}: {match[2]} -->: no such part, choose from {', '.join(parts)}.")
         return f"{match[1]}{parts[match[2]]()}{match[3]}"
 
-    if not marked.search(page):
+    new, count = marked.subn(made, page)
+    if not count:
         sys.exit(f"No part of the page begins with <!-- {name}: PART --> and ends with <!-- {name}: end -->.")
-    return marked.sub(made, page)
+    if page.count(f"<!-- {name}:") != 2 * count or new.count(f"<!-- {name}:") != 2 * count:
+        sys.exit(f"A part of the page does not begin with a line <!-- {name}: PART -->, or ends without its mark.")
+    return new

@@ -35,6 +35,8 @@ def test_what_was_not_timed_has_no_column_and_no_panel(made: Any, tmp_path: Path
     made.picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "fp8" not in made.tables([ROW | {"tokens": 1, "default": 2.0}])
+    made.write([ROW | {"tokens": 1}], tmp_path / "baselines")
+    assert "| 1 | 4 | 1 |" in (tmp_path / "baselines" / "gpu_linear.md").read_text()
     assert "| 4 | 4 | - | 2 | 1 | - | 2.00 |" in made.tables(
         [ROW | {"tokens": 1, "without_experts": 2.0}, ROW | {"tokens": 4, "default": 2.0}]
     )
@@ -88,8 +90,14 @@ def test_the_page_shows_what_the_files_hold(made: Any, tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_there_or_too_few(made: Any, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no times of Qwen2-VL-7B on 4 tokens"):
-        made.summary([ROW | {"tokens": 1, "default": 1.0, "with_experts": 1.0, "without_experts": 1.0}])
+    page = tmp_path / "page.md"
+    page.write_text("<!-- linears: summary -->\n<!-- linears: end -->")
+    rows = [ROW | {"tokens": 1, "default": 1.0, "with_experts": 1.0, "without_experts": 1.0}]
+    with pytest.raises(SystemExit, match="not have no experts, experts, default of Qwen2-VL-7B on 4 tokens"):
+        made.write(rows, tmp_path / "new", page)
+    assert not (tmp_path / "new").exists(), "nothing is written where the page cannot be filled"
+    with pytest.raises(SystemExit, match="not have no experts, experts, default of Qwen2-VL-7B on 1 token,"):
+        made.summary([ROW | {"tokens": 1, "default": 1.0}])
     run = program(tmp_path / "none.json")
     assert run.returncode == 2 and "none.json is not there" in run.stderr
 

@@ -1,5 +1,6 @@
 """Parts of pages that are made of stored results, and that the page shows what the files of blocks hold."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def test_pages_that_cannot_be_filled(pages: Any) -> None:
         pages.filled("a page", "x", {})
     with pytest.raises(SystemExit, match="x: tow -->: no such part, choose from one, two"):
         pages.filled("<!-- x: tow -->\n<!-- x: end -->", "x", {"one": str, "two": str})
+    for page in (
+        "<!-- x: one -->\nkept\n<!-- x: two -->\n<!-- x: end -->",
+        "<!-- x: one -->\n<!-- x: end -->\n<!-- x: two --> \nstale\n<!-- x: end -->",
+    ):
+        with pytest.raises(SystemExit, match="does not begin with a line <!-- x: PART -->, or ends without"):
+            pages.filled(page, "x", {"one": str, "two": str})
 
 
 def test_tables(pages: Any) -> None:
@@ -55,13 +62,19 @@ def test_the_page_shows_what_the_files_of_blocks_hold(tmp_path: Path) -> None:
     assert run.returncode == 2 and "none.json is not there" in run.stderr
 
 
-def test_what_was_not_timed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compared_was_timed_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A later file's kinds are not divided into an earlier one's bf16; what was not timed is named."""
     monkeypatch.syspath_prepend(str(FOLDER))
     block_tables = import_module("block_tables")
     time = {"median": 2.0, "p10": 1.0, "p90": 3.0}
     row = {"model": "m", "setting": "decode, batch 1", "microseconds": time, "block_bytes": 2e6, "peak_bytes": 3e6}
-    rows = {("m", "decode, batch 1", kind): row | {"kind": kind} for kind in block_tables.KINDS}
+    files = [tmp_path / "all.json", tmp_path / "one.json"]
+    for path, kinds in zip(files, (block_tables.KINDS, ["default"]), strict=True):
+        path.write_text(json.dumps({"rows": [row | {"kind": kind} for kind in kinds]}))
+    rows = block_tables.stored(files[:1])
     expected = "| m | decode, batch 1 | 2 (1-3) | 2 (1-3); 1.00 | 2 (1-3); 1.00 | 2 (1-3); 1.00 |"
     assert block_tables.times(rows).splitlines()[2] == expected
     with pytest.raises(SystemExit, match="nothing of m, prefill 2048, bf16"):
         block_tables.memory(rows)
+    with pytest.raises(SystemExit, match="nothing of m, decode, batch 1, bf16"):
+        block_tables.times(block_tables.stored(files))

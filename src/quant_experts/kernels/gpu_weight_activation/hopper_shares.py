@@ -12,12 +12,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across
-from quant_experts.kernels.gpu_weight_activation.hopper_settle import count_done, wait_for
+from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, wait_for
 
 GROUPS = gl.constexpr(2)
 """Warp groups, each with its rows of a tile."""
 MOST_AT_ONCE, HELD = gl.constexpr(4), gl.constexpr(128)
 """Shares of a tile, at most, that a warp group asks for at once, and numbers of them that each of its threads holds."""
+THREADS, EACH = gl.constexpr(128), gl.constexpr(4)
+"""Of a warp group, and numbers in the 16 bytes that each of them writes at a time."""
 
 
 @gluon.jit
@@ -26,7 +28,8 @@ def hand_over(acc, owner, sums_ptr, count_ptr, WG: gl.constexpr):
     tokens) of warp group WG, one of GROUPS; counts are int64, one for each program and warp group."""
     written = as_written(acc)
     gl.store(sums_ptr + workspace(gl.program_id(0), written, WG), written)
-    count_done(count_ptr + owner * GROUPS + WG, 0 * owner)
+    no_word = 0 * owner
+    count_done(count_ptr + owner * GROUPS + WG, no_word)
 
 
 @gluon.jit
@@ -38,14 +41,14 @@ def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr):
     written = as_written(acc)
     LAYOUT: gl.constexpr = written.type.layout
     PARTS: gl.constexpr = written.shape[0]
-    AT_ONCE: gl.constexpr = max(1, min(MOST_AT_ONCE, HELD // (PARTS * 4)))
+    AT_ONCE: gl.constexpr = max(1, min(MOST_AT_ONCE, HELD // (PARTS * EACH)))
     at = sums_ptr + workspace(owner, written, WG)
-    none = 0 * across(PARTS, 0, LAYOUT)
+    most = shares + 0 * across(PARTS, 0, LAYOUT)  # the same for all numbers, in the shape of a mask
     for other in range(1, shares + 1, AT_ONCE):
         found = ()
         for i in gl.static_range(AT_ONCE):
-            there = none + other + i <= shares
-            share_at = at + (other + i) * (GROUPS * PARTS * 512)
+            there = other + i <= most
+            share_at = at + (other + i) * (GROUPS * PARTS * THREADS * EACH)
             found = found + (gl.load(share_at, mask=there, other=0, cache_modifier=".cg"),)
         for i in gl.static_range(AT_ONCE):
             written += found[i]
@@ -55,11 +58,11 @@ def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr):
 
 @gluon.jit
 def as_written(acc):
-    """Sums (rows, tokens) of a warp group -> (parts, threads, 4), of each part what its threads hold; nothing moves."""
+    """Sums (rows, tokens) of a warp group -> (parts, THREADS, EACH), of each part what threads hold; nothing moves."""
     ROWS: gl.constexpr = acc.shape[0]
     TOKENS: gl.constexpr = acc.shape[1]
     apart = acc.reshape([ROWS // 64, 4, 2, 8, TOKENS // 8, 4, 2])
-    return apart.permute([0, 4, 1, 3, 5, 2, 6]).reshape([ROWS * TOKENS // 512, 128, 4])
+    return apart.permute([0, 4, 1, 3, 5, 2, 6]).reshape([ROWS * TOKENS // (THREADS * EACH), THREADS, EACH])
 
 
 @gluon.jit
@@ -78,4 +81,4 @@ def workspace(program, written, WG: gl.constexpr):
     LAYOUT: gl.constexpr = written.type.layout
     PARTS: gl.constexpr = written.shape[0]
     part = (program * GROUPS + WG) * PARTS + across(PARTS, 0, LAYOUT)
-    return (part * 128 + across(128, 1, LAYOUT)) * 4 + across(4, 2, LAYOUT)
+    return (part * THREADS + across(THREADS, 1, LAYOUT)) * EACH + across(EACH, 2, LAYOUT)
