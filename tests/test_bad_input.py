@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_runs import SMALL, python, small_samples, write_samples
-from tiny_models import build_tiny
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -197,11 +196,6 @@ def wide_and_flat(place: Place) -> None:
     Image.new("RGB", (4000, 2)).save(place.samples.parent / "0.png")
 
 
-def narrow(place: Place) -> None:
-    shutil.rmtree(place.model)
-    build_tiny("qwen2_vl", place.model, hidden_size=32, heads=2, kv_heads=1)
-
-
 NOTHING = lambda _: None  # noqa: E731
 Q = f"{BLOCK}.self_attn.q_proj"
 QUANTIZE: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
@@ -219,6 +213,13 @@ QUANTIZE: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
     "unknown scheme": (NOTHING, ["--scheme", "int4"], "Unknown scheme 'int4': write"),
     "unknown recipe": (NOTHING, ["--recipe", "magic"], "Unknown recipe 'magic': choose one of rtn"),
     "no samples asked for": (NOTHING, ["--limit", "0"], "samples"),
+    "a seed of too many bits": (NOTHING, ["--seed", "4294967296"], "seed: Input should be less than 4294967296"),
+    "the model as the output": (
+        NOTHING,
+        ["{place.model}", "{place.samples}", "{place.model}"],
+        "choose another folder.$",
+    ),
+    "unknown scope": (NOTHING, ["--scopes", "language, vison"], "scopes"),
     "unknown device": (NOTHING, ["--device", "abacus"], "Device 'abacus' is not available here: choose"),
     "no weights": (no_weights, [], r"no model\.safetensors .*: give a folder"),
     "no tokenizer": (no_tokenizer, [], "tokenizer"),
@@ -234,7 +235,7 @@ QUANTIZE: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
     ),
     "missing shard": (reindex(the_model, "gone.safetensors"), [], r"'gone\.safetensors' is missing .*: download"),
     "index leaves the folder": (reindex(the_model, "../outside.safetensors"), [], "outside the folder: refusing"),
-    "missing tensor": (weights(f"{Q}.weight", lambda t: None), [], "q_proj.weight' is missing"),
+    "missing tensor": (weights(f"{Q}.weight", lambda t: None), [], "q_proj.weight' is not in the files as the model"),
     "missing tensor outside blocks": (weights("visual.merger.mlp.0.weight", lambda t: None), [], "merger.mlp.0.weight"),
     "wrong shape": (weights(f"{Q}.weight", lambda t: t[:-1]), [], r"shape \[63, 64\], the model needs \[64, 64\]"),
     "wrong shape outside blocks": (weights("visual.merger.mlp.0.weight", lambda t: t[:-1]), [], "merger.mlp.0.weight"),
@@ -268,7 +269,6 @@ QUANTIZE: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
         "Cannot",
     ),
     "quantized already": (NOTHING, ["{place.checkpoint}", "{place.samples}"], "quantized already: give the original"),
-    "ranks larger than a layer": (narrow, ["--recipe", "paper"], "Rank 32 is larger than a layer of 16 x 32: choose"),
 }
 
 
@@ -343,6 +343,25 @@ def test_loading_refuses(case: str, place: Place, command: Callable[..., Ended])
     assert not ended.out
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["ask", "{place.checkpoint}", "What?", "--max-new-tokens", "0"], "max_new_tokens is 0: it must be at least 1"),
+        (
+            ["eval", "{place.checkpoint}", "{place.samples}", "--limit", "0"],
+            "questions is limited to 0: ask",
+        ),
+        (["demo", "--questions", "0"], "0 questions do not cover the"),
+        (["compare", "demo", "--limit", "0"], "0 questions do not cover the"),
+    ],
+)
+def test_none_of_something(
+    options: list[str], sentence: str, place: Place, command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.output.parent)
+    check_refusal(command(*(option.format(place=place) for option in options)), sentence)
+
+
 SEEN_IN_HEADERS = [
     "unknown key",
     "newer format",
@@ -387,11 +406,20 @@ def test_from_pretrained_refuses(case: str, place: Place) -> None:
 
 
 @pytest.mark.parametrize("key", ["shared_rank", "routed_rank"])
-def test_a_rank_larger_than_a_layer_is_refused(place: Place, key: str) -> None:
+def test_layers_smaller_than_a_rank_stay_as_they_are(place: Place, key: str) -> None:
     recipe = Recipe(name="mine", group_inputs=False, **{key: 33})
-    with pytest.raises(QuantExpertsError, match="Rank 33 is larger than a layer of 32 x 64: choose a smaller"):
-        quantize(place.model, place.samples, place.output, QuantizationConfig.of("W4A6", recipe))
-    assert not place.output.exists()
+    result = quantize(place.model, place.samples, place.output, QuantizationConfig.of("W4A6", recipe))
+    layers = [f"model.language_model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("k_proj", "v_proj")]
+    said = {event.where for event in result.events if event.what.startswith("32 x 64, smaller than the rank of its")}
+    assert said == set(layers) and said <= set(result.config.ignore)
+    assert said.isdisjoint(name for group in result.config.groups for name in group.linears)
+    model = load(place.output)
+    assert type(model.get_submodule(layers[0])).__name__ == "Linear"
+    recipe = recipe.model_copy(update={key: 65})
+    with pytest.raises(
+        QuantExpertsError, match=r"Rank 65 is larger than every layer of block .*, of 64 x 64, say: choose"
+    ):
+        quantize(place.model, place.samples, place.output.with_name("other"), QuantizationConfig.of("W4A6", recipe))
 
 
 def test_a_failed_run_can_be_repeated_once_its_cause_is_gone(place: Place, command: Callable[..., Ended]) -> None:

@@ -35,6 +35,12 @@ def test_version() -> None:
     assert run("--version").strip() == quant_experts.__version__
 
 
+@pytest.mark.parametrize("module", ["quant_experts", "quant_experts.cli"])
+def test_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, quant_experts.__version__)
+
+
 def test_every_command_is_covered_here() -> None:
     assert sorted(COMMANDS) == ["ask", "compare", "demo", "eval", "inspect", "quantize"]
 

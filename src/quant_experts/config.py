@@ -59,7 +59,10 @@ class StrictModel(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(
+                ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
+                for e in error.errors()
+            )
             raise QuantExpertsError(f"Invalid {cls.__name__}: {problems}.") from error
 
     def to_json(self) -> dict[str, Any]:
@@ -316,7 +319,7 @@ class QuantizationConfig(StrictModel):
 
     scheme: Scheme
     recipe: Recipe
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     samples: int = Field(default=128, ge=1, description="how many calibration samples to use at most")
     max_tokens: int = Field(default=2048, ge=1, description="longest sample in tokens")
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="larger images are scaled down to this area")

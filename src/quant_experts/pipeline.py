@@ -38,6 +38,7 @@ from quant_experts.calibration.statistics import (
     find_groups,
     held_out_among,
     split_held_out,
+    without_small,
 )
 from quant_experts.calibration.streaming import BlockStream
 from quant_experts.checkpoint.run_folder import RunFolder
@@ -233,7 +234,18 @@ class _Run:
             raise QuantExpertsError(
                 f"Block '{prefix}' runs no linear layer (torch.nn.Linear): there is nothing to quantize in this model."
             )
+        linears = block_linears(block)
+        groups, small = without_small(groups, linears, max(recipe.shared_rank, recipe.routed_rank))
+        if not groups:
+            raise QuantExpertsError(
+                f"Rank {max(recipe.shared_rank, recipe.routed_rank)} is larger than every layer of block '{prefix}', "
+                f"of {small[0][1]}, say: choose a smaller rank, or ranks that scale with the width (--scale-ranks)."
+            )
         events = [Event(where, what) for where, what in stream.skeleton.unowned_weights(index)]
+        events += [
+            Event(f"{prefix}.{name}", f"{shape}, smaller than the rank of its experts: left in full precision")
+            for name, shape in small
+        ]
         events += [
             Event(f"{prefix}.{name}", "did not run on the first calibration sample: left in full precision")
             for name in unused
@@ -250,7 +262,6 @@ class _Run:
             fit_tokens=fit_tokens_needed(recipe),
         )
         search = scale_search(stream, block, groups, held_out, self.image_weights.get(prefix))
-        linears = block_linears(block)
         tensors: dict[str, Tensor] = {}
         specs: list[GroupSpec] = []
         records: list[GroupRecord] = []

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,26 @@ def test_every_pixel_type_becomes_rgb(mode: str) -> None:
     assert sample.images[0].mode == "RGB" and sample.images[0].size == (9, 7) and sample.images[0] is not image
 
 
+def test_images_in_data_uris() -> None:
+    """As chat messages hold them; percent-encoded ones too."""
+    image = tiny_image(9, 7)
+    uri = "data:image/png;base64," + b64encode(encoded(image)).decode()
+    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "Noise."}]
+    for record in ({"messages": turns}, {"image": uri.replace("+", "%2B"), "question": "What?", "answer": "Noise."}):
+        sample = load_samples([record])[0][0]
+        assert (sample.question, sample.answer) == ("What?", "Noise.")
+        assert sample.images[0].tobytes() == image.convert("RGB").tobytes()
+
+
+def test_lines_end_where_json_says(tmp_path: Path) -> None:
+    """Strings may hold what Python takes for ends of lines; files may come from Windows."""
+    records = [{"question": "a\u2028b\u0085c\u2029d", "answer": "x"}, {"question": "q", "answer": "\x0c"}]
+    text = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\r\n"
+    (tmp_path / "s.jsonl").write_bytes(text.encode())
+    assert [sample.question for sample in load_samples(tmp_path / "s.jsonl")[0]] == ["a\u2028b\u0085c\u2029d", "q"]
+
+
 def test_palette_with_transparency_bytes() -> None:
     image = tiny_image(9, 7).convert("P")
     data = encoded(image, transparency=bytes([0] * 8 + [255] * 248))
@@ -211,6 +232,11 @@ def test_bad_image_names_sample_and_file(tmp_path: Path, name: str) -> None:
         ({"image": "gone.png", "question": "q", "answer": "a"}, "line 2: image '.*gone.png' does not exist"),
         ({"image": "https://host/a.png", "question": "q", "answer": "a"}, "download it"),
         ({"image": 5, "question": "q", "answer": "a"}, "the image is int"),
+        ({"image": ".", "question": "q", "answer": "a"}, "is a folder; correct the path"),
+        ({"image": "x" * 5000, "question": "q", "answer": "a"}, r"x+\.\.\.' does not exist"),
+        ({"image": "data:image/png,abc", "question": "q", "answer": "a"}, "cannot be decoded .it does not begin"),
+        ({"image": "data:image/png;base64,a*b", "question": "q", "answer": "a"}, "'data:.*' cannot be decoded"),
+        ({"image": "data:image/png;base64,aGVsbG8=", "question": "q", "answer": "a"}, "data URI is not an image"),
         ({"image": "a.png"}, "line 2 has none of the accepted forms"),
         ([1, 2, 3, 4], "none of the accepted forms"),
         (7, "none of the accepted forms"),

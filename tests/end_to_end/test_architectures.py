@@ -135,6 +135,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         tolerance=0.04,
     ),
     "linear attention (qwen3_5)": Architecture(qwen3_5, tolerance=0.06),
+    "an initialiser that wants the linears' weights (falcon_mamba)": Architecture(
+        lambda: transformers.FalconMambaConfig(**TEXT | dict(head_dim=None, state_size=8)),
+        in_full_precision=("dt_proj",),  # whose weight is read without calling it
+    ),
 }
 
 
@@ -155,12 +159,18 @@ def some_batch(architecture: Architecture, seed: int) -> CalibrationBatch:
     return CalibrationBatch(inputs, modality)
 
 
+def auto(config: transformers.PreTrainedConfig) -> Any:
+    """The class of `transformers` that makes such a model."""
+    visual = "vision_config" in config.sub_configs
+    return transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
+
+
 def made(architecture: Architecture, folder: Path) -> Any:
     """A random model, written to a folder as well."""
     config = architecture.config()
     config.tie_word_embeddings = False
     torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    model = auto(config).from_config(config).eval()
     for parameter in model.parameters():  # some are made without being filled
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
     model.save_pretrained(folder)
@@ -177,7 +187,8 @@ def quantize(
     monkeypatch.setattr(pipeline, "_calibration", lambda *arguments: (batches, []))
     output = folder.with_name("quantized")
     result = pipeline.quantize(folder, None, output, QuantizationConfig.of("W8A8", recipe), device="cpu")
-    loaded = transformers.AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32)
+    kind = auto(transformers.AutoConfig.from_pretrained(output))
+    loaded = kind.from_pretrained(output, dtype=torch.float32)
     return loaded, [linear for group in result.config.groups for linear in group.linears]
 
 
@@ -212,6 +223,30 @@ def test_an_architecture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tokens = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
         first = loaded(**inputs).logits[0, -1].argmax()
     assert tokens[0, inputs["input_ids"].shape[1]] == first
+
+
+def test_buffers_that_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the module's own initialiser computes them, it leaves the weights beside them as they are in the files;
+    where it does not (Falcon-H1), the model is refused instead of being calibrated with what memory held."""
+    mamba = dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1)
+    architecture = Architecture(lambda: transformers.FalconH1Config(**TEXT | mamba))
+    model = made(architecture, tmp_path / "original")
+    batches = [some_batch(architecture, seed) for seed in range(3)]
+    with pytest.raises(QuantExpertsError, match=r"mamba\.mup_vector' is neither stored nor computed by its own module"):
+        quantize(tmp_path / "original", batches, monkeypatch)
+    initialise = type(model)._init_weights
+
+    def with_buffers(self: Any, module: nn.Module) -> None:
+        initialise(self, module)
+        if hasattr(module, "mup_vector"):
+            transformers.initialization.copy_(module.mup_vector, model.model.layers[0].mamba.mup_vector)
+
+    monkeypatch.setattr(type(model), "_init_weights", with_buffers)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "original").rename(tmp_path / "again" / "original")
+    loaded, _ = quantize(tmp_path / "again" / "original", batches, monkeypatch)
+    for batch in batches:
+        check_logits(model, loaded, batch, 0.03)
 
 
 @pytest.mark.parametrize("recipe", [DEFAULT, RECIPES["mbq"]], ids=lambda recipe: recipe.name)  # mbq: gradients too

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+from base64 import b64decode
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -33,9 +35,8 @@ class ImageReader:
         """A decoded RGB image of at most `max_pixels` pixels.
 
         Args:
-            value: a path (relative ones start at `folder`), encoded bytes, a Pillow image, or the `{"bytes", "path"}`
-            of a
-                Hugging Face dataset.
+            value: a path (relative ones start at `folder`), a data URI, encoded bytes, a Pillow image, or the
+                `{"bytes", "path"}` of a Hugging Face dataset.
             where: names the sample in errors.
 
         Raises:
@@ -53,9 +54,17 @@ class ImageReader:
             )
         if str(value).startswith(("http://", "https://")):
             raise QuantExpertsError(f"{where}: image '{value}' is on the web; download it and give its path.")
+        if str(value).startswith("data:"):
+            return self._open(BytesIO(_decoded(str(value), where)), f"{where}: the image in the data URI")
         path = self.folder / Path(value).expanduser()
-        if not path.is_file():
-            raise QuantExpertsError(f"{where}: image '{path}' does not exist; correct the path or give its folder.")
+        try:
+            found, what = path.is_file(), "is a folder" if path.is_dir() else "does not exist"
+        except OSError:  # a name that is too long
+            found, what = False, "does not exist"
+        if not found:
+            raise QuantExpertsError(
+                f"{where}: image '{_shortened(str(path))}' {what}; correct the path or give its folder."
+            )
         return self._open(path, f"{where}: image '{path}'")
 
     def _open(self, file: Path | BytesIO, name: str) -> Image.Image:
@@ -87,6 +96,22 @@ class ImageReader:
                 size = size[::-1]
             upright = upright.resize(size, Image.Resampling.BICUBIC)
         return upright
+
+
+def _decoded(uri: str, where: str) -> bytes:
+    """What `data:image/png;base64,...` holds. Raises `QuantExpertsError` if it is not encoded so."""
+    head, comma, text = uri.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("it does not begin with data:image/...;base64,")
+        return b64decode(unquote(text), validate=True)
+    except ValueError as error:  # binascii.Error is one
+        raise QuantExpertsError(f"{where}: image '{_shortened(uri)}' cannot be decoded ({error}).") from error
+
+
+def _shortened(text: str) -> str:
+    """For an error of one line."""
+    return text if len(text) <= 200 else f"{text[:100]}..."
 
 
 def _unreadable(name: str, error: BaseException) -> QuantExpertsError:

@@ -75,7 +75,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of each line that is not blank; `where` names file and line. Raises `QuantExpertsError` on bad
     JSON.
     """
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # strings may hold other ends of lines
         if line.strip():
             where = f"{path.name} line {number}"
             try:

@@ -62,6 +62,17 @@ class Block:
     module: nn.Module
 
 
+_ANY_VALUE = (torch.bool, torch.uint8)
+"""Types of buffers of which no value can stand for none."""
+
+
+def _unset(dtype: torch.dtype) -> float:
+    """A value that no initialiser leaves."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return 0 if dtype in _ANY_VALUE else torch.iinfo(dtype).min
+
+
 @dataclass
 class Skeleton:
     """A model without its blocks, and what is needed to bring each block in.
@@ -100,6 +111,7 @@ class Skeleton:
         Raises `QuantExpertsError` if a tensor is missing, damaged or not finite.
         """
         block, prefix = self.meta_block(index), self.block_names[index]
+        self._compute_buffers(block, prefix, device)  # before weights are there, which initialisers overwrite
         for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
             full = f"{prefix}.{name}"
             if full in self.keys:
@@ -112,15 +124,33 @@ class Skeleton:
                 _set_tensor(block, name, value.to(self.dtype) if value.is_floating_point() else value)
             elif isinstance(tensor, nn.Parameter):
                 raise QuantExpertsError(
-                    f"Tensor '{full}' is missing, or stored in a form that has to be converted (fused experts): "
-                    "download the model again, or choose one that is supported."
+                    f"Tensor '{full}' is not in the files as the model has it: either files are missing (download the "
+                    "model again), or they store it in another form (experts one by one, say), which is not supported."
                 )
-            elif tensor.is_meta:
-                # Computed, not stored (rotary frequencies, say): the model's own initialiser knows the values.
-                owner = block.get_submodule(name.rpartition(".")[0])
-                _set_tensor(block, name, torch.empty_like(tensor, device=device))
-                self.model._init_weights(owner)
         return block.eval()
+
+    @torch.no_grad()
+    def _compute_buffers(self, block: nn.Module, prefix: str, device: torch.device) -> None:
+        """Buffers that are computed, not stored (rotary frequencies, say): the model's own initialiser knows the
+        values.
+
+        Raises `QuantExpertsError` for one that the initialiser of its module leaves as it is.
+        """
+        buffers = [name for name, tensor in block.named_buffers() if tensor.is_meta]
+        names = [name for name in buffers if f"{prefix}.{name}" not in self.keys]
+        for name in names:
+            empty = torch.empty_like(block.get_buffer(name), device=device)
+            _set_tensor(block, name, empty.fill_(_unset(empty.dtype)))
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            self.model._init_weights(block.get_submodule(owner))
+        for name in names:
+            value = block.get_buffer(name)
+            unset = value.isnan() if value.is_floating_point() else value == _unset(value.dtype)
+            if value.dtype not in _ANY_VALUE and unset.any():
+                raise QuantExpertsError(
+                    f"'{prefix}.{name}' is neither stored nor computed by its own module: {type(self.model).__name__} "
+                    "cannot be brought in block by block, and is not supported."
+                )
 
     def release_block(self, index: int) -> None:
         """Give the block's memory back."""

@@ -61,6 +61,22 @@ def find_groups(stream: BlockStream, block: nn.Module, *, together: bool) -> tup
     return groups, [name for name in linears if name not in seen]
 
 
+def without_small(
+    groups: list[tuple[str, ...]], linears: Mapping[str, nn.Linear], rank: int
+) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
+    """(groups that are larger than a rank, name and shape of the linears of others): experts of that rank would take
+    more bytes than such a group itself."""
+    large: list[tuple[str, ...]] = []
+    small: list[tuple[str, str]] = []
+    for names in groups:
+        rows, columns = sum(linears[name].out_features for name in names), linears[names[0]].in_features
+        if rank <= min(rows, columns):
+            large.append(names)
+        else:
+            small += [(name, f"{linears[name].out_features} x {columns}") for name in names]
+    return large, small
+
+
 @dataclass
 class _Collector:
     """Running sums for one group."""

@@ -48,7 +48,7 @@ class RunFolder:
         if (self.output / REPORT_NAME).is_file():  # a run that was stopped right after its last rename
             shutil.rmtree(self.output / _RUN, ignore_errors=True)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise QuantExpertsError(f"Output '{self.output}' is not empty: choose another folder or delete it.")
+            raise QuantExpertsError(f"Output '{self.output}' is not empty: choose another folder.")
         with _disk_errors(self.partial):
             self._run.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self._run / "lock")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quant_experts.cli.options import DeviceOption, JsonOption, ScaleOption, ScopesOption, SeedOption
+from quant_experts.cli.options import DeviceOption, JsonOption, ScaleOption, ScopesOption, SeedOption, listed
 from quant_experts.cli.terminal import console, plain, progress_bar
 from quant_experts.config import RECIPES
 
@@ -37,7 +37,7 @@ def demo(
     from quant_experts.report.html import load_renderer
 
     load_renderer()  # missing libraries are better noticed now than after minutes of work
-    settings: dict[str, Any] = dict(schemes=schemes.split(","), recipes=recipes.split(","), seed=seed)
+    settings: dict[str, Any] = dict(schemes=listed(schemes), recipes=recipes.split(","), seed=seed)
     settings |= dict(questions=questions, split=split, samples=samples)
     with progress_bar("Demo", quiet=as_json) as progress:
         comparison = run_demo(output, progress=progress, **settings)
@@ -73,8 +73,8 @@ def compare(
     from quant_experts.report.html import load_renderer
 
     load_renderer()  # missing libraries are better noticed now than after minutes of work
-    rows: dict[str, Any] = dict(methods=methods.split(","), schemes=schemes.split(","), scopes=scopes.split(","))
-    rows |= dict(controls=controls.split(",") if controls else [], control_of=control_of, scale_with_width=scale_ranks)
+    rows: dict[str, Any] = dict(methods=listed(methods), schemes=listed(schemes), scopes=listed(scopes))
+    rows |= dict(controls=listed(controls) if controls else [], control_of=control_of, scale_with_width=scale_ranks)
     task: dict[str, Any] = dict(samples=samples, sample_limit=sample_limit, questions=questions, question_limit=limit)
     task |= dict(split=split, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
     with progress_bar("Comparing", quiet=as_json) as progress:

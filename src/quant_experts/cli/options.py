@@ -26,3 +26,8 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object for machines, and nothing else on stdout.")
 ]
+
+
+def listed(text: str) -> list[str]:
+    """What stands between commas, without the spaces around it."""
+    return [part.strip() for part in text.split(",")]

@@ -17,6 +17,7 @@ from quant_experts.cli.options import (
     SchemeOption,
     ScopesOption,
     SeedOption,
+    listed,
 )
 from quant_experts.cli.terminal import console, errors, plain, progress_bar
 from quant_experts.config import MAX_PIXELS
@@ -59,7 +60,12 @@ def quantize(
 
     limits = dict(samples=limit, max_tokens=max_tokens, max_pixels=max_pixels)
     config = QuantizationConfig.of(
-        scheme, recipe, scale_with_width=scale_ranks, scopes=scopes.split(","), seed=seed, **limits
+        scheme,
+        recipe,
+        scale_with_width=scale_ranks,
+        scopes=listed(scopes),
+        seed=seed,
+        **limits,
     )
     note = None if as_json else _show_estimate
     with progress_bar("Quantizing", quiet=as_json) as progress:

@@ -37,8 +37,9 @@ def generate_answers(
     Raises:
         QuantExpertsError: a question has an image but the model takes text only.
     """
-    if batch_size < 1 or max_new_tokens < 1:
-        raise QuantExpertsError(f"batch_size {batch_size} and max_new_tokens {max_new_tokens} must be at least 1.")
+    for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if number < 1:
+            raise QuantExpertsError(f"{name} is {number}: it must be at least 1.")
     if not takes_images(processor) and any(item.images for item in items):
         raise QuantExpertsError("A question has an image but the model takes text only: ask questions without images.")
     answers = [""] * len(items)

@@ -57,6 +57,8 @@ def read_questions(
         QuantExpertsError: naming the line, for a missing file, bad JSON, wrong or unknown keys, a bad image, or no
             question.
     """
+    if limit is not None and limit < 1:
+        raise QuantExpertsError(f"The number of questions is limited to {limit}: ask for at least one.")
     path = Path(path).expanduser()
     reader = ImageReader(Path(images) if images is not None else path.parent, max_pixels)
     lines = islice(read_json_lines(path), limit)

@@ -103,7 +103,8 @@ def open_task(
     device = str(check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     limits: dict[str, Any] = dict(device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if model == DEMO and not Path(model).exists():
-        given = _demo_task(samples, questions, sample_limit, question_limit or DEMO_QUESTIONS, split)
+        count = DEMO_QUESTIONS if question_limit is None else question_limit
+        given = _demo_task(samples, questions, sample_limit, count, split)
     else:
         if samples is None or questions is None:
             raise QuantExpertsError(

@@ -110,11 +110,14 @@ def _guard_name(config: CheckpointConfig) -> str:
 
 
 def _mark_initialised(model: Any, modules: dict[str, QuantizedLinear]) -> None:
-    """Tell `transformers` of modules that hold quantized linears and no tensor of their own that they need no initial
-    values: some families' initialisers would look for the linears' weights (SigLIP's attention)."""
+    """Tell `transformers` of modules that hold quantized linears, and beside them only what files hold, that they need
+    no initial values: some families' initialisers would look for the linears' weights (SigLIP's attention, Mamba's
+    mixer)."""
     for name in modules:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if not owner._parameters and not owner._buffers:
+        prefix = name.rpartition(".")[0]
+        owner = model.get_submodule(prefix)
+        own = [f"{prefix}.{local}" for local in (*owner._parameters, *owner._buffers)]
+        if not owner._non_persistent_buffers_set and not any(_may_be_missing(model, tensor) for tensor in own):
             owner._is_hf_initialized = True
 
 
