@@ -13,7 +13,7 @@ import quant_experts
 
 ROOT = Path(quant_experts.__file__).parent
 LAYERS = [
-    *({"cli"}, {"report"}, {"evaluation"}, {"pipeline"}, {"scale_search"}, {"group"}),
+    *({"__main__"}, {"cli"}, {"report"}, {"evaluation"}, {"pipeline"}, {"scale_search"}, {"group"}),
     {"calibration", "quantizers", "experts"},
     *({"runtime"}, {"checkpoint"}, {"kernels"}, {"artifacts"}, {"config"}, {"errors"}, {"demo"}),
 ]

@@ -239,7 +239,7 @@ def test_buffers_that_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def with_buffers(self: Any, module: nn.Module) -> None:
         initialise(self, module)
         if hasattr(module, "mup_vector"):
-            transformers.initialization.copy_(module.mup_vector, model.model.layers[0].mamba.mup_vector)
+            module.mup_vector.copy_(model.model.layers[0].mamba.mup_vector)
 
     monkeypatch.setattr(type(model), "_init_weights", with_buffers)
     (tmp_path / "again").mkdir()

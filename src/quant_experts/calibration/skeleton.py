@@ -64,11 +64,12 @@ class Block:
 
 _ANY_VALUE = (torch.bool, torch.uint8)
 """Types of buffers of which no value can stand for none."""
+_WHOLE = (*_ANY_VALUE, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _unset(dtype: torch.dtype) -> float:
     """A value that no initialiser leaves."""
-    if dtype.is_floating_point:
+    if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     return 0 if dtype in _ANY_VALUE else torch.iinfo(dtype).min
 
@@ -105,10 +106,21 @@ class Skeleton:
         """Names of the blocks of a scope."""
         return [block.name for block in self.blocks if block.scope == scope]
 
+    def check_names(self) -> None:
+        """Raises `QuantExpertsError` if the files do not have a parameter of a block: better before work than after."""
+        for block in self.blocks:
+            for name, _ in block.module.named_parameters():
+                if (full := f"{block.name}.{name}") not in self.keys:
+                    raise QuantExpertsError(
+                        f"Tensor '{full}' is not in the files as the model has it: either files are missing (download "
+                        "the model again), or they store it in another form (experts one by one, say), which is not "
+                        "supported."
+                    )
+
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """The block with its weights, on a device, in the compute dtype. The caller frees it with `release_block`.
 
-        Raises `QuantExpertsError` if a tensor is missing, damaged or not finite.
+        Raises `QuantExpertsError` if a tensor is damaged or not finite; whether all are there, `check_names` has said.
         """
         block, prefix = self.meta_block(index), self.block_names[index]
         self._compute_buffers(block, prefix, device)  # before weights are there, which initialisers overwrite
@@ -122,11 +134,6 @@ class Skeleton:
                         "its files do not belong together."
                     )
                 _set_tensor(block, name, value.to(self.dtype) if value.is_floating_point() else value)
-            elif isinstance(tensor, nn.Parameter):
-                raise QuantExpertsError(
-                    f"Tensor '{full}' is not in the files as the model has it: either files are missing (download the "
-                    "model again), or they store it in another form (experts one by one, say), which is not supported."
-                )
         return block.eval()
 
     @torch.no_grad()
@@ -145,7 +152,7 @@ class Skeleton:
             self.model._init_weights(block.get_submodule(owner))
         for name in names:
             value = block.get_buffer(name)
-            unset = value.isnan() if value.is_floating_point() else value == _unset(value.dtype)
+            unset = value == _unset(value.dtype) if value.dtype in _WHOLE else value.isnan()
             if value.dtype not in _ANY_VALUE and unset.any():
                 raise QuantExpertsError(
                     f"'{prefix}.{name}' is neither stored nor computed by its own module: {type(self.model).__name__} "
@@ -279,4 +286,6 @@ def load_skeleton(
     keys = module_names(model, list(files), found["names"])
     streamed = [block for block in found["blocks"] if block.scope in scopes]
     unread = [block for block in found["blocks"] if block.scope not in scopes]
-    return Skeleton(model.eval(), streamed, files, keys, dtype, unread)
+    skeleton = Skeleton(model.eval(), streamed, files, keys, dtype, unread)
+    skeleton.check_names()
+    return skeleton

@@ -69,7 +69,10 @@ class RunFolder:
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A run that was refused before it had written anything leaves nothing."""
+        if kind is not None and issubclass(kind, QuantExpertsError) and not any(self.partial.glob("*.safetensors")):
+            shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release()
 
     def block_file(self, index: int) -> Path:

@@ -37,7 +37,7 @@ def demo(
     from quant_experts.report.html import load_renderer
 
     load_renderer()  # missing libraries are better noticed now than after minutes of work
-    settings: dict[str, Any] = dict(schemes=listed(schemes), recipes=recipes.split(","), seed=seed)
+    settings: dict[str, Any] = dict(schemes=listed(schemes), recipes=listed(recipes), seed=seed)
     settings |= dict(questions=questions, split=split, samples=samples)
     with progress_bar("Demo", quiet=as_json) as progress:
         comparison = run_demo(output, progress=progress, **settings)
