@@ -45,7 +45,7 @@ from quant_experts.checkpoint.run_folder import RunFolder
 from quant_experts.checkpoint.schema import CheckpointConfig, GroupSpec
 from quant_experts.checkpoint.source import TensorFiles, spot_check, weight_files
 from quant_experts.checkpoint.tensors import describe_group, group_state
-from quant_experts.config import DEFAULT_SCOPES, QuantizationConfig
+from quant_experts.config import DEFAULT_SCOPES, QuantizationConfig, Recipe
 from quant_experts.errors import QuantExpertsError
 from quant_experts.group import fit_tokens_needed, quantize_group, split_rows
 from quant_experts.quantizers.rtn import quantize_rtn
@@ -220,26 +220,25 @@ class _Run:
         )
         return checkpoint, records, resumed
 
-    def _quantize_block(
-        self, stream: BlockStream, block: nn.Module, index: int, *, first: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """One block -> its tensors under file names, and its record (groups with names relative to the block).
+    def _choose_groups(
+        self, stream: BlockStream, block: nn.Module, index: int, recipe: Recipe
+    ) -> tuple[list[tuple[str, ...]], list[Event]]:
+        """Groups of linears of a block that are quantized, and events of what stays in full precision.
 
-        first: it is the first of the run, and so holds the checkpoint's guard.
+        Raises `QuantExpertsError` if there is nothing to quantize.
         """
         prefix = stream.skeleton.block_names[index]
-        recipe = self.config.recipe.at_width(stream.width)
         groups, unused = find_groups(stream, block, together=recipe.group_inputs)
         if not groups:
             raise QuantExpertsError(
                 f"Block '{prefix}' runs no linear layer (torch.nn.Linear): there is nothing to quantize in this model."
             )
-        linears = block_linears(block)
-        groups, small = without_small(groups, linears, max(recipe.shared_rank, recipe.routed_rank))
+        rank = max(recipe.shared_rank, recipe.routed_rank)
+        groups, small = without_small(groups, block_linears(block), rank)
         if not groups:
             raise QuantExpertsError(
-                f"Rank {max(recipe.shared_rank, recipe.routed_rank)} is larger than every layer of block '{prefix}', "
-                f"of {small[0][1]}, say: choose a smaller rank, or ranks that scale with the width (--scale-ranks)."
+                f"Rank {rank} is larger than every layer of block '{prefix}', of {small[0][1]}, say: choose a smaller "
+                "rank, or ranks that scale with the width (--scale-ranks)."
             )
         events = [Event(where, what) for where, what in stream.skeleton.unowned_weights(index)]
         events += [
@@ -250,6 +249,19 @@ class _Run:
             Event(f"{prefix}.{name}", "did not run on the first calibration sample: left in full precision")
             for name in unused
         ]
+        return groups, events
+
+    def _quantize_block(
+        self, stream: BlockStream, block: nn.Module, index: int, *, first: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One block -> its tensors under file names, and its record (groups with names relative to the block).
+
+        first: it is the first of the run, and so holds the checkpoint's guard.
+        """
+        prefix = stream.skeleton.block_names[index]
+        recipe = self.config.recipe.at_width(stream.width)
+        linears = block_linears(block)
+        groups, events = self._choose_groups(stream, block, index, recipe)
         seed = self.config.seed * 100_003 + index
         held_out = held_out_among(stream.waiting)
         statistics = collect_statistics(

@@ -233,7 +233,7 @@ def test_bad_image_names_sample_and_file(tmp_path: Path, name: str) -> None:
         ({"image": "https://host/a.png", "question": "q", "answer": "a"}, "download it"),
         ({"image": 5, "question": "q", "answer": "a"}, "the image is int"),
         ({"image": ".", "question": "q", "answer": "a"}, "is a folder; correct the path"),
-        ({"image": "x" * 5000, "question": "q", "answer": "a"}, r"x+\.\.\.' does not exist"),
+        ({"image": "x" * 5000, "question": "q", "answer": "a"}, r"x+\.\.\.' cannot be read .File name too long"),
         ({"image": "data:image/png,abc", "question": "q", "answer": "a"}, "cannot be decoded .it does not begin"),
         ({"image": "data:image/png;base64,a*b", "question": "q", "answer": "a"}, "'data:.*' cannot be decoded"),
         ({"image": "data:image/png;base64,aGVsbG8=", "question": "q", "answer": "a"}, "data URI is not an image"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quant_experts import QuantExpertsError, QuantizationConfig, Recipe, pipeline
 from quant_experts.artifacts import CalibrationBatch, Modality
 from quant_experts.calibration.scopes import scope_modules
+from quant_experts.calibration.skeleton import Skeleton
 from quant_experts.config import RECIPES
 from quant_experts.runtime.modules import QuantizedLinear
 
@@ -241,10 +242,22 @@ def test_buffers_that_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if hasattr(module, "mup_vector"):
             module.mup_vector.copy_(model.model.layers[0].mamba.mup_vector)
 
+    load_block, brought_in = Skeleton.load_block, []
+
+    def compared(self: Skeleton, index: int, device: torch.device) -> nn.Module:
+        block, expected = load_block(self, index, device), model.get_submodule(self.block_names[index])
+        found = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        for name, tensor in [*expected.named_parameters(), *expected.named_buffers()]:
+            assert torch.equal(found[name], tensor), name
+        brought_in.extend(found)
+        return block
+
     monkeypatch.setattr(type(model), "_init_weights", with_buffers)
+    monkeypatch.setattr(Skeleton, "load_block", compared)
     (tmp_path / "again").mkdir()
     (tmp_path / "original").rename(tmp_path / "again" / "original")
     loaded, _ = quantize(tmp_path / "again" / "original", batches, monkeypatch)
+    assert {"mamba.mup_vector", "mamba.A_log", "mamba.dt_bias"} <= set(brought_in)
     for batch in batches:
         check_logits(model, loaded, batch, 0.03)
 

@@ -59,8 +59,8 @@ class ImageReader:
         path = self.folder / Path(value).expanduser()
         try:
             found, what = path.is_file(), "is a folder" if path.is_dir() else "does not exist"
-        except OSError:  # a name that is too long
-            found, what = False, "does not exist"
+        except OSError as error:  # a name that is too long, a folder that is closed
+            found, what = False, f"cannot be read ({error.strerror})"
         if not found:
             raise QuantExpertsError(
                 f"{where}: image '{_shortened(str(path))}' {what}; correct the path or give its folder."
