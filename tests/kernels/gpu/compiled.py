@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from quant_experts.config import ActivationFormat
 from quant_experts.kernels.gpu import launch
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
-from quant_experts.kernels.gpu_weight_activation import hopper_launch, prepare_launch
+from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch, prepare_launch
 from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
@@ -127,7 +127,7 @@ def compile_launches(capability: int) -> dict[str, CompiledKernel]:
     triton.runtime.driver.set_active(NoGpu(capability))
     CompiledKernel._init_handles = lambda self: None
     JITFunction.run = compile_only
-    for module in (launch, triton_backend, weight_only_backend, hopper_launch, prepare_launch):
+    for module in (launch, triton_backend, weight_only_backend, few_launch, hopper_launch, prepare_launch):
         for name, value in gpu(capability).items():
             if hasattr(module, name):
                 setattr(module, name, value)
@@ -144,14 +144,14 @@ def operands(
     def factor(*shape: int) -> Factor | None:
         if kind == "none" or 0 in shape:
             return None
-        if kind == "codes":
+        if kind.startswith("codes"):
             return Factor(torch.ones(shape, dtype=torch.int8), torch.ones(shape[:-1]))
         return Factor(torch.ones(shape).half(), None)
 
     router = (torch.ones(experts, k), torch.ones(experts)) if experts else (None, None)
     group = GroupOperands(
-        bits, torch.ones(k), 64 if kind == "codes" else 0, factor(rank, k), factor(experts, rank, k), *router,
-        kind == "codes" and bits < 16, activation_format,
+        bits, torch.ones(k), 64 if kind.startswith("codes") else 0, factor(rank, k), factor(experts, rank, k), *router,
+        kind.startswith("codes") and bits < 16, activation_format,
     )  # fmt: skip
     size = None if bits < 16 else 128
     scale = torch.ones(n, 1 if size is None else k // size)
@@ -160,7 +160,8 @@ def operands(
     return group, [LinearOperands(codes, scale, None, size, factor(n, rank), factor(experts, n, rank), bias)]
 
 
-ROUTED = {"experts": (8, 32), "wide experts": (8, 64), "many experts": (16, 32), "high rank": (0, 256)}
+ROUTED = {"experts": (8, 32), "wide experts": (8, 64), "many experts": (16, 32)}
+ROUTED |= {"high rank": (0, 256), "codes of a high rank": (0, 256)}
 """Routed experts, beside a shared one, and the rank of each."""
 KINDS = ("none", "experts", "codes")
 CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[int, ...], tuple[str, ...]]] = [
@@ -174,6 +175,7 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "int", torch.float32, 64, 256, 0, (5000,), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 256, 0, (5000,), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 1000, 0, (64, 4096), ("shared", "wide experts", "many experts")),
+    (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (100,), ("high rank", "codes of a high rank")),
     (triton_backend, 8, "int", torch.bfloat16, 64, 18944, 0, (64, 2048), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 20480, 0, (20,), KINDS[2:]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 29568, 0, (20,), KINDS[:1]),

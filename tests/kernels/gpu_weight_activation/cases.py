@@ -584,6 +584,58 @@ def large_layers() -> None:
             check(tokens(m, k, dtype), group, linears)
 
 
+def products_that_settle(activation_format: ActivationFormat = "int") -> None:
+    """On Hopper, linears that project codes, or settle values, against those whose tokens `prepare` has settled, in
+    launches one after another: with fewer programs than pieces, tiles that no program shares, several runs of ranks,
+    blocks of tokens that are not full, a single block of channels."""
+    codes = [
+        (17, 300, 40, 5), (128, 3584, 4608, 64), (64, 18944, 3584, 64), (13, 640, 17000, 100), (512, 9472, 512, 64),
+        (700, 3584, 512, 200), (20_000, 512, 256, 64), (300, 100, 33000, 32), (2, 3584, 4608, 400),
+    ]  # fmt: skip
+    values = [(12, 640, 17000, 8), (33, 640, 17000, 0), (100, 300, 70, 30), (128, 9472, 512, 8), (5, 1000, 96, 8)]
+    if not launch.hopper(torch.device(DEVICE)):
+        codes, values = [(3, 140, 33, 5)], [(3, 140, 33, 4)]
+    fp8 = activation_format == "fp8"
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    for m, k, n, rank in codes:
+        if fp8 and m <= triton_backend.LINEAR_FEW:
+            continue
+        rotation = 64 if k % 64 == 0 else 0
+        group, linears = operands(
+            k, (n,), 8, ("smooth", "shared", "bias"), rotation=rotation, integer_factors=True, rank=rank,
+            reads_codes=True, activation_format=activation_format,
+        )  # fmt: skip
+        both_ways(tokens(m, k, dtype), triton_backend.pack(group, linears, dtype), 0.0)
+    for m, k, n, experts in values:
+        rank = 128 if m == 5 else 40
+        parts = ALL if experts else ("smooth", "shared")
+        group, linears = operands(
+            k, (n,), 8, parts, rank=rank, experts=experts, activation_format=activation_format
+        )  # fmt: skip
+        if group.router_weight is not None:
+            group.router_weight[:, 8:] = 0  # short sums: no near ties
+        both_ways(tokens(m, k, dtype), triton_backend.pack(group, linears, dtype), EXPERTS_TOLERANCE)
+
+
+def both_ways(x: Tensor, packed: triton_backend.Packed, tolerance: float) -> None:
+    """Outputs of `apply`, each of them, against those of tokens that are settled first; also of an input in between,
+    half of whose tokens are not finite."""
+    expected = triton_backend.linear(triton_backend.prepare(x, packed.group), packed.linear)
+    first = triton_backend.apply(x, packed)
+    error = (first.double() - expected.double()).norm(dim=1)
+    assert (error <= tolerance * expected.double().norm(dim=1)).all(), (x.shape, error)
+    broken = x.clone()
+    broken[::2, -1] = torch.inf
+    for _ in range(1 if INTERPRETED else 4):
+        assert torch.equal(triton_backend.apply(x, packed), first)
+        y = triton_backend.apply(broken, packed)
+        assert y[::2].isnan().all() and torch.equal(y[1::2], first[1::2])
+
+
+def fp8_products_that_settle() -> None:
+    products_that_settle("fp8")
+
+
 def shares_of_every_tile(activation_format: ActivationFormat = "int") -> None:
     """On Hopper, each tile whole, cut into a few shares and into dozens: sums of integers are the same to the bit, in
     each of two launches, one right after the other; those of fp8 differ by the order of additions. Outputs are poisoned
@@ -740,7 +792,8 @@ CASES: list[Callable[[], None]] = [
     inputs_of_codes_follow_one_another, no_tokens, packing,
     fp8_layers, fp8_codes_of_every_number_and_tie, fp8_weights_are_exact, fp8_shared_expert_that_reads_codes,
     fp8_non_finite_tokens, fp8_inputs_follow_one_another,
-    fp8_inputs_of_codes_follow_one_another, large_layers, shares_of_every_tile, fp8_shares_of_every_tile,
+    fp8_inputs_of_codes_follow_one_another, large_layers, products_that_settle,
+    fp8_products_that_settle, shares_of_every_tile, fp8_shares_of_every_tile,
     dense_projections, threads_that_have_not_used_the_gpu,
     a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip

@@ -98,51 +98,60 @@ def rows_on_no_device(n: int, k: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shape", "experts", "rank", "code_type", "expected"),
+    ("tokens", "shape", "experts", "rank", "code_type", "few", "expected"),
     [
-        (8, (4608, 3584), 8, 32, torch.int8, True),
-        (16, (4608, 3584), 8, 32, torch.int8, True),
-        (17, (4608, 3584), 8, 32, torch.int8, False),
-        (8, (37888, 3584), 8, 32, torch.int8, True),  # large
-        (9, (37888, 3584), 8, 32, torch.int8, False),
-        (8, (10240, 8192), 8, 32, torch.int8, True),
-        (9, (10240, 8192), 8, 32, torch.int8, False),
-        (1, (4608, 3584), 8, 128, torch.int8, False),  # values of experts of a high rank
-        (4, (4608, 3584), 8, 128, torch.int8, False),  # more ranks than registers hold
-        (1, (4608, 3584), 8, 32, torch.float8_e4m3fn, False),
-        (1, (31, 128), 0, 64, torch.int8, False),  # fewer rows than a tile
-        (8, (4608, 3584), 2, 64, torch.int8, True),
+        (8, (4608, 3584), 8, 32, torch.int8, True, True),
+        (16, (4608, 3584), 8, 32, torch.int8, True, True),
+        (17, (4608, 3584), 8, 32, torch.int8, False, True),
+        (8, (37888, 3584), 8, 32, torch.int8, True, True),  # large
+        (9, (37888, 3584), 8, 32, torch.int8, False, True),
+        (8, (10240, 8192), 8, 32, torch.int8, True, True),
+        (9, (10240, 8192), 8, 32, torch.int8, False, True),
+        (128, (37888, 3584), 8, 32, torch.int8, False, True),
+        (129, (37888, 3584), 8, 32, torch.int8, False, False),
+        (128, (37888, 3584), 8, 32, torch.float8_e4m3fn, False, True),
+        (1, (4608, 3584), 8, 128, torch.int8, True, False),  # values of experts of a high rank
+        (4, (4608, 3584), 8, 128, torch.int8, False, True),  # more ranks than registers hold
+        (1, (4608, 3584), 8, 32, torch.float8_e4m3fn, False, False),
+        (9, (4608, 3584), 8, 32, torch.float8_e4m3fn, False, True),
+        (1, (31, 128), 0, 64, torch.int8, False, True),  # fewer rows than a tile
+        (8, (4608, 3584), 2, 64, torch.int8, True, True),
         # an expert that reads codes
-        (16, (4608, 3584), 0, 64, torch.int8, True),
-        (16, (4608, 3584), 0, 128, torch.int8, True),
-        (1, (4608, 3584), 0, 512, torch.int8, False),
-        (8, (37888, 3584), 0, 64, torch.int8, True),
-        (9, (37888, 3584), 0, 64, torch.int8, False),
-        (16, (3584, 18944), 0, 64, torch.int8, True),
-        (9, (3584, 18944), 0, 128, torch.int8, False),
-        (8, (8192, 29568), 0, 64, torch.int8, True),
-        (9, (8192, 29568), 0, 64, torch.int8, False),  # long
-        (8, (3584, 18944), 0, 64, torch.float8_e4m3fn, False),
+        (16, (4608, 3584), 0, 64, torch.int8, True, True),
+        (16, (4608, 3584), 0, 128, torch.int8, True, True),
+        (1, (4608, 3584), 0, 512, torch.int8, False, True),
+        (8, (37888, 3584), 0, 64, torch.int8, True, True),
+        (9, (37888, 3584), 0, 64, torch.int8, False, True),
+        (16, (3584, 18944), 0, 64, torch.int8, True, True),
+        (9, (3584, 18944), 0, 128, torch.int8, False, True),
+        (8, (8192, 29568), 0, 64, torch.int8, True, True),
+        (9, (8192, 29568), 0, 64, torch.int8, False, True),  # long
+        (100_000, (3584, 18944), 0, 64, torch.int8, False, True),
+        (8, (3584, 18944), 0, 64, torch.float8_e4m3fn, False, False),
+        (129, (3584, 18944), 0, 64, torch.float8_e4m3fn, False, False),
     ],
 )
 def test_which_linears_settle(
     monkeypatch: pytest.MonkeyPatch, tokens: int, shape: tuple[int, int], experts: int, rank: int,
-    code_type: torch.dtype, expected: bool,
+    code_type: torch.dtype, few: bool, expected: bool,
 ) -> None:  # fmt: skip
-    """On Hopper the linear of few tokens chooses experts itself; elsewhere none does."""
+    """On Hopper the linear chooses experts itself where that is faster; elsewhere none does."""
     from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
-    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+    from quant_experts.kernels.gpu_weight_activation import few_launch
     from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     kind = Kind(127, code_type, False, 0, experts + 1, experts, rank, (experts + 1) * rank, 2, experts == 0)
     linear = replace(rows_on_no_device(*shape), up=torch.empty(0, device="meta"))
     packed: Any = SimpleNamespace(group=SimpleNamespace(kind=kind), linear=linear)
-    assert not triton_backend._settles(tokens, packed)
+    assert not triton_backend._settles(tokens, packed, False)
     monkeypatch.setattr(triton_backend, "hopper", lambda device: True)
-    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
-    assert triton_backend._settles(tokens, packed) == expected
+    monkeypatch.setattr(few_launch, "programs", lambda device: 132)
+    ranks = triton_backend._ranks(kind.factors, kind.experts, kind.rank, tokens)
+    assert few_launch.takes_few(tokens, code_type, linear, ranks) == few
+    assert triton_backend._settles(tokens, packed, False) == expected
+    assert not triton_backend._settles(tokens, packed, True)  # sorted
     packed.linear = replace(linear, up=None)  # linears of the group differ in having experts
-    assert not triton_backend._settles(tokens, packed)
+    assert not triton_backend._settles(tokens, packed, False)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +160,9 @@ def test_which_linears_settle(
         (4, 3584, True, torch.int8, False, (False, True, True, False)),
         (4, 3584, True, torch.int8, True, (True, False, True, False)),
         (17, 3584, True, torch.int8, True, (True, False, False, False)),
+        (17, 3584, True, torch.int8, False, (False, True, True, False)),
+        (17, 3584, False, torch.int8, False, (True, True, False, True)),
+        (17, 3584, True, torch.float8_e4m3fn, False, (True, True, False, False)),
         (4, 3584, True, torch.float8_e4m3fn, True, (True, False, False, False)),
         (4, 3584, False, torch.int8, False, (True, True, False, True)),
         (4, 18944, False, torch.int8, False, (True, True, False, False)),
@@ -172,16 +184,6 @@ def test_what_prepare_leaves_to_the_linear(
     assert p.cut.sums == (1 if p.adds else p.cut.slices)
 
 
-def test_the_linear_cannot_settle_everything() -> None:
-    from quant_experts.kernels.gpu_weight_activation.layout import Kind
-    from quant_experts.kernels.gpu_weight_activation.prepare_launch import plan
-
-    codes = Kind(127, torch.int8, True, 0, 1, 0, 64, 64, 1, True)
-    for kind, tokens in ((codes, 17), (codes._replace(code_type=torch.float8_e4m3fn), 4)):
-        with pytest.raises(AssertionError, match="could not settle"):
-            plan(kind, tokens, 3584, torch.bfloat16, torch.device("cpu"), False)
-
-
 @pytest.mark.parametrize("kind", ["none", "projects", "settles"])
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("shape", [(32, 128), (4608, 3584), (37888, 3584), (3584, 18944), (59136, 8192), (8192, 29568)])
@@ -189,13 +191,13 @@ def test_what_few_tokens_ask_for_fits_registers(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], tokens: int, kind: str
 ) -> None:
     """Weights that a thread asks for ahead leave it half of its registers, and no tile has more rows than a layout."""
-    from quant_experts.kernels.gpu_weight_activation import hopper_launch
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import LEAST_ROWS
+    from quant_experts.kernels.gpu_weight_activation import few_launch
+    from quant_experts.kernels.gpu_weight_activation.few_launch import LEAST_ROWS
 
-    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
+    monkeypatch.setattr(few_launch, "programs", lambda device: 132)
     n, _ = shape
     layout = rows_on_no_device(*shape)
-    rows, ways, ahead, most = hopper_launch.few_tile(tokens, layout, int(kind != "none"), kind == "projects")
+    rows, ways, ahead, most = few_launch.few_tile(tokens, layout, int(kind != "none"), kind == "projects")
     assert ahead * rows * 64 // (32 * 4) <= (most or 256) // 2
     assert 32 * ways * (most or 255) <= 65536
     assert 16 <= rows <= LEAST_ROWS <= n
@@ -208,10 +210,10 @@ def test_what_few_tokens_ask_for_fits_registers(
 def test_warps_of_long_tokens(
     monkeypatch: pytest.MonkeyPatch, tokens: int, factors: int, projects: bool, warps: int
 ) -> None:
-    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+    from quant_experts.kernels.gpu_weight_activation import few_launch
 
-    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
-    assert hopper_launch.few_tile(tokens, rows_on_no_device(3584, 18944), factors, projects)[1] == warps
+    monkeypatch.setattr(few_launch, "programs", lambda device: 132)
+    assert few_launch.few_tile(tokens, rows_on_no_device(3584, 18944), factors, projects)[1] == warps
 
 
 @pytest.mark.parametrize(
@@ -231,11 +233,11 @@ def test_warps_of_long_tokens(
 def test_which_groups_of_one_token_take_one_launch(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], experts: bool, rotation: int, expected: bool
 ) -> None:
-    from quant_experts.kernels.gpu_weight_activation import alone_launch, hopper_launch
+    from quant_experts.kernels.gpu_weight_activation import alone_launch, few_launch
     from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     monkeypatch.setattr(alone_launch, "options", lambda device: {})
-    monkeypatch.setattr(hopper_launch, "programs", lambda device: 132)
+    monkeypatch.setattr(few_launch, "programs", lambda device: 132)
     n, k = shape
     kind = Kind(127, torch.int8, True, rotation, int(experts), 0, 32, 32 * experts, 1, experts)
     device = torch.device("cuda:9")  # a key of its own among the decisions that are kept

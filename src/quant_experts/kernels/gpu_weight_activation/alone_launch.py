@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant_experts.kernels.gpu.launch import options, ptr, start
 from quant_experts.kernels.gpu_weight_activation import hopper_alone
-from quant_experts.kernels.gpu_weight_activation.hopper_launch import LEAST_ROWS, SHORT_BLOCKS, is_wide
+from quant_experts.kernels.gpu_weight_activation.few_launch import LEAST_ROWS, SHORT_BLOCKS, is_wide
 from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, GroupLayout, Kind, LinearLayout
 
 MOST_BLOCKS = SHORT_BLOCKS

@@ -100,20 +100,23 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
 
         if alone_launch.takes_alone(packed.group, packed.linear):
             return alone_launch.alone(x.contiguous(), packed.group, packed.linear)
-    m = x.shape[0]
-    sorts = prepare_launch.sorts_tokens(packed.group.kind, m, packed.linear.out_features)
-    return linear(_prepare(x, packed.group, settled=not _settles(m, packed), sorts=sorts), packed.linear)
+    m, kind = x.shape[0], packed.group.kind
+    sorts = kind.experts > 0 and prepare_launch.sorts_tokens(kind, m, packed.linear.out_features)
+    settled = not _settles(m, packed, sorts)
+    return linear(_prepare(x, packed.group, settled, sorts), packed.linear)
 
 
-def _settles(m: int, packed: Packed) -> bool:
+def _settles(m: int, packed: Packed, sorts: bool) -> bool:
     """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
     layout, kind = packed.linear, packed.group.kind
-    if not hopper(layout.weight.device) or layout.up is None:
+    if not hopper(layout.weight.device) or layout.up is None or sorts or not kind.rows:
         return False
-    from quant_experts.kernels.gpu_weight_activation import hopper_launch
+    from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch
 
     ranks = _ranks(kind.factors, kind.experts, kind.rank, m)
-    return hopper_launch.settles_few(kind) and hopper_launch.takes_few(m, kind.code_type, layout, ranks)
+    if few_launch.takes_few(m, kind.code_type, layout, ranks):
+        return few_launch.settles_few(kind)
+    return hopper_launch.settles(kind, m) and (m > LINEAR_FEW or kind.code_type == torch.int8)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -154,13 +157,13 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     few = m <= LINEAR_FEW
     multiply = _linear_few if few else _plain_linear
     if hopper(device):
-        from quant_experts.kernels.gpu_weight_activation import hopper_launch
+        from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch
 
         ranks = 0
         if layout.up is not None and (prepared.hidden is not None or prepared.sums is not None):
             ranks = _ranks(layout.up.shape[0], prepared.experts, layout.up.shape[2], m)
-        if hopper_launch.takes_few(m, prepared.codes.dtype, layout, ranks):
-            multiply = hopper_launch.linear_few
+        if few_launch.takes_few(m, prepared.codes.dtype, layout, ranks):
+            multiply = few_launch.linear_few
         elif not (few and fp8):
             multiply = hopper_launch.linear
     multiply(prepared, layout, y)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
-from quant_experts.kernels.gpu.launch import LARGEST_TILE, Boxes, options, programs, ptr, start, zeros
-from quant_experts.kernels.gpu_weight_activation import hopper_few, hopper_settle
+from quant_experts.kernels.gpu.launch import LARGEST_TILE, MOST_TOKEN_TILES, Boxes, options, programs, ptr, start, zeros
+from quant_experts.kernels.gpu_weight_activation.hopper_experts import BLOCK_TOKENS, GROUPS, RANKS
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
-from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, Kind, LinearLayout, Tokens, padded_experts
+from quant_experts.kernels.gpu_weight_activation.layout import (
+    BLOCK,
+    MASK_TOKENS,
+    Kind,
+    LinearLayout,
+    Tokens,
+    padded_experts,
+)
 
 LAYOUTS = {
     (width, size): gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * size, rank=2)
@@ -23,26 +29,13 @@ LAYOUTS = {
 """Of rows of so many bytes, of elements of so many."""
 
 
-FEW, MOST_FEW = 8, 16
-"""Tokens that `linear_few` takes at most of any group, and of groups that are neither wide nor too long."""
-MOST_RANKS, FEW_RANKS = 320, 64
-"""Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers. Few ranks."""
-FEW_RANKS_BLOCKS, MORE_RANKS_BLOCKS = 160, 32
-"""Blocks of 128 channels of groups that are too long for more than FEW tokens, with few ranks and with more, begin
-above these."""
-SETTLED_RANK = 64
-"""Of experts that read values, at most, whose hidden values it settles: they take registers from all its programs."""
-FEW_BLOCKS, SHORT_BLOCKS = 32, 64
-"""Blocks of short inputs, and of those that are not long, at most."""
-LEAST_ROWS = 32
-"""Rows of the largest tile of `linear_few`: a layout has as many."""
-
-
 FP8_CHANNELS = 4096
 """Input channels, at most, whose fp8 sums are left to the matrix units altogether. Tiles of 256 rows do so: a second
 set of sums would not fit registers."""
 STEP_MICROSECONDS = {(256, 128): 0.69, (256, 64): 0.46, (128, 128): 0.35, (128, 64): 0.25, (128, 32): 0.23}
 """Of a step of 128 channels, by rows and tokens of a tile."""
+LEAST_STEP_MICROSECONDS = 0.2
+"""The same, of fewer tokens."""
 FINISHING_MICROSECONDS = 1.4
 """Of finishing a tile."""
 SHARED, SHARED_MICROSECONDS, ADDING_MICROSECONDS = 1.11, 3.2, 0.52
@@ -66,8 +59,16 @@ def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: 
     return SHARED * tiles / count * step + adding + SHARED_MICROSECONDS
 
 
+LEAST_STEPS = 4
+"""Of a piece of a projection of codes, at least."""
+PIECE_OF_CODES_MICROSECONDS, PIECES_OF_VALUES_MICROSECONDS = 4.0, 5.0
+"""What experts cost the programs that do something for them first, besides a piece's steps."""
+MOST_SETTLED = 128
+"""Tokens of experts that read values, at most, that the linear settles."""
+
+
 @cache
-def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **flags: bool) -> Config:
+def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **flags: Any) -> Config:
     """The tile that is estimated to be fastest for a shape; flags are those of `Config`."""
     fixed: dict[str, Any] = dict(GROUP_M=8, FACTORS=factors, RANK=rank, **flags)
     if m <= 16:
@@ -112,104 +113,84 @@ def weight_descriptors(layout: LinearLayout, rows: int) -> tuple[Boxes, Boxes | 
     return kept[rows]
 
 
+def settles(kind: Kind, m: int) -> bool:
+    """Whether `linear` settles m tokens of a kind of group, and projects codes for that."""
+    return kind.rows > 0 and (m <= MOST_SETTLED or (kind.reads_codes and kind.code_type == torch.int8))
+
+
+def settling(tokens: Tokens) -> dict[str, Any]:
+    """Of the `Config` of a product that settles tokens."""
+    assert tokens.sums is not None
+    projects = tokens.projection is not None
+    return dict(
+        PROJECTS=projects, SETTLES=not projects, TOTAL=tokens.sums.shape[2], EXPERTS=tokens.experts,
+        PADDED_EXPERTS=padded_experts(tokens.experts), READS_CODES=tokens.code_scale is not None,
+    )  # fmt: skip
+
+
+class Work(NamedTuple):
+    """What the first programs do for experts before they multiply."""
+
+    pieces: int
+    """Of a tile's tokens, for each RANKS rows of a projection of codes."""
+    workers: int
+    """Programs that do it, or, if those are more than there are, pieces."""
+    cost: int
+    """Of each, in steps of the product."""
+
+
+def work(c: Config, m: int, steps: int, count: int) -> Work:
+    """Cut for m tokens over at most so many programs."""
+    each = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
+    if c.PROJECTS.value:
+        tiles = -(-m // c.BM.value) * -(-c.TOTAL.value // RANKS.value)
+        pieces = max(1, min(steps // LEAST_STEPS, count // tiles))
+        return Work(pieces, tiles * pieces, -(-steps // pieces) + round(PIECE_OF_CODES_MICROSECONDS / each))
+    if c.SETTLES.value:
+        pieces = -(-m // BLOCK_TOKENS.value) * c.FACTORS.value
+        return Work(0, -(-pieces // GROUPS.value), round(PIECES_OF_VALUES_MICROSECONDS / each))
+    return Work(0, 0, 0)
+
+
 def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
-    """y (M, N) = tokens times layout, scales, bias and experts included."""
-    assert tokens.codes is not None and tokens.token_scale is not None and tokens.sums is None
+    """y (M, N) = tokens times layout, scales, bias and experts included. Tokens that are not settled it settles."""
+    assert tokens.codes is not None and tokens.token_scale is not None
     (m, k), n, device = tokens.codes.shape, layout.out_features, y.device
-    up, hidden = layout.up, tokens.hidden
-    factors, rank = (0, 32) if up is None or hidden is None else (up.shape[0], up.shape[2])
+    up, hidden, present, sums, nothing = layout.up, tokens.hidden, tokens.present, tokens.sums, layout.scale
+    factors, rank = (0, 32) if up is None or (hidden is None and sums is None) else (up.shape[0], up.shape[2])
     fp8 = tokens.codes.dtype == torch.float8_e4m3fn
-    flags = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
+    flags: dict[str, Any] = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
-    count = programs(device)
+    if factors and hidden is None:
+        hidden = torch.empty(m, factors * rank, dtype=torch.float16, device=device)
+        present = torch.empty(-(-m // MASK_TOKENS), dtype=torch.int32, device=device) if tokens.experts else None
+        flags |= settling(tokens)
+    steps, count = k // BLOCK, programs(device)
     c = chosen or config(m, n, k, factors, rank, count, **flags)
     assert not (fp8 and c.UNITS.value) or k <= FP8_CHANNELS, "the matrix units would lose too much of such long sums"
     bn, bm = c.BN.value, c.BM.value
     weight_rows, up_rows = weight_descriptors(layout, bn)
-    token_rows = descriptor(tokens.codes, bm, BLOCK)
+    token_rows = down_rows = descriptor(tokens.codes, bm, BLOCK)
     if hidden is None or up_rows is None:
         up_rows = hidden_rows = descriptor(tokens.codes[:, :64].view(torch.float16), bm, 32)
     else:
         hidden_rows = descriptor(hidden, bm, 32)
-    sums = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
-    sums = sums.view(torch.float32 if fp8 else torch.int32)
+    if c.PROJECTS.value:
+        assert tokens.projection is not None
+        down_rows = descriptor(tokens.projection.view(-1, BLOCK), RANKS.value, BLOCK)
+    shares = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
+    shares = shares.view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 4, device).view(torch.int64)
-    tiles = -(-n // bn) * -(-m // bm)
-    used = min(count, tiles * (k // BLOCK) if c.SHARES.value else tiles)
+    token_tiles = -(-m // bm)
+    arrived = zeros("hopper tokens", max(MOST_TOKEN_TILES, token_tiles) * GROUPS.value, device)
+    tiles, first = -(-n // bn) * token_tiles, work(c, m, steps, count)
+    used = min(count, tiles * steps if c.SHARES.value else tiles + first.workers)
     start(
         kernel, (used,),
-        weight_rows, token_rows, up_rows, hidden_rows, done if tokens.present is None else tokens.present, y,
-        layout.scale, tokens.token_scale, layout.scale if layout.bias is None else layout.bias,
-        done if tokens.order is None else tokens.order, sums, done, m, n,
-        k // BLOCK, tokens.headroom, c, num_warps=4, maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
-    )  # fmt: skip
-
-
-def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, ranks: int) -> bool:
-    """Whether `linear_few` is the fastest for so many tokens that use experts of so many ranks together, as measured on
-    an H200."""
-    if codes != torch.int8 or layout.out_features < LEAST_ROWS or ranks > MOST_RANKS:
-        return False
-    most = FEW_RANKS_BLOCKS if ranks <= FEW_RANKS else MORE_RANKS_BLOCKS
-    wide = is_wide(layout.out_features, layout.scale.device)
-    return m <= FEW or (m <= MOST_FEW and not wide and layout.weight.shape[0] <= most)
-
-
-def settles_few(kind: Kind) -> bool:
-    """Whether `linear_few` settles the experts of a kind of group, and projects codes for them."""
-    return kind.rows > 0 and (kind.reads_codes or kind.rank <= SETTLED_RANK)
-
-
-def is_wide(n: int, device: torch.device) -> bool:
-    """Whether there are many more tiles than multiprocessors."""
-    return n >= 128 * programs(device)
-
-
-def few_tile(m: int, layout: LinearLayout, factors: int, projects: bool) -> tuple[int, int, int, int | None]:
-    """Rows and warps of a program, blocks of 128 channels that a warp asks for at a time, and registers of a thread if
-    they are limited, as measured on an H200; projects: whether programs project codes."""
-    blocks, registers = layout.weight.shape[0], None
-    if is_wide(layout.out_features, layout.scale.device):
-        tall = blocks <= FEW_BLOCKS if not factors else m <= 4 and not projects
-        rows, ways, most = (32, 2, 2) if tall else (16, 2, 4 if factors else 8)
-    elif blocks > SHORT_BLOCKS:
-        eight = not factors or (m == 1 and not projects)
-        rows, ways, most, registers = (16, 8, 5, 128) if eight else (16, 4, 10, None)
-        if projects and m == MOST_FEW:  # whose kernel lets three programs on a multiprocessor: slower than two or four
-            registers = 128
-    else:
-        rows, ways, most = 16, 2, 8 if projects or blocks > FEW_BLOCKS else 16
-    turns = -(-blocks // ways)
-    return rows, ways, -(-turns // -(-turns // most)), registers
-
-
-def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    """As `linear`, for what `takes_few`; `tokens` may be unsettled, if their kind `settles_few`."""
-    assert tokens.codes is not None
-    m, n, steps, device = len(tokens.codes), layout.out_features, layout.weight.shape[0], y.device
-    nothing, up, sums = layout.scale, layout.up, tokens.sums
-    if tokens.hidden is None and sums is None:
-        up = None
-    factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
-    settles = factors > 0 and sums is not None
-    projects = settles and tokens.projection is not None
-    slices, _, total = (0, 0, 0) if sums is None else sums.shape
-    experts = tokens.experts if factors else 0
-    rows, ways, ahead, registers = few_tile(m, layout, factors, projects)
-    workers, hidden = 0, tokens.hidden
-    if settles:
-        parts = -(-steps // ways) * (total // hopper_settle.ROWS.value) if projects else factors
-        workers = min(parts, programs(device))  # one of which waits for the others: all of them must run at once
-        hidden = torch.empty(m, factors * rank, dtype=torch.float16, device=device)
-    start(
-        hopper_few.kernel, (workers + -(-n // rows),),
-        layout.weight, tokens.codes, ptr(tokens.projection, nothing), ptr(up, nothing), ptr(sums, nothing),
-        ptr(hidden, nothing), ptr(tokens.present, nothing), ptr(tokens.counts, nothing),
-        ptr(tokens.router_bias, nothing), ptr(tokens.code_scale, nothing), y, layout.scale, tokens.token_scale,
-        ptr(layout.bias, nothing), m, n, steps, workers, tokens.headroom, 1.0 / tokens.headroom,
-        BN=rows, BM=8 if m <= 8 else 16, WAYS=ways, AHEAD=ahead, EVEN=steps % (ways * ahead) == 0,
-        ONCE=steps <= ways * ahead, F=factors, E=experts, R=rank,
-        USED=factors - experts + min(experts, 1 << (m - 1).bit_length()), TOTAL=total, EP=padded_experts(experts),
-        SLICES=slices, PROJECTS=projects, SETTLES=settles, BIAS=layout.bias is not None, num_warps=ways,
-        maxnreg=registers, **options(device),
+        weight_rows, token_rows, up_rows, hidden_rows, down_rows, ptr(present, done), y, layout.scale,
+        tokens.token_scale, ptr(layout.bias, nothing), ptr(tokens.order, done), shares, done, ptr(sums, nothing),
+        ptr(hidden, nothing), ptr(tokens.counts, done), arrived, ptr(tokens.router_bias, nothing),
+        ptr(tokens.code_scale, nothing), m, n, steps, tokens.headroom, first.pieces, first.workers,
+        first.cost if first.workers < used else 0, 0 if sums is None else len(sums), c, num_warps=4,
+        maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
     )  # fmt: skip

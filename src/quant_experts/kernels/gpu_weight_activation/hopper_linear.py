@@ -29,8 +29,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
+from quant_experts.kernels.gpu_weight_activation.hopper_experts import (
+    ask_for_first_piece,
+    copy_pieces,
+    project_pieces,
+    settle_pieces,
+    wait_until_settled,
+)
 from quant_experts.kernels.gpu_weight_activation.hopper_shares import collect, hand_over
 from quant_experts.kernels.gpu_weight_activation.hopper_work import (
+    holder,
     ring_barriers,
     segment,
     share,
@@ -78,6 +86,17 @@ class Config:
     """Whether more programs than tiles start, so that tiles are cut into shares."""
     LATER: Constant = False
     """Whether codes are complete when the kernel starts, and hidden values only when the previous one has ended."""
+    PROJECTS: Constant = False
+    """Whether programs project codes first, and settle them (`hopper_experts`),"""
+    SETTLES: Constant = False
+    """or settle what `prepare` has projected."""
+    TOTAL: Constant = 0
+    """Rows of that projection."""
+    EXPERTS: Constant = 0
+    """Routed ones among the factors, and as kernels count them"""
+    PADDED_EXPERTS: Constant = 8
+    READS_CODES: Constant = False
+    """Whether codes were projected."""
     STEP: Constant = 128
     """Input channels in one step of the ring: 64 bytes of a packed weight row."""
     CHUNK: Constant = 32
@@ -93,45 +112,57 @@ def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
     """Bit j is set where factor j serves a token of the tile; masks are kept for blocks of 16 tokens."""
     mask = 0
     BLOCKS: gl.constexpr = C.BM // 16
-    if C.FACTORS > 0:
+    if (C.PROJECTS or C.SETTLES) and C.EXPERTS == 0:
+        mask += (1 << C.FACTORS) - 1
+    elif C.FACTORS > 0:
         for i in gl.static_range(BLOCKS):
             block = token_tile * BLOCKS + i
-            mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0)
+            mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0, cache_modifier=".cg")
     return mask
 
 
 @gluon.jit
-def early_factors(mask_ptr, token_tile, index, M, C: gl.constexpr):
-    """`factors_present` of a program's index-th piece of work, asked for early because it is needed after the last
-    step; but of the first piece where hidden values come later."""
+def early_factors(mask_ptr, token_tile, waited, M, WAITS: gl.constexpr, C: gl.constexpr):
+    """`factors_present`, asked for before a tile's steps because they are needed after the last, unless hidden values
+    are still to be waited for."""
     present = 0
-    if not C.LATER or index > 0:
+    if not WAITS or waited != 0:
         present = factors_present(mask_ptr, token_tile, M, C)
     return present
 
 
 @gluon.jit
-def late_factors(present, mask_ptr, token_tile, index, M, C: gl.constexpr):
-    """Where hidden values come later, wait for them after the steps of the first piece of work, whether or not it needs
-    them: what follows also writes to workspaces that an earlier kernel may have used."""
-    if C.LATER and index == 0:
-        wait_for_previous_kernel()
-        present = factors_present(mask_ptr, token_tile, M, C)
-    return present
+def late_factors(present, waited, first, mask_ptr, settled_ptr, token_tile, M, WAITS: gl.constexpr, C: gl.constexpr):
+    """Of a tile whose steps from `first` on are done: where hidden values come later, wait for them if they are needed,
+    the first time. -> factors present, and whether that was waited for."""
+    if WAITS:
+        if first + waited == 0:
+            if C.LATER:
+                wait_for_previous_kernel()
+            else:
+                wait_until_settled(settled_ptr, M, C)
+            present = factors_present(mask_ptr, token_tile, M, C)
+            waited += 1
+    return present, waited
 
 
 @gluon.jit
-def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr):
+def producer(w_desc, x_desc, up_desc, hidden_desc, down_desc, experts, rings, sizes, work, C: gl.constexpr):
     """The copying warp. Weights of the first steps are asked for before the previous kernel has ended."""
     w_ring, x_ring, ready, empty = rings
     M, N, steps, tiles_n, tiles_m, _headroom = sizes
-    start, end, segments, cut, _per = share(steps, tiles_n * tiles_m)
-    total = segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)
+    _projected_ptr, _hidden_ptr, mask_ptr, settled_ptr, _arrived_ptr, _bias_ptr, _code_scale_ptr, _token_ptr = experts
+    _pieces, workers, cost, _slices = work
+    start, end, segments, first_whole, whole, _per = share(steps, tiles_n * tiles_m, workers, cost, C.SHARES)
+    total = segments + whole
     X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
     CHUNKS: gl.constexpr = C.RANK // C.CHUNK
-    tile, first, last = segment(0, steps, start, end, segments, cut)
+    tile, first, last = segment(0, steps, start, end, segments, first_whole)
     row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
     ahead = gl.where(total > 0, gl.minimum(C.STAGES, last - first), 0)
+    if C.PROJECTS:
+        down_ahead = ask_for_first_piece(down_desc, rings, steps, work, C)
+        ahead = gl.where(gl.program_id(0) < workers, 0, ahead)
     for i in range(ahead):
         mbarrier.expect(ready.index(i), (C.BN + 2 * C.BM) * 64)
         at = (first + i) * N + row_tile * C.BN
@@ -141,11 +172,15 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
     for i in range(ahead):
         at = [token_tile * C.BM, (first + i) * C.STEP]
         tma.async_copy_global_to_shared(x_desc, at, ready.index(i), x_ring.index(i))
+    WAITS: gl.constexpr = C.LATER or C.SETTLES or C.PROJECTS
+    waited = 0
     i = ahead
+    if C.PROJECTS:
+        i += copy_pieces(down_desc, x_desc, down_ahead, rings, steps, work, C)
     for index in range(total):
-        tile, first, last = segment(index, steps, start, end, segments, cut)
+        tile, first, last = segment(index, steps, start, end, segments, first_whole)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        present = early_factors(mask_ptr, token_tile, index, M, C)
+        present = early_factors(mask_ptr, token_tile, waited, M, WAITS, C)
         for k in range(gl.where(index == 0, first + ahead, first), last):
             slot = i % C.STAGES
             mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
@@ -155,7 +190,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C: gl
             at = [token_tile * C.BM, k * C.STEP]
             tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(slot))
             i += 1
-        present = late_factors(present, mask_ptr, token_tile, index, M, C)
+        present, waited = late_factors(present, waited, first, mask_ptr, settled_ptr, token_tile, M, WAITS, C)
         if C.FACTORS > 0 and first == 0:
             for j in range(C.FACTORS):
                 if (present >> j) & 1 != 0:
@@ -304,31 +339,39 @@ def store(
 
 
 @gluon.jit
-def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
+def consumer(experts, rings, ends, sizes, work, WG: gl.constexpr, C: gl.constexpr):
     """A multiplying warp group: half of each tile's weight rows."""
     w_ring, x_ring, ready, empty = rings
     y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
     M, N, steps, tiles_n, tiles_m, headroom = sizes
+    _projected_ptr, _hidden_ptr, mask_ptr, settled_ptr, _arrived_ptr, _bias_ptr, _code_scale_ptr, _token_ptr = experts
+    _pieces, workers, cost, _slices = work
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
     if not C.LATER:
         wait_for_previous_kernel()
-    start, end, segments, cut, per = share(steps, tiles_n * tiles_m)
+    start, end, segments, first_whole, whole, per = share(steps, tiles_n * tiles_m, workers, cost, C.SHARES)
+    WAITS: gl.constexpr = C.LATER or C.SETTLES  # what is copied has been waited for
+    waited = 0
     i = 0
-    for index in range(segments + (tiles_n * tiles_m - cut) // gl.num_programs(0)):
-        tile, first, last = segment(index, steps, start, end, segments, cut)
+    if C.PROJECTS:
+        i += project_pieces(rings, experts, sizes, work, WG, C)
+    if C.SETTLES:
+        settle_pieces(experts, sizes, work, WG, C)
+    for index in range(segments + whole):
+        tile, first, last = segment(index, steps, start, end, segments, first_whole)
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        present = early_factors(mask_ptr, token_tile, index, M, C)
+        present = early_factors(mask_ptr, token_tile, waited, M, WAITS, C)
         if C.FP8:
             acc, i = multiply_fp8(i, last - first, w_ring, x_ring, ready, empty, WG, C)
         else:
             acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
             acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)
-        present = late_factors(present, mask_ptr, token_tile, index, M, C)
+        present, waited = late_factors(present, waited, first, mask_ptr, settled_ptr, token_tile, M, WAITS, C)
         if first > 0:
-            hand_over(acc, (tile * steps) // per, sums_ptr, count_ptr, WG)
+            hand_over(acc, holder(tile * steps, per, workers, cost), sums_ptr, count_ptr, WG)
         else:
             if last < steps:
-                shares = ((tile + 1) * steps - 1) // per - gl.program_id(0)
+                shares = holder((tile + 1) * steps - 1, per, workers, cost) - gl.program_id(0)
                 acc = collect(acc, shares, sums_ptr, count_ptr, WG)
             y = to_float(acc, row_tile, scale_ptr, N, headroom, WG, C)
             if C.FACTORS > 0:
@@ -336,10 +379,11 @@ def consumer(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
             store(y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["pieces", "workers", "cost", "slices"])
 def kernel(
-    w_desc, x_desc, up_desc, hidden_desc, mask_ptr, y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr,
-    count_ptr, M, N, steps, headroom, C: gl.constexpr,
+    w_desc, x_desc, up_desc, hidden_desc, down_desc, mask_ptr, y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr,
+    sums_ptr, count_ptr, projected_ptr, hidden_ptr, settled_ptr, arrived_ptr, router_bias_ptr, code_scale_ptr, M, N,
+    steps, headroom, pieces, workers, cost, slices, C: gl.constexpr,
 ):  # fmt: skip
     """y (M, N) = tokens (M, K) times weight (N, K)^T with scales, bias and experts. One program a multiprocessor."""
     w_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 64], w_desc.layout)
@@ -351,12 +395,19 @@ def kernel(
     rings = (w_ring, x_ring, ready, empty)
     sizes = (M, N, steps, tiles_n, tiles_m, headroom)
     ends = (y_ptr, scale_ptr, token_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr)
+    experts = (
+        projected_ptr, hidden_ptr, mask_ptr, settled_ptr, arrived_ptr, router_bias_ptr, code_scale_ptr, token_ptr,
+    )  # fmt: skip
+    if not (C.PROJECTS or C.SETTLES):  # known when it is compiled
+        workers = 0
+        cost = 0
+    work = (pieces, workers, cost, slices)
     gl.warp_specialize(
         [
-            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(0), C)),
-            (consumer, (mask_ptr, rings, ends, sizes, gl.constexpr(1), C)),
-            (producer, (w_desc, x_desc, up_desc, hidden_desc, mask_ptr, rings, sizes, C)),
+            (consumer, (experts, rings, ends, sizes, work, gl.constexpr(0), C)),
+            (consumer, (experts, rings, ends, sizes, work, gl.constexpr(1), C)),
+            (producer, (w_desc, x_desc, up_desc, hidden_desc, down_desc, experts, rings, sizes, work, C)),
         ],
         [4, 1],
-        [C.REGISTERS, 24],
+        [C.REGISTERS, 40],
     )

@@ -63,27 +63,52 @@ def tile_place(tile, tiles_n, tiles_m, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def share(steps, tiles):
-    """(first shared step, last, number of segments in the shared tiles, shared tiles) of this program.
-
-    Tiles of all complete waves but one are whole; the rest are cut into equal shares.
-    """
-    programs = gl.num_programs(0)
-    whole = gl.where(tiles % programs == 0, tiles, gl.maximum(tiles // programs - 1, 0) * programs)
-    cut = tiles - whole
-    per = gl.cdiv(cut * steps, programs)
-    start = gl.minimum(gl.program_id(0) * per, cut * steps)
-    end = gl.minimum(start + per, cut * steps)
-    segments = gl.where(end > start, gl.cdiv(end, steps) - start // steps, 0)
-    return start, end, segments, cut, per
+def first_step(program, per, all_steps, workers, cost):
+    """Of the shared steps: `per` for each program, less what experts cost the first `workers`."""
+    return gl.minimum(program * per - gl.minimum(program, workers) * gl.minimum(cost, per), all_steps)
 
 
 @gluon.jit
-def segment(index, steps, start, end, segments, cut):
+def holder(step, per, workers, cost):
+    """The program that holds a shared step."""
+    working = per - gl.minimum(cost, per)
+    beyond = step - workers * working
+    return gl.where(beyond < 0, step // gl.maximum(working, 1), workers + beyond // per)
+
+
+@gluon.jit
+def share(steps, tiles, workers, cost, SHARES: gl.constexpr):
+    """(first shared step, last, number of segments in the shared tiles, first and number of whole tiles of this
+    program, which are as many apart as there are programs, steps of a program).
+
+    Tiles of all complete waves but one are whole; the rest are cut into equal shares, of which what the first `workers`
+    programs do for experts is a part: `cost` steps each. Without SHARES tiles that are fewer than programs are whole,
+    and the last programs have one each.
+    """
+    programs = gl.num_programs(0)
+    program = gl.program_id(0)
+    even = (tiles % programs == 0) & (workers == 0)
+    whole = gl.where(even, tiles, gl.maximum(tiles // programs - 1, 0) * programs)
+    ahead = 0 * programs
+    if not SHARES:
+        ahead = gl.maximum(programs - tiles, 0)  # programs without a tile
+        whole = gl.where(ahead > 0, tiles, whole)
+    cut = tiles - whole
+    per = gl.cdiv(cut * steps + workers * cost, programs)
+    start = first_step(program, per, cut * steps, workers, cost)
+    end = first_step(program + 1, per, cut * steps, workers, cost)
+    segments = gl.where(end > start, gl.cdiv(end, steps) - start // steps, 0)
+    place = program - ahead
+    count = gl.where(place < 0, 0, gl.cdiv(whole - place, programs))
+    return start, end, segments, cut + place, count, per
+
+
+@gluon.jit
+def segment(index, steps, start, end, segments, first_whole):
     """The index-th piece of this program's work -> (tile, first step, end step)."""
     shared_tile = start // steps + index
     first = gl.maximum(start - shared_tile * steps, 0)
     last = gl.minimum(end - shared_tile * steps, steps)
     is_cut = index < segments
-    tile = gl.where(is_cut, shared_tile, cut + (index - segments) * gl.num_programs(0) + gl.program_id(0))
+    tile = gl.where(is_cut, shared_tile, first_whole + (index - segments) * gl.num_programs(0))
     return tile, gl.where(is_cut, first, 0), gl.where(is_cut, last, steps)

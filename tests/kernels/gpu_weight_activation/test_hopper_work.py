@@ -1,0 +1,76 @@
+"""How the Hopper linear shares out its work: the functions that the compiler takes, run by Python on plain numbers."""
+
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, SimpleNamespace]]:
+    """`hopper_work` with Python's arithmetic, and a grid to set: a program and how many there are."""
+    from quant_experts.kernels.gpu_weight_activation import hopper_work
+
+    grid = SimpleNamespace(program=0, programs=1)
+    plain = SimpleNamespace(
+        program_id=lambda axis: grid.program,
+        num_programs=lambda axis: grid.programs,
+        where=lambda condition, yes, no: yes if condition else no,
+        minimum=min,
+        maximum=max,
+        cdiv=lambda a, b: -(-a // b),
+    )
+    monkeypatch.setattr(hopper_work, "gl", plain)
+    for name in ("first_step", "holder", "share", "segment"):
+        monkeypatch.setattr(hopper_work, name, getattr(hopper_work, name).fn)
+    yield hopper_work, grid
+
+
+@pytest.mark.parametrize("workers", [0, 1, 7, 36, 131, 132, 300])
+@pytest.mark.parametrize("cost", [0, 1, 6, 40])
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize(
+    ("steps", "tiles"), [(1, 1), (28, 28), (28, 131), (28, 132), (28, 133), (7, 296), (148, 28), (2, 3), (3, 264)]
+)
+def test_each_step_of_each_tile_has_one_holder(
+    work: tuple[Any, SimpleNamespace], steps: int, tiles: int, shares: bool, cost: int, workers: int
+) -> None:
+    """Steps of a tile that is shared belong to programs one after another, whose number `holder` tells; programs that
+    do something for experts first have that much less; and no program has more than the others by more than a tile."""
+    hopper_work, grid = work
+    grid.programs = min(132, tiles * steps if shares else tiles + workers)
+    if workers >= grid.programs:
+        cost = 0  # as `hopper_launch.linear` passes it
+    held: dict[tuple[int, int], int] = {}
+    shared = []
+    for program in range(grid.programs):
+        grid.program = program
+        start, end, segments, first_whole, whole, per = hopper_work.share(steps, tiles, workers, cost, shares)
+        shared.append(end - start + (min(cost, per) if program < workers else 0))
+        assert whole >= 0
+        for index in range(segments + whole):
+            tile, first, last = hopper_work.segment(index, steps, start, end, segments, first_whole)
+            assert 0 <= first < last <= steps and 0 <= tile < tiles
+            assert index < segments or (first, last) == (0, steps)
+            for step in range(first, last):
+                assert (tile, step) not in held
+                held[tile, step] = program
+                if index < segments:
+                    assert hopper_work.holder(tile * steps + step, per, workers, cost) == program
+    assert len(held) == tiles * steps
+    assert max(shared) <= per
+    for tile in range(tiles):
+        holders = [held[tile, step] for step in range(steps)]
+        assert sorted(set(holders)) == list(range(holders[0], holders[-1] + 1)), "owners count shares by numbers"
+
+
+def test_one_tile_a_program_where_none_is_shared(work: tuple[Any, SimpleNamespace]) -> None:
+    """The first programs, which do something for experts, have none as long as there are others."""
+    hopper_work, grid = work
+    grid.programs = 40
+    for program in range(40):
+        grid.program = program
+        _, _, segments, first_whole, whole, _ = hopper_work.share(28, 28, 12, 9, False)
+        assert (segments, whole) == (0, int(program >= 12))
+        assert not whole or first_whole == program - 12
