@@ -122,7 +122,8 @@ def rows_on_no_device(n: int, k: int) -> Any:
         (1, (4608, 3584), 0, 512, torch.int8, False, True),
         (8, (37888, 3584), 0, 64, torch.int8, True, True),
         (9, (37888, 3584), 0, 64, torch.int8, False, True),
-        (16, (3584, 18944), 0, 64, torch.int8, True, True),
+        (8, (3584, 18944), 0, 64, torch.int8, True, True),
+        (9, (3584, 18944), 0, 64, torch.int8, False, True),
         (9, (3584, 18944), 0, 128, torch.int8, False, True),
         (8, (8192, 29568), 0, 64, torch.int8, True, True),
         (9, (8192, 29568), 0, 64, torch.int8, False, True),  # long

@@ -12,11 +12,10 @@ from quant_experts.kernels.gpu_weight_activation.layout import Kind, LinearLayou
 
 FEW, MOST_FEW = 8, 16
 """Tokens that `linear_few` takes at most of any group, and of groups that are neither wide nor too long."""
-MOST_RANKS, FEW_RANKS = 320, 64
-"""Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers. Few ranks."""
-FEW_RANKS_BLOCKS, MORE_RANKS_BLOCKS = 160, 32
-"""Blocks of 128 channels of groups that are too long for more than FEW tokens, with few ranks and with more, begin
-above these."""
+MOST_RANKS = 320
+"""Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers."""
+MOST_BLOCKS, MOST_BLOCKS_OF_EXPERTS = 160, 32
+"""Blocks of 128 channels, at most, of groups of which it takes more than FEW tokens, without experts and with them."""
 SETTLED_RANK = 64
 """Of experts that read values, at most, whose hidden values it settles: they take registers from all its programs."""
 FEW_BLOCKS, SHORT_BLOCKS = 32, 64
@@ -30,7 +29,7 @@ def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, ranks: int) -> b
     an H200."""
     if codes != torch.int8 or layout.out_features < LEAST_ROWS or ranks > MOST_RANKS:
         return False
-    most = FEW_RANKS_BLOCKS if ranks <= FEW_RANKS else MORE_RANKS_BLOCKS
+    most = MOST_BLOCKS_OF_EXPERTS if ranks else MOST_BLOCKS
     wide = is_wide(layout.out_features, layout.scale.device)
     return m <= FEW or (m <= MOST_FEW and not wide and layout.weight.shape[0] <= most)
 
@@ -55,8 +54,6 @@ def few_tile(m: int, layout: LinearLayout, factors: int, projects: bool) -> tupl
     elif blocks > SHORT_BLOCKS:
         eight = not factors or (m == 1 and not projects)
         rows, ways, most, registers = (16, 8, 5, 128) if eight else (16, 4, 10, None)
-        if projects and m == MOST_FEW:  # whose kernel lets three programs on a multiprocessor: slower than two or four
-            registers = 128
     else:
         rows, ways, most = 16, 2, 8 if projects or blocks > FEW_BLOCKS else 16
     turns = -(-blocks // ways)
