@@ -63,7 +63,7 @@ LEAST_STEPS = 4
 """Of a piece of a projection of codes, at least."""
 PIECE_OF_CODES_MICROSECONDS, PIECES_OF_VALUES_MICROSECONDS = 4.0, 5.0
 """What experts cost the programs that do something for them first, besides a piece's steps."""
-MOST_SETTLED = 128
+MOST_SETTLED = 64
 """Tokens of experts that read values, at most, that the linear settles."""
 
 

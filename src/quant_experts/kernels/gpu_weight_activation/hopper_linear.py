@@ -133,14 +133,18 @@ def early_factors(mask_ptr, token_tile, waited, M, WAITS: gl.constexpr, C: gl.co
 
 @gluon.jit
 def late_factors(present, waited, first, mask_ptr, settled_ptr, token_tile, M, WAITS: gl.constexpr, C: gl.constexpr):
-    """Of a tile whose steps from `first` on are done: where hidden values come later, wait for them if they are needed,
-    the first time. -> factors present, and whether that was waited for."""
-    if WAITS:
+    """Of a tile whose steps from `first` on are done: where hidden values come later, wait for them once. Those of
+    another launch, which is about to end, after the first piece of work, so that the factors present of further tiles
+    are asked for early; those of this one not before they are needed. -> factors present, and whether that was waited
+    for."""
+    if C.LATER:
+        if waited == 0:
+            wait_for_previous_kernel()
+            present = factors_present(mask_ptr, token_tile, M, C)
+            waited += 1
+    elif WAITS:
         if first + waited == 0:
-            if C.LATER:
-                wait_for_previous_kernel()
-            else:
-                wait_until_settled(settled_ptr, M, C)
+            wait_until_settled(settled_ptr, M, C)
             present = factors_present(mask_ptr, token_tile, M, C)
             waited += 1
     return present, waited
