@@ -250,7 +250,11 @@ QUANTIZE: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
     "truncated image": (cut(lambda p: p.samples.parent / "0.png"), [], r"line 1: image .*0\.png' is damaged"),
     "missing image": (lambda p: (p.samples.parent / "1.png").unlink(), [], r"line 2: image .*1\.png' does not exist"),
     "not an image": (write("0.png", b"hello"), [], r"0\.png' is not an image"),
-    "image of an impossible form": (wide_and_flat, [], "sample 1 is refused by the model's processor .*aspect ratio"),
+    "image of an impossible form": (
+        wide_and_flat,
+        [],
+        r"samples\.jsonl line 1 is refused by the model's processor .*aspect ratio",
+    ),
     "no samples": (write("samples.jsonl", b""), [], r"samples\.jsonl' has no samples: give"),
     "no samples in JSON": (
         write("empty.json", b"[]"),
@@ -524,7 +528,7 @@ def test_scopes_of_a_model_that_takes_text_only(
 ) -> None:
     text_only(place)
     ended = command("quantize", tiny("qwen2"), place.samples, place.output, "--scopes", f"language,{scope}")
-    check_refusal(ended, f"has no vision encoder: there is nothing to quantize in the scope '{scope}'")
+    check_refusal(ended, f"has no vision encoder that transformers names: leave the scope '{scope}' out")
     assert not place.output.exists()
 
 

@@ -98,6 +98,16 @@ def test_quantize_speaks_to_people(tiny: Callable[..., Path], samples: Path, tmp
     assert "stored bits per weight" in text and "W4A6" in text and "2 samples" in text
 
 
+@pytest.mark.parametrize(("recipe", "larger"), [("paper", True), ("rtn", False)])
+def test_quantize_says_when_experts_outgrow_the_layers(
+    tiny: Callable[..., Path], samples: Path, tmp_path: Path, recipe: str, larger: bool
+) -> None:
+    arguments = ["quantize", tiny("qwen2_vl"), samples, tmp_path / "out", "--recipe", recipe]
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    note = "more than the 16 bits of a weight in full precision"
+    assert result.exit_code == 0 and (note in " ".join(result.stderr.split())) == larger
+
+
 def test_eval(quantized: Callable[..., Path], samples: Path, tmp_path: Path) -> None:
     predictions = tmp_path / "predictions.jsonl"
     options = ["--max-new-tokens", 3, "--device", "cpu", "--predictions", predictions]

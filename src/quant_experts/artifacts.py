@@ -34,6 +34,8 @@ class Sample:
     question: str
     answer: str
     images: tuple[Image, ...] = ()
+    where: str = field(default="", compare=False)
+    """The file and line it was read from, or the like, for errors"""
 
 
 @dataclass(frozen=True)

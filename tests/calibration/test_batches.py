@@ -130,6 +130,8 @@ def test_refusals(loaded: dict[str, tuple[Any, Any]]) -> None:
         make_batches([Sample("a", "b")], *loaded["qwen2_vl"], max_tokens=0)
     with pytest.raises(QuantExpertsError, match="sample 1 is refused by the model's processor"):
         make_batches([Sample("what is <|image_pad|>?", "b", image)], *loaded["qwen2_vl"])
+    with pytest.raises(QuantExpertsError, match=r"^a\.jsonl line 7 is refused by the model's processor"):
+        make_batches([Sample("what is <|image_pad|>?", "b", image, "a.jsonl line 7")], *loaded["qwen2_vl"])
 
 
 def test_sample_without_answer_has_no_answer_tokens(loaded: dict[str, tuple[Any, Any]]) -> None:

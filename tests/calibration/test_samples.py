@@ -207,12 +207,29 @@ def test_palette_with_transparency_bytes() -> None:
     assert load_samples([(data, "x")])[0][0].images[0].mode == "RGB"
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_of_16_bits_a_pixel_the_upper_eight_are_read(kind: str) -> None:
+    """Upright, as others."""
+    values = np.array([[0, 255, 256], [30_000, 40_000, 65_535]], dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # half a turn
+    image = load_samples([(encoded(Image.fromarray(values), kind, exif=exif), "x")])[0][0].images[0]
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image)[..., 0], (values >> 8)[::-1, ::-1])
+
+
+@pytest.mark.parametrize(("answer", "text"), [(42, "42"), (0, "0"), (2.5, "2.5"), ([7, 8], "7")])
+def test_answers_may_be_numbers(answer: Any, text: str) -> None:
+    sample = load_samples([{"question": "How many?", "answer": answer}])[0][0]
+    assert sample.answer == text
+
+
 BAD_IMAGES = {
     "truncated.jpg": (lambda: encoded(tiny_image(200, 200), "JPEG")[:-2000], "is damaged"),
     "truncated.png": (lambda: encoded(tiny_image(200, 200))[:-5000], "is damaged"),
     "text.png": (lambda: b"hello", "is not an image"),
     "empty.png": (lambda: b"", "is not an image"),
-    "deep.png": (lambda: encoded(Image.new("I;16", (4, 4))), "8 bits"),
+    "deep.tif": (lambda: encoded(Image.new("I", (4, 4)), "TIFF"), "8 bits"),
 }
 
 
@@ -241,6 +258,7 @@ def test_bad_image_names_sample_and_file(tmp_path: Path, name: str) -> None:
         ([1, 2, 3, 4], "none of the accepted forms"),
         (7, "none of the accepted forms"),
         ({"question": 3, "answer": "a"}, "must be text"),
+        ({"question": "q", "answer": True}, "must be text, not str and bool"),
         ({"question": " ", "answer": ""}, "has no text"),
         ({"conversations": "hello"}, "none of the accepted forms"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "none of the accepted forms"),

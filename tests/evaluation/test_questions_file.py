@@ -22,7 +22,7 @@ def test_accepted_keys(tmp_path: Path) -> None:
     tiny_image(8, 6).save(tmp_path / "a.png")
     path = write(
         tmp_path,
-        {"question": "2 + 2?", "answer": "4"},
+        {"question": "2 + 2?", "answer": 4},
         {"question": "What?", "answers": ["cat", "kitten"], "image": "a.png", "kind": "pets", "scorer": "anls"},
         {"question": "Same?", "answer": "yes", "images": ["a.png", "a.png"]},
     )
@@ -45,7 +45,8 @@ def test_accepted_keys(tmp_path: Path) -> None:
         ([1], "has no question"),
         ({"question": "q"}, "needs an answer"),
         ({"question": "q", "answers": []}, "needs an answer"),
-        ({"question": "q", "answer": 4}, "needs an answer"),
+        ({"question": "q", "answer": True}, "needs an answer"),
+        ({"question": "q", "answers": ["4", None]}, "needs an answer"),
         ({"question": "q", "answer": "4", "scorer": "bleu"}, "scorer one of exact_match"),
         ({"question": "q", "answer": "4", "kind": 3}, "kind must be text"),
         ({"question": "q", "answer": "4", "anwsers": []}, "unknown key 'anwsers'"),

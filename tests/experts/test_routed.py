@@ -2,12 +2,16 @@
 
 import math
 import random
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import SpectralClustering
+from sklearn.exceptions import ConvergenceWarning
 
-from quant_experts.artifacts import GroupStatistics
+from quant_experts.artifacts import Event, GroupStatistics
 from quant_experts.errors import QuantExpertsError
 from quant_experts.experts.routed import BACKGROUND, cluster_channels, co_importance, fit_routed_experts
 
@@ -102,13 +106,29 @@ def test_clusters_repeat_under_a_seed() -> None:
     assert set(runs[0].tolist()) == set(range(5))
 
 
-def test_what_the_clustering_warned_of_becomes_an_event() -> None:
-    _, events = cluster_channels(torch.eye(12, dtype=torch.float64), 3, seed=0, where="block.7")
-    assert events and all(e.where == "block.7" and "\n" not in e.what for e in events)
-    assert "connected" in events[0].what
+def test_what_the_clustering_warned_of_becomes_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = SpectralClustering.fit_predict
+
+    def warn(self: SpectralClustering, similarity: Any) -> Any:
+        warnings.warn("few points\nof many", ConvergenceWarning, stacklevel=1)
+        return fit(self, similarity)
+
+    monkeypatch.setattr(SpectralClustering, "fit_predict", warn)
     connected = torch.full((12, 12), 0.5, dtype=torch.float64).fill_diagonal_(1)
     connected[:6, :6] += 0.4
-    assert cluster_channels(connected, 2, seed=0, where="block.7")[1] == []
+    assert cluster_channels(connected, 2, seed=0, where="block.7")[1] == [
+        Event("block.7", "spectral clustering: few points")
+    ]
+
+
+def test_channels_that_no_token_joins_are_nothing_to_note() -> None:
+    """The graph falls apart, which scikit-learn warns of, and its parts are the clusters."""
+    apart = torch.block_diag(*[torch.ones(4, 4, dtype=torch.float64)] * 3)
+    labels, events = cluster_channels(apart, 3, seed=0, where="block.7")
+    assert events == []
+    assert (
+        sorted(labels.view(3, 4)[:, 0].tolist()) == [0, 1, 2] and (labels.view(3, 4) == labels.view(3, 4)[:, :1]).all()
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 8])

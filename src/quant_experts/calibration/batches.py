@@ -46,7 +46,7 @@ def make_batches(
     batches: list[CalibrationBatch] = []
     events: list[Event] = []
     for number, sample in enumerate(samples, start=1):
-        where = f"sample {number}"
+        where = sample.where or f"sample {number}"
         inputs, answer_start = _encode(sample, processor, where)
         inputs = {key: value for key, value in inputs.items() if key in accepted}
         batch = _label(inputs, answer_start, image_ids, find_tokenizer(processor).eos_token_id)

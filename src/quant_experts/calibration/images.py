@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from quant_experts.config import MAX_PIXELS
@@ -40,7 +41,8 @@ class ImageReader:
             where: names the sample in errors.
 
         Raises:
-            QuantExpertsError: missing, truncated, not an image, or of a pixel type that has no RGB form.
+            QuantExpertsError: missing, truncated, not an image, or of a pixel type that has no RGB form. (Of 16 bits a
+                pixel the upper eight are read.)
         """
         if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
             value = value.get("bytes") or value["path"]
@@ -85,6 +87,9 @@ class ImageReader:
             image.load()
         except _UNREADABLE as error:
             raise _unreadable(name, error) from error
+        if image.mode.startswith("I;16"):  # Pillow would cut off all above 255
+            info, image = image.info, Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image.info |= info  # which way is up
         if image.mode.startswith(("I", "F")):
             raise QuantExpertsError(f"{name} has pixels of mode {image.mode}; convert it to 8 bits per channel.")
         if "transparency" in image.info:

@@ -86,6 +86,12 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 ) from error
 
 
+def number_as_text(answer: Any) -> Any:
+    """An answer as it is, but for a number, which JSON may hold as such."""
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    return str(answer) if is_number else answer
+
+
 def _open_source(source: Source) -> tuple[Path, Iterator[tuple[str, Any]]]:
     """(folder of relative image paths, (where, record) pairs)."""
     if not isinstance(source, (str, Path)):
@@ -200,6 +206,7 @@ def _read_sample(record: Any, reader: ImageReader, where: str, notes: Counter[st
         images, question, answer = _read_record(record, where, notes)
     else:
         raise _wrong_form(where)
+    answer = number_as_text(answer)
     if not isinstance(question, str) or not isinstance(answer, str):
         kinds = f"{type(question).__name__} and {type(answer).__name__}"
         raise QuantExpertsError(f"{where}: question and answer must be text, not {kinds}.")
@@ -208,7 +215,7 @@ def _read_sample(record: Any, reader: ImageReader, where: str, notes: Counter[st
         raise QuantExpertsError(f"{where} has no text: give it a question and an answer, or leave it out.")
     if not answer:
         notes["had no answer"] += 1
-    return Sample(question, answer, tuple(reader.read(image, where) for image in images))
+    return Sample(question, answer, tuple(reader.read(image, where) for image in images), where)
 
 
 def _read_record(record: dict[str, Any], where: str, notes: Counter[str]) -> tuple[list[Any], Any, Any]:

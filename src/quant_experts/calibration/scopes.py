@@ -80,7 +80,7 @@ def encoder_blocks(model: PreTrainedModel, scope: Scope = "vision") -> str:
     encoder = image_encoder(model)
     if encoder is None:
         raise QuantExpertsError(
-            f"{type(model).__name__} has no vision encoder: there is nothing to quantize in the scope '{scope}'."
+            f"{type(model).__name__} has no vision encoder that transformers names: leave the scope '{scope}' out."
         )
     lists = dict(_outermost_lists(encoder, _name_of(model, encoder)))
     if not lists:

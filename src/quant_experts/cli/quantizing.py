@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from quant_experts.calibration.memory import MemoryEstimate
     from quant_experts.pipeline import QuantizationResult
 
+FULL_BITS = 16
+"""Of a weight that is not quantized."""
+
 SamplesArgument = Annotated[
     str,
     typer.Argument(
@@ -102,6 +105,12 @@ def _show_result(result: QuantizationResult) -> None:
         f"{result.samples} samples ({tokens} tokens), {result.seconds:.0f} s, "
         f"peak memory {peak:,.0f} MiB (estimated {estimated:,.0f} MiB)."
     )
+    if result.bits_per_weight > FULL_BITS:
+        errors.print(
+            f"[yellow]Note:[/] that is more than the {FULL_BITS} bits of a weight in full precision: these layers are "
+            "narrow for experts of such ranks. --scale-ranks makes them follow the width.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _show_estimate(estimate: MemoryEstimate) -> None:

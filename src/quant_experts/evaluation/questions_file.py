@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from quant_experts.artifacts import Sample
 from quant_experts.calibration.images import ImageReader
-from quant_experts.calibration.samples import read_json_lines
+from quant_experts.calibration.samples import number_as_text, read_json_lines
 from quant_experts.config import MAX_PIXELS
 from quant_experts.demo.questions import Split, questions
 from quant_experts.errors import QuantExpertsError
@@ -82,7 +82,7 @@ def _read_item(record: Any, where: str, reader: ImageReader, default_scorer: str
     unknown = sorted(set(record) - set(KEYS))
     if unknown:
         raise QuantExpertsError(f"{where} has the unknown key '{unknown[0]}': use {', '.join(KEYS)}.")
-    answers = _listed(record, "answers", "answer")
+    answers = [number_as_text(answer) for answer in _listed(record, "answers", "answer")]
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise QuantExpertsError(f"{where} needs an answer as text, or a list of texts under answers.")
     kind, scorer = record.get("kind", "all"), record.get("scorer", default_scorer)

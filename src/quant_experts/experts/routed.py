@@ -41,7 +41,8 @@ def co_importance(statistics: GroupStatistics, channels: Tensor) -> Tensor:
 
 
 def cluster_channels(similarity: Tensor, clusters: int, *, seed: int, where: str) -> tuple[Tensor, list[Event]]:
-    """Spectral clustering of (C, C) similarities -> labels (C,) int64 and events for what scikit-learn warned about.
+    """Spectral clustering of (C, C) similarities -> labels (C,) int64 and events for what scikit-learn warned about,
+    but for a graph that falls apart: channels that no token joins belong to different experts.
 
     One thread, because sums that are taken in another order can move a channel that lies between two clusters.
     """
@@ -49,6 +50,7 @@ def cluster_channels(similarity: Tensor, clusters: int, *, seed: int, where: str
         return torch.zeros(len(similarity), dtype=torch.long), []
     with warnings.catch_warnings(record=True) as caught, threadpool_limits(1):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message="Graph is not fully connected")
         model = SpectralClustering(
             clusters, affinity="precomputed", assign_labels="kmeans", random_state=seed, n_init=10
         )
