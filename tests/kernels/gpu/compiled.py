@@ -175,7 +175,7 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "int", torch.float32, 64, 256, 0, (5000,), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 256, 0, (5000,), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 1000, 0, (64, 4096), ("shared", "wide experts", "many experts")),
-    (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (100,), ("high rank", "codes of a high rank")),
+    (triton_backend, 8, "int", torch.bfloat16, 512, 3584, 0, (40,), ("high rank", "codes of a high rank")),
     (triton_backend, 8, "int", torch.bfloat16, 64, 18944, 0, (64, 2048), KINDS[1:2]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 20480, 0, (20,), KINDS[2:]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 29568, 0, (20,), KINDS[:1]),

@@ -276,6 +276,34 @@ def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expecte
     assert (c.BN.value, c.BM.value, c.SHARES.value) == expected
 
 
+@pytest.mark.parametrize("tokens", [9, 16, 17, 40, 128, 300, 5000, 200_000])
+@pytest.mark.parametrize("shape", [(11, 128), (4608, 3584), (37888, 3584), (3584, 18944)])
+@pytest.mark.parametrize(("kind", "rows"), [("codes", 32), ("codes", 64), ("codes", 512), ("values", 320)])
+def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind: str, rows: int) -> None:
+    """Each piece of codes has a step, there are pieces of all tokens and rows, and of few tokens many; who does nothing
+    but work for experts is not spared steps; there are no more programs than multiprocessors."""
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import config, work
+
+    (n, k), codes = shape, kind == "codes"
+    steps = k // 128
+    flags = dict(PROJECTS=codes, SETTLES=not codes, TOTAL=rows, EXPERTS=0 if codes else 8)
+    c = config(tokens, n, k, 1 if codes else 9, 32, 132, BIAS=False, SORTED=False, FP8=False, **flags)
+    cut = work(c, tokens, n, steps, 132)
+    tiles = -(-n // c.BN.value) * -(-tokens // c.BM.value)
+    assert 1 <= cut.programs <= min(132, tiles * steps if c.SHARES.value else tiles + cut.workers)
+    if codes:
+        projected = -(-tokens // c.BM.value) * -(-rows // 64)
+        assert cut.workers == projected * cut.pieces and 1 <= cut.pieces <= max(1, steps // 4)
+        assert cut.workers <= 132 or cut.pieces == 1
+        assert cut.pieces == max(1, steps // 4) or 2 * cut.workers > 132 - projected
+    else:
+        assert cut.workers * 2 >= -(-tokens // 16) * 9 > (cut.workers - 1) * 2
+    assert (cut.cost == 0) == (cut.workers >= cut.programs)
+    assert cut.cost == 0 or cut.cost >= (-(-steps // cut.pieces) if codes else 1)
+    alone = work(config(tokens, n, k, 0, 32, 132, BIAS=False, SORTED=False, FP8=False), tokens, n, steps, 132)
+    assert alone[1:] == (0, 0, 0)
+
+
 def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_experts.kernels.gpu_weight_activation import prepare_launch
     from quant_experts.kernels.gpu_weight_activation.layout import Kind

@@ -36,33 +36,46 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, SimpleNa
 def test_each_step_of_each_tile_has_one_holder(
     work: tuple[Any, SimpleNamespace], steps: int, tiles: int, shares: bool, cost: int, workers: int
 ) -> None:
-    """Steps of a tile that is shared belong to programs one after another, whose number `holder` tells; programs that
-    do something for experts first have that much less; and no program has more than the others by more than a tile."""
+    """Of one or two waves of tiles steps are shared, all alike, what programs do for experts first included; other
+    tiles are whole. Shares of a tile belong to programs one after another, whose number `holder` tells."""
     hopper_work, grid = work
     grid.programs = min(132, tiles * steps if shares else tiles + workers)
     if workers >= grid.programs:
-        cost = 0  # as `hopper_launch.linear` passes it
+        cost = 0  # as `hopper_launch.work` has it
     held: dict[tuple[int, int], int] = {}
-    shared = []
+    shared, wholes = [0] * grid.programs, [0] * grid.programs
     for program in range(grid.programs):
         grid.program = program
         start, end, segments, first_whole, whole, per = hopper_work.share(steps, tiles, workers, cost, shares)
-        shared.append(end - start + (min(cost, per) if program < workers else 0))
-        assert whole >= 0
+        wholes[program] = whole
         for index in range(segments + whole):
             tile, first, last = hopper_work.segment(index, steps, start, end, segments, first_whole)
             assert 0 <= first < last <= steps and 0 <= tile < tiles
             assert index < segments or (first, last) == (0, steps)
+            shared[program] += last - first if index < segments else 0
             for step in range(first, last):
                 assert (tile, step) not in held
                 held[tile, step] = program
                 if index < segments:
                     assert hopper_work.holder(tile * steps + step, per, workers, cost) == program
     assert len(held) == tiles * steps
-    assert max(shared) <= per
     for tile in range(tiles):
         holders = [held[tile, step] for step in range(steps)]
         assert sorted(set(holders)) == list(range(holders[0], holders[-1] + 1)), "owners count shares by numbers"
+
+    if not shares and tiles < grid.programs:
+        assert sum(shared) == 0 and sorted(set(wholes)) == [0, 1]
+        return
+    assert len(set(wholes)) == 1, "as many whole tiles each"
+    cut = sum(shared) // steps
+    if tiles % grid.programs == 0 and not workers:
+        assert cut == 0, "complete waves that nothing delays"
+    elif tiles >= grid.programs:
+        assert grid.programs <= cut < 2 * grid.programs, "one or two waves"
+    most = -(-(sum(shared) + workers * cost) // grid.programs)
+    working = min(workers, grid.programs)
+    assert max(shared[working:], default=0) <= most, "no more than an equal share of everything"
+    assert max(shared[:working], default=0) <= max(most - cost, 0), "and less by what experts cost"
 
 
 def test_one_tile_a_program_where_none_is_shared(work: tuple[Any, SimpleNamespace]) -> None:

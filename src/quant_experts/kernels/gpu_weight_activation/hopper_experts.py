@@ -18,14 +18,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from quant_experts.kernels.gpu.hopper import factors_of_experts
 from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, wait_for
-from quant_experts.kernels.gpu_weight_activation.hopper_settle import settle
+from quant_experts.kernels.gpu_weight_activation.hopper_settle import best, in_units
 from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier
+from quant_experts.kernels.gpu_weight_activation.layout import MASK_TOKENS
 
 RANKS = gl.constexpr(64)
 """Rows of a projection of codes in a piece."""
-BLOCK_TOKENS = gl.constexpr(16)
-"""Of values, in a piece."""
+BLOCK_TOKENS = gl.constexpr(MASK_TOKENS)
+"""Of values, in a piece: those of a mask of factors present."""
+FOUR_EACH = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+"""Of tokens and ranks of values: 16 bytes of each thread."""
 GROUPS = gl.constexpr(2)
 """Warp groups: of codes each takes half of a tile's tokens, of values each takes pieces."""
 SLICES_AT_ONCE = gl.constexpr(10)
@@ -156,15 +160,53 @@ def settle_pieces(experts, sizes, work, WG: gl.constexpr, C: gl.constexpr):
     _pieces, _workers, _cost, slices = work
     for piece in range(GROUPS * gl.program_id(0) + WG, pieces_of_values(M, C), GROUPS * gl.num_programs(0)):
         block, factor = piece // C.FACTORS, piece % C.FACTORS
-        present = settle(
-            factor, block * BLOCK_TOKENS, projected_ptr, router_bias_ptr, code_scale_ptr, token_ptr, hidden_ptr, M,
-            slices, 1.0 / headroom, 4, BLOCK_TOKENS, C.FACTORS, C.EXPERTS, C.PADDED_EXPERTS, C.RANK, C.TOTAL,
-            SLICES_AT_ONCE, C.READS_CODES,
-        )  # fmt: skip
-        if C.EXPERTS > 0 and factor == 0:
-            gl.store(mask_ptr + block, present)
+        first = block * BLOCK_TOKENS
+        token = first + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(1, FOUR_EACH))
+        rank = gl.arange(0, C.RANK, gl.SliceLayout(0, FOUR_EACH))[None, :]
+        total = added_slices(projected_ptr + factor * C.RANK, first, M, slices, C.RANK, C.TOTAL, FOUR_EACH)
+        hidden = in_units(total, token, rank, M, code_scale_ptr, token_ptr, 1.0 / headroom, C.READS_CODES)
+        uses = token < M
+        if C.EXPERTS > 0:
+            SHARED: gl.constexpr = C.FACTORS - C.EXPERTS
+            CHOICE: gl.constexpr = gl.BlockedLayout([1, C.PADDED_EXPERTS // 4], [8, 4], [4, 1], [1, 0])
+            expert = choose(projected_ptr + C.FACTORS * C.RANK, router_bias_ptr, first, M, slices, CHOICE, C)
+            used = first + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(1, CHOICE)) < M
+            if factor == 0:
+                gl.store(mask_ptr + block, factors_of_experts(expert, used, SHARED))
+            uses = uses & ((factor < SHARED) | (gl.convert_layout(expert, token.type.layout) == factor - SHARED))
+        hidden = gl.where(uses[:, None], hidden, 0.0).to(gl.float16)
+        at = hidden_ptr + token.to(gl.int64)[:, None] * (C.FACTORS * C.RANK) + factor * C.RANK + rank
+        gl.store(at, hidden, mask=(token < M)[:, None])
         fence_copies()
         count_done(settled_ptr, 0 * piece)
+
+
+@gluon.jit
+def choose(scores_ptr, bias_ptr, first, M, slices, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """As `hopper_settle.choose`, of a block of tokens, with all parts of the router's weights in one load."""
+    EP: gl.constexpr = C.PADDED_EXPERTS
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [32 // EP, EP], [4, 1], [1, 0])
+    parts = added_slices(scores_ptr, first, M, slices, 4 * EP, C.TOTAL, WIDE)
+    scores = gl.convert_layout(gl.sum(parts.reshape([BLOCK_TOKENS, 4, EP]), axis=1), LAYOUT)
+    return best(scores, gl.arange(0, EP, gl.SliceLayout(0, LAYOUT))[None, :], bias_ptr, C.EXPERTS)
+
+
+@gluon.jit
+def added_slices(
+    sums_ptr, first, M, slices, COLUMNS: gl.constexpr, TOTAL: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """(BLOCK_TOKENS, COLUMNS) of sums (slices, M, TOTAL) of a block of tokens, added up in order, SLICES_AT_ONCE asked
+    for at once: more code would come from memory, and take longer than the sums."""
+    token = first + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(1, LAYOUT))[:, None]
+    at = sums_ptr + token.to(gl.int64) * TOTAL + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))[None, :]
+    stride = (0 * first + M).to(gl.int64) * TOTAL
+    total = gl.zeros([BLOCK_TOKENS, COLUMNS], sums_ptr.dtype.element_ty, LAYOUT)
+    for start in range(0, slices, SLICES_AT_ONCE):
+        for i in gl.static_range(SLICES_AT_ONCE):
+            there = (token < M) & (start + i < slices)
+            total += gl.load(at, mask=there, other=0, cache_modifier=".cg")
+            at += stride
+    return total
 
 
 @gluon.jit

@@ -212,8 +212,8 @@ def kernel(
             wait_for_previous_kernel()
         for factor in range(worker, factors, workers):
             present |= settle(
-                factor, 0 * factor, sums_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, M, SLICES,
-                inverse_headroom, WAYS, BM, F, E, EP, R, TOTAL, SLICES, PROJECTS,
+                factor, sums_ptr, router_bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, M, inverse_headroom,
+                WAYS, BM, F, E, EP, R, TOTAL, SLICES, PROJECTS,
             )  # fmt: skip
         if worker < factors:
             count_done(counts_ptr + LINE, present)

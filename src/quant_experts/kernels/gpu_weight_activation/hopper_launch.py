@@ -114,7 +114,7 @@ def weight_descriptors(layout: LinearLayout, rows: int) -> tuple[Boxes, Boxes | 
 
 
 def settles(kind: Kind, m: int) -> bool:
-    """Whether `linear` settles m tokens of a kind of group, and projects codes for that."""
+    """Whether `linear` settles m tokens of a kind of group, and projects integer codes for that."""
     return kind.rows > 0 and (m <= MOST_SETTLED or (kind.reads_codes and kind.code_type == torch.int8))
 
 
@@ -129,27 +129,32 @@ def settling(tokens: Tokens) -> dict[str, Any]:
 
 
 class Work(NamedTuple):
-    """What the first programs do for experts before they multiply."""
+    """How a product, and what its first programs do for experts before they multiply, is cut over programs."""
 
+    programs: int
     pieces: int
     """Of a tile's tokens, for each RANKS rows of a projection of codes."""
     workers: int
-    """Programs that do it, or, if those are more than there are, pieces."""
+    """Programs that do something for experts; if those are more than there are, pieces."""
     cost: int
-    """Of each, in steps of the product."""
+    """Of each, in steps of the product; 0 where all programs work for experts."""
 
 
-def work(c: Config, m: int, steps: int, count: int) -> Work:
-    """Cut for m tokens over at most so many programs."""
+def work(c: Config, m: int, n: int, steps: int, count: int) -> Work:
+    """Of m tokens and n rows over at most so many programs."""
+    pieces, workers, cost = 0, 0, 0
     each = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
+    token_tiles = -(-m // c.BM.value)
     if c.PROJECTS.value:
-        tiles = -(-m // c.BM.value) * -(-c.TOTAL.value // RANKS.value)
-        pieces = max(1, min(steps // LEAST_STEPS, count // tiles))
-        return Work(pieces, tiles * pieces, -(-steps // pieces) + round(PIECE_OF_CODES_MICROSECONDS / each))
-    if c.SETTLES.value:
-        pieces = -(-m // BLOCK_TOKENS.value) * c.FACTORS.value
-        return Work(0, -(-pieces // GROUPS.value), round(PIECES_OF_VALUES_MICROSECONDS / each))
-    return Work(0, 0, 0)
+        projected = token_tiles * -(-c.TOTAL.value // RANKS.value)
+        pieces = max(1, min(steps // LEAST_STEPS, count // projected))
+        workers, cost = projected * pieces, -(-steps // pieces) + round(PIECE_OF_CODES_MICROSECONDS / each)
+    elif c.SETTLES.value:
+        blocks = -(-m // BLOCK_TOKENS.value)
+        workers, cost = -(-blocks * c.FACTORS.value // GROUPS.value), round(PIECES_OF_VALUES_MICROSECONDS / each)
+    tiles = -(-n // c.BN.value) * token_tiles
+    programs = min(count, tiles * steps if c.SHARES.value else tiles + workers)
+    return Work(programs, pieces, workers, cost if workers < programs else 0)
 
 
 def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
@@ -168,6 +173,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     steps, count = k // BLOCK, programs(device)
     c = chosen or config(m, n, k, factors, rank, count, **flags)
     assert not (fp8 and c.UNITS.value) or k <= FP8_CHANNELS, "the matrix units would lose too much of such long sums"
+    assert (c.PROJECTS.value, c.SETTLES.value) == (flags.get("PROJECTS", False), flags.get("SETTLES", False))
     bn, bm = c.BN.value, c.BM.value
     weight_rows, up_rows = weight_descriptors(layout, bn)
     token_rows = down_rows = descriptor(tokens.codes, bm, BLOCK)
@@ -181,16 +187,15 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     shares = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
     shares = shares.view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 4, device).view(torch.int64)
-    token_tiles = -(-m // bm)
-    arrived = zeros("hopper tokens", max(MOST_TOKEN_TILES, token_tiles) * GROUPS.value, device)
-    tiles, first = -(-n // bn) * token_tiles, work(c, m, steps, count)
-    used = min(count, tiles * steps if c.SHARES.value else tiles + first.workers)
+    arrived = done
+    if c.PROJECTS.value:
+        arrived = zeros("hopper tokens", max(MOST_TOKEN_TILES, -(-m // bm)) * GROUPS.value, device)
+    cut = work(c, m, n, steps, count)
     start(
-        kernel, (used,),
+        kernel, (cut.programs,),
         weight_rows, token_rows, up_rows, hidden_rows, down_rows, ptr(present, done), y, layout.scale,
         tokens.token_scale, ptr(layout.bias, nothing), ptr(tokens.order, done), shares, done, ptr(sums, nothing),
         ptr(hidden, nothing), ptr(tokens.counts, done), arrived, ptr(tokens.router_bias, nothing),
-        ptr(tokens.code_scale, nothing), m, n, steps, tokens.headroom, first.pieces, first.workers,
-        first.cost if first.workers < used else 0, 0 if sums is None else len(sums), c, num_warps=4,
-        maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
+        ptr(tokens.code_scale, nothing), m, n, steps, tokens.headroom, cut.pieces, cut.workers,
+        cut.cost, 0 if sums is None else len(sums), c, num_warps=4, maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
     )  # fmt: skip

@@ -134,9 +134,9 @@ def early_factors(mask_ptr, token_tile, waited, M, WAITS: gl.constexpr, C: gl.co
 @gluon.jit
 def late_factors(present, waited, first, mask_ptr, settled_ptr, token_tile, M, WAITS: gl.constexpr, C: gl.constexpr):
     """Of a tile whose steps from `first` on are done: where hidden values come later, wait for them once. Those of
-    another launch, which is about to end, after the first piece of work, so that the factors present of further tiles
-    are asked for early; those of this one not before they are needed. -> factors present, and whether that was waited
-    for."""
+    another launch after the first piece of work, needed or not: what follows also writes to workspaces that an earlier
+    kernel may have used, and the factors present of further tiles are asked for early. Those of this one not before
+    they are needed. -> factors present, and whether that was waited for."""
     if C.LATER:
         if waited == 0:
             wait_for_previous_kernel()

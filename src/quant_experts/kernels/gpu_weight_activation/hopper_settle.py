@@ -74,34 +74,24 @@ def pieces(steps, WAYS: gl.constexpr, TOTAL: gl.constexpr):
 
 
 @gluon.jit
-def added_slices(
-    sums_ptr, first, M, slices, BM: gl.constexpr, COLUMNS: gl.constexpr, TOTAL: gl.constexpr, AT_ONCE: gl.constexpr,
-    LAYOUT: gl.constexpr,
+def choose(
+    sums_ptr, bias_ptr, M, BM: gl.constexpr, F: gl.constexpr, E: gl.constexpr, R: gl.constexpr, TOTAL: gl.constexpr,
+    EP: gl.constexpr, SLICES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """(BM, COLUMNS) of sums (slices, M, TOTAL), of BM tokens from `first` on, added up in order, AT_ONCE asked for at
-    once: more code would come from memory, and take longer than the sums."""
-    token = first + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))[:, None]
-    at = sums_ptr + token.to(gl.int64) * TOTAL + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))[None, :]
-    stride = (0 * first + M).to(gl.int64) * TOTAL
-    total = gl.zeros([BM, COLUMNS], sums_ptr.dtype.element_ty, LAYOUT)
-    for start in range(0, slices, AT_ONCE):
-        for i in gl.static_range(AT_ONCE):
-            there = (token < M) & (start + i < slices)
-            total += gl.load(at, mask=there, other=0, cache_modifier=".cg")
-            at += stride
-    return total
+    """(BM,) the expert of each token, as `tokens.choose`, from (SLICES, M, TOTAL) sums."""
+    token = gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))[:, None]
+    column = gl.arange(0, EP, gl.SliceLayout(0, LAYOUT))[None, :]
+    scores = gl.zeros([BM, EP], gl.float32, LAYOUT)
+    for piece in gl.static_range(SLICES):
+        for part in gl.static_range(3):
+            at = sums_ptr + (piece * M + token) * TOTAL + F * R + part * EP + column
+            scores += gl.load(at, mask=token < M, other=0.0, cache_modifier=".cg")
+    return best(scores, column, bias_ptr, E)
 
 
 @gluon.jit
-def choose(
-    sums_ptr, bias_ptr, first, M, slices, BM: gl.constexpr, F: gl.constexpr, E: gl.constexpr, R: gl.constexpr,
-    TOTAL: gl.constexpr, EP: gl.constexpr, AT_ONCE: gl.constexpr, WAYS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """(BM,) the expert of each token, as `tokens.choose`, from (slices, M, TOTAL) sums."""
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [32 // EP, EP], [WAYS, 1], [1, 0])
-    parts = added_slices(sums_ptr + F * R, first, M, slices, BM, 4 * EP, TOTAL, AT_ONCE, WIDE)
-    scores = gl.convert_layout(gl.sum(parts.reshape([BM, 4, EP]), axis=1), LAYOUT)
-    column = gl.arange(0, EP, gl.SliceLayout(0, LAYOUT))[None, :]
+def best(scores, column, bias_ptr, E: gl.constexpr):
+    """Of each row of scores, the first column of E with the least score, bias included."""
     scores += gl.load(bias_ptr + column, mask=column < E, other=0.0)
     scores = gl.where(scores != scores, float("-inf"), scores)
     scores = gl.where(column < E, scores, float("inf"))
@@ -111,34 +101,43 @@ def choose(
 
 @gluon.jit
 def settle(
-    factor, first, sums_ptr, bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, M, slices, inverse_headroom,
+    factor, sums_ptr, bias_ptr, code_scale_ptr, token_scale_ptr, hidden_ptr, M, inverse_headroom,
     WAYS: gl.constexpr, BM: gl.constexpr, F: gl.constexpr, E: gl.constexpr, EP: gl.constexpr, R: gl.constexpr,
-    TOTAL: gl.constexpr, AT_ONCE: gl.constexpr, CODES: gl.constexpr,
+    TOTAL: gl.constexpr, SLICES: gl.constexpr, CODES: gl.constexpr,
 ):  # fmt: skip
-    """Hidden values (M, F R) of one factor and BM tokens from `first` on, as `prepare.end` leaves them, from sums
-    (slices, M, TOTAL), of which AT_ONCE are asked for at once. -> of the first factor, which are present, where experts
-    are routed; else 0."""
+    """Hidden values (M, F R) of one factor, as `prepare.end` leaves them, M <= BM, from sums (SLICES, M, TOTAL). -> of
+    the first, which factors are present, where experts are routed; else 0."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WAYS, 1], [1, 0])
     SHARED: gl.constexpr = F - E
-    token = first + gl.arange(0, BM, gl.SliceLayout(1, WIDE))
+    token = gl.arange(0, BM, gl.SliceLayout(1, WIDE))
     rank = gl.arange(0, R, gl.SliceLayout(0, WIDE))[None, :]
     uses = token < M
     present = 0
-    row = token[:, None].to(gl.int64)
-    total = added_slices(sums_ptr + factor * R, first, M, slices, BM, R, TOTAL, AT_ONCE, WIDE)
-    hidden = total.to(gl.float32) * inverse_headroom
-    if CODES:
-        hidden = hidden * gl.load(code_scale_ptr + rank)
-    else:
-        scale = gl.load(token_scale_ptr + token, mask=uses, other=1.0, cache_modifier=".cg")
-        scale = gl.where(scale == scale, scale, 1.0)
-        hidden = hidden * gl.div_rn(gl.full(scale.shape, 1.0, gl.float32, scale.type.layout), scale)[:, None]
+    row = token[:, None]
+    at = sums_ptr + row * TOTAL + factor * R + rank
+    total = gl.load(at, mask=row < M, other=0, cache_modifier=".cg")
+    for piece in gl.static_range(1, SLICES):  # unrolled: all loads are under way at once
+        total += gl.load(at + piece * M * TOTAL, mask=row < M, other=0, cache_modifier=".cg")
+    hidden = in_units(total, token, rank, M, code_scale_ptr, token_scale_ptr, inverse_headroom, CODES)
     if E > 0:
         CHOICE: gl.constexpr = gl.BlockedLayout([1, EP // 4], [8, 4], [WAYS, 1], [1, 0])
-        expert = choose(sums_ptr, bias_ptr, first, M, slices, BM, F, E, R, TOTAL, EP, AT_ONCE, WAYS, CHOICE)
-        used = first + gl.arange(0, BM, gl.SliceLayout(1, CHOICE)) < M
+        expert = choose(sums_ptr, bias_ptr, M, BM, F, E, R, TOTAL, EP, SLICES, CHOICE)
+        used = gl.arange(0, BM, gl.SliceLayout(1, CHOICE)) < M
         present = gl.where(factor == 0, factors_of_experts(expert, used, SHARED), 0)
         uses = uses & ((factor < SHARED) | (gl.convert_layout(expert, token.type.layout) == factor - SHARED))
     hidden = gl.where(uses[:, None], hidden, 0.0).to(gl.float16)
     gl.store(hidden_ptr + row * (F * R) + factor * R + rank, hidden, mask=row < M)
     return present
+
+
+@gluon.jit
+def in_units(total, token, rank, M, code_scale_ptr, token_scale_ptr, inverse_headroom, CODES: gl.constexpr):
+    """Sums of tokens and ranks as float32 hidden values, in units of token scale * headroom."""
+    hidden = total.to(gl.float32) * inverse_headroom
+    if CODES:
+        hidden = hidden * gl.load(code_scale_ptr + rank)
+    else:
+        scale = gl.load(token_scale_ptr + token, mask=token < M, other=1.0, cache_modifier=".cg")
+        scale = gl.where(scale == scale, scale, 1.0)
+        hidden = hidden * gl.div_rn(gl.full(scale.shape, 1.0, gl.float32, scale.type.layout), scale)[:, None]
+    return hidden

@@ -161,7 +161,7 @@ class Tokens(Prepared):
     """See `GroupLayout`: where experts read codes, which that linear projects, adding to sums of zeros."""
     counts: Tensor | None = None
     """(COUNTS,) int64, zeros: programs of that linear count themselves there, in the lower halves; in the upper ones
-    they say which factors are present."""
+    those of few tokens say which factors are present."""
     router_bias: Tensor | None = None
     code_scale: Tensor | None = None
     """See `GroupLayout`: what that linear needs for it."""

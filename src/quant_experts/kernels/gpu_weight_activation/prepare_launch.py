@@ -54,14 +54,15 @@ PROJECT_TILES = (
 """Up to so many tokens: rows of the projection, tokens and warps with channels of their own of a program that projects;
 and how many programs share the input channels, at most."""
 ADD_TOKENS = 16
-"""Up to here integer sums of codes are added where they are; of more tokens that is slower than writing them."""
+"""Up to here integer sums of codes are added where they are; of more tokens that is slower than writing them, but for
+linears that do it themselves."""
 PLANS = 4096
 """Plans that are kept."""
 
 
 def prepare(x: Tensor, layout: GroupLayout, settled: bool = True, sorts: bool | None = None) -> Tokens:
-    """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that projects codes
-    and settles. sorts: whether tokens are sorted by expert; if they are many where it is not given."""
+    """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that settles, and
+    projects integer codes. sorts: whether tokens are sorted by expert; if they are many where it is not given."""
     m, k = x.shape
     if not m:
         return _allocate(x, layout)
