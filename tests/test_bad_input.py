@@ -459,7 +459,7 @@ def tiny_picture(place: Place) -> None:
 UNUSUAL: dict[str, tuple[Callable[[Place], None], list[str], str | None]] = {
     "text only": (text_only, [], "none has an image although the model takes images"),
     "one sample": (one_sample, [], "one sample only"),
-    "long sample": (NOTHING, ["--max-tokens", "62"], r"sample 2: cut from 64 tokens to the limit of 62"),
+    "long sample": (NOTHING, ["--max-tokens", "62"], r"samples\.jsonl line 2: cut from 64 tokens to the limit of 62"),
     "picture of one pixel": (tiny_picture, [], None),
     "large picture": (NOTHING, ["--max-pixels", "5000"], "scaled down"),
     "empty output folder": (lambda place: place.output.mkdir(), [], None),

@@ -211,6 +211,7 @@ def added_slices(
 
 @gluon.jit
 def pieces_of_values(M, C: gl.constexpr):
+    """Of all tokens and factors."""
     return gl.cdiv(M, BLOCK_TOKENS) * C.FACTORS
 
 
