@@ -4,8 +4,9 @@ Triton's own way. Needs no GPU.
     python benchmarks/kernels/launch_times.py
 
 Kernels are compiled for Hopper and loaded nowhere: launching one does nothing, so that what is timed is Python alone,
-allocations and checks included. Prints microseconds of a group's product by all ways, medians of rounds in which they
-take turns, and the ratio to Triton's way within a round with its 10th and 90th percentile.
+allocations and checks included. Prints how many launches a group takes, microseconds of its product by all ways,
+medians of rounds in which they take turns, and the ratio to Triton's way within a round with its 10th and 90th
+percentile.
 """
 
 from __future__ import annotations
@@ -73,22 +74,31 @@ def times(x: Tensor, packed: backend.Packed) -> list[list[float]]:
                 if hasattr(module, "start"):
                     module.start = start
             found.append(seconds(lambda apply=apply: apply(x, packed)))  # type: ignore[misc]
-    assert any(isinstance(program, recorded.Program) for program in recorded._programs.values())
     return [found[1:] for found in ways.values()]  # the first round compiles and records
+
+
+def launches() -> int:
+    """Of the group that was recorded."""
+    (program,) = recorded._programs.values()
+    assert isinstance(program, recorded.Program)
+    return len(program.launches)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pretend()
-    print("| experts | tokens | Triton's way, us | start, us | repeated, us | start / Triton's | repeated / Triton's |")
-    print("| --- |" + " ---: |" * 6)
+    print(
+        "| experts | tokens | launches | Triton's way, us | start, us | repeated, us | start / Triton's "
+        "| repeated / Triton's |"
+    )
+    print("| --- |" + " ---: |" * 7)
     for kind, title in {"none": "none", "experts": "8 routed, one shared", "codes": "default recipe"}.items():
         for m, k, n in SIZES:
             group, linears = compiled.operands(kind, 8, "int", n, k, 0)
             packed = backend.pack(group, linears, torch.bfloat16)
             recorded._programs.clear()
             before, *after = times(torch.ones(m, k, dtype=torch.bfloat16), packed)
-            cells = [f"{median(found) * 1e6:.0f}" for found in (before, *after)]
+            cells = [str(launches()), *(f"{median(found) * 1e6:.0f}" for found in (before, *after))]
             for found in after:
                 ratios = [a / b for a, b in zip(found, before, strict=True)]
                 low, *_, high = quantiles(ratios, n=10)

@@ -67,8 +67,9 @@ def test_launches_are_timed_and_copies_and_products_compile_without_a_gpu() -> N
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
     assert len(lines) == 2 + 3 + 2 and lines[-2:] == ["2 kernels that copy", "3 that multiply"]
-    for line in lines[2:5]:
-        assert all(int(cell) > 0 for cell in line.split("|")[3:6])
+    cells = [line.split("|") for line in lines[2:5]]
+    assert [int(row[3]) for row in cells] == [2, 3, 2]  # quantize and multiply; project values before
+    assert all(int(cell) > 0 for row in cells for cell in row[4:7])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

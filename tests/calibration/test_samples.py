@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from base64 import b64encode
 from pathlib import Path
@@ -193,6 +194,15 @@ def test_images_in_data_uris() -> None:
         assert sample.images[0].tobytes() == image.convert("RGB").tobytes()
 
 
+@pytest.mark.parametrize(("suffix", "where"), [("jsonl", "s.jsonl line 1"), ("json", "s.json")])
+@pytest.mark.parametrize("text", ['{"question": "q", "answer": ' + "1" * 5000 + "}", "[" * 200_000])
+def test_json_beyond_the_limits_of_python(tmp_path: Path, text: str, suffix: str, where: str) -> None:
+    path = tmp_path / f"s.{suffix}"
+    path.write_text(text)
+    with pytest.raises(QuantExpertsError, match=f"^{re.escape(where)} is JSON that cannot be read .* correct it"):
+        load_samples(path)
+
+
 def test_lines_end_where_json_says(tmp_path: Path) -> None:
     """Strings may hold what Python takes for ends of lines; files may come from Windows."""
     records = [{"question": "a\u2028b\u0085c\u2029d", "answer": "x"}, {"question": "q", "answer": "\x0c"}]
@@ -259,6 +269,7 @@ def test_bad_image_names_sample_and_file(tmp_path: Path, name: str) -> None:
         (7, "none of the accepted forms"),
         ({"question": 3, "answer": "a"}, "must be text"),
         ({"question": "q", "answer": True}, "must be text, not str and bool"),
+        ({"question": "q", "answer": float("nan")}, "must be text, not str and float"),
         ({"question": " ", "answer": ""}, "has no text"),
         ({"conversations": "hello"}, "none of the accepted forms"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "none of the accepted forms"),

@@ -46,6 +46,7 @@ def test_accepted_keys(tmp_path: Path) -> None:
         ({"question": "q"}, "needs an answer"),
         ({"question": "q", "answers": []}, "needs an answer"),
         ({"question": "q", "answer": True}, "needs an answer"),
+        ({"question": "q", "answer": float("inf")}, "needs an answer"),
         ({"question": "q", "answers": ["4", None]}, "needs an answer"),
         ({"question": "q", "answer": "4", "scorer": "bleu"}, "scorer one of exact_match"),
         ({"question": "q", "answer": "4", "kind": 3}, "kind must be text"),

@@ -16,6 +16,7 @@ rest is left out and an event says so.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -79,17 +80,20 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{path.name} line {number}"
             try:
-                yield where, json.loads(line)
+                value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise QuantExpertsError(
                     f"{where} is not JSON ({error.msg}, column {error.colno}); correct it."
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise _too_much(where, error) from error
+            yield where, value
 
 
 def number_as_text(answer: Any) -> Any:
-    """An answer as it is, but for a number, which JSON may hold as such."""
+    """An answer as it is, but for a finite number, which JSON may hold as such."""
     is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    return str(answer) if is_number else answer
+    return str(answer) if is_number and math.isfinite(answer) else answer
 
 
 def _open_source(source: Source) -> tuple[Path, Iterator[tuple[str, Any]]]:
@@ -127,6 +131,8 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path.name} line {error.lineno} is not JSON ({error.msg}); correct it, or name the file .jsonl if"
             " every line is one sample."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise _too_much(path.name, error) from error
     if isinstance(content, dict) and all(isinstance(value, str) for value in content.values()):
         content = [{"file_name": name, "caption": caption} for name, caption in content.items()]
     if not isinstance(content, list):
@@ -319,6 +325,12 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise QuantExpertsError(f"Cannot read '{path}' ({error}): give a readable UTF-8 text file.") from error
+
+
+def _too_much(where: str, error: Exception) -> QuantExpertsError:
+    """Of JSON that Python's limits do not let it read: a number of thousands of digits, or too many brackets."""
+    reason = str(error).partition(";")[0]
+    return QuantExpertsError(f"{where} is JSON that cannot be read ({reason}); correct it.")
 
 
 def _wrong_form(where: str) -> QuantExpertsError:

@@ -108,7 +108,8 @@ def _show_result(result: QuantizationResult) -> None:
     if result.bits_per_weight > FULL_BITS:
         errors.print(
             f"[yellow]Note:[/] that is more than the {FULL_BITS} bits of a weight in full precision: these layers are "
-            "narrow for experts of such ranks. --scale-ranks makes them follow the width.",
+            "narrow for experts of such ranks. --scale-ranks makes them follow the width; a recipe with fewer experts "
+            "(quant-experts), or with none (gptq), takes less.",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 

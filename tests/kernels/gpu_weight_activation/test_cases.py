@@ -290,7 +290,7 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
     c = config(tokens, n, k, 1 if codes else 9, 32, 132, BIAS=False, SORTED=False, FP8=False, **flags)
     cut = work(c, tokens, n, steps, 132)
     tiles = -(-n // c.BN.value) * -(-tokens // c.BM.value)
-    assert 1 <= cut.programs <= min(132, tiles * steps if c.SHARES.value else tiles + cut.workers)
+    assert cut.programs == min(132, tiles * steps if c.SHARES.value else tiles + cut.workers)
     if codes:
         projected = -(-tokens // c.BM.value) * -(-rows // 64)
         assert cut.workers == projected * cut.pieces and 1 <= cut.pieces <= max(1, steps // 4)

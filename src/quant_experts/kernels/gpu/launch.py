@@ -239,13 +239,13 @@ def reserve(device: torch.device) -> None:
     if hopper(device):
         zeros("hopper sums", MAX_PROGRAMS * LARGEST_TILE, device)
         zeros("hopper shares", MAX_PROGRAMS * 4, device)
-        zeros("hopper tokens", MOST_TOKEN_TILES * 2, device)
+        zeros("hopper tokens", TOKEN_COUNTS, device)
 
 
 MAX_PROGRAMS = 160
 """Programs of the Hopper kernel, at most the multiprocessors of a GPU of that generation."""
-MOST_TOKEN_TILES = 4096
-"""Tiles of tokens of the Hopper kernel for which there is room from the start: more than 100,000 tokens."""
+TOKEN_COUNTS = 8192
+"""Counts of half tiles of tokens for which there is room from the start: those of more than 100,000 tokens."""
 LARGEST_TILE = 256 * 128
 """Sums in a tile of the Hopper kernel."""
 

@@ -101,7 +101,7 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
         if alone_launch.takes_alone(packed.group, packed.linear):
             return alone_launch.alone(x.contiguous(), packed.group, packed.linear)
     m, kind = x.shape[0], packed.group.kind
-    sorts = kind.experts > 0 and prepare_launch.sorts_tokens(kind, m, packed.linear.out_features)
+    sorts = prepare_launch.sorts_tokens(kind, m, packed.linear.out_features)
     settled = not _settles(m, packed, sorts)
     return linear(_prepare(x, packed.group, settled, sorts), packed.linear)
 

@@ -21,17 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from quant_experts.kernels.gpu.hopper import factors_of_experts
 from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, wait_for
 from quant_experts.kernels.gpu_weight_activation.hopper_settle import best, in_units
-from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier
+from quant_experts.kernels.gpu_weight_activation.hopper_work import GROUPS, barrier
 from quant_experts.kernels.gpu_weight_activation.layout import MASK_TOKENS
 
 RANKS = gl.constexpr(64)
 """Rows of a projection of codes in a piece."""
 BLOCK_TOKENS = gl.constexpr(MASK_TOKENS)
-"""Of values, in a piece: those of a mask of factors present."""
+"""Of values, in a piece, of which each warp group takes its own: those of a mask of factors present."""
 FOUR_EACH = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 """Of tokens and ranks of values: 16 bytes of each thread."""
-GROUPS = gl.constexpr(2)
-"""Warp groups: of codes each takes half of a tile's tokens, of values each takes pieces."""
 SLICES_AT_ONCE = gl.constexpr(10)
 """Slices of a projection of values that are asked for at once."""
 DOWN_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))

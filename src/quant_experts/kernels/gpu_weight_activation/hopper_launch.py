@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from quant_experts.kernels.gpu.launch import LARGEST_TILE, MOST_TOKEN_TILES, Boxes, options, programs, ptr, start, zeros
-from quant_experts.kernels.gpu_weight_activation.hopper_experts import BLOCK_TOKENS, GROUPS, RANKS
+from quant_experts.kernels.gpu.launch import LARGEST_TILE, TOKEN_COUNTS, Boxes, options, programs, ptr, start, zeros
+from quant_experts.kernels.gpu_weight_activation.hopper_experts import BLOCK_TOKENS, RANKS
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
+from quant_experts.kernels.gpu_weight_activation.hopper_work import GROUPS
 from quant_experts.kernels.gpu_weight_activation.layout import (
     BLOCK,
     MASK_TOKENS,
@@ -189,7 +190,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     done = zeros("hopper shares", count * 4, device).view(torch.int64)
     arrived = done
     if c.PROJECTS.value:
-        arrived = zeros("hopper tokens", max(MOST_TOKEN_TILES, -(-m // bm)) * GROUPS.value, device)
+        arrived = zeros("hopper tokens", max(TOKEN_COUNTS, GROUPS.value * -(-m // bm)), device)
     cut = work(c, m, n, steps, count)
     start(
         kernel, (cut.programs,),

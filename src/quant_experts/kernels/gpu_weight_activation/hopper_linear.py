@@ -34,7 +34,12 @@ from quant_experts.kernels.gpu_weight_activation.hopper_experts import (
     copy_pieces,
     project_pieces,
     settle_pieces,
-    wait_until_settled,
+)
+from quant_experts.kernels.gpu_weight_activation.hopper_factors import (
+    add_factors,
+    copy_factors,
+    early_factors,
+    late_factors,
 )
 from quant_experts.kernels.gpu_weight_activation.hopper_shares import collect, hand_over
 from quant_experts.kernels.gpu_weight_activation.hopper_work import (
@@ -108,49 +113,6 @@ class Config:
 
 
 @gluon.jit
-def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
-    """Bit j is set where factor j serves a token of the tile; masks are kept for blocks of 16 tokens."""
-    mask = 0
-    BLOCKS: gl.constexpr = C.BM // 16
-    if (C.PROJECTS or C.SETTLES) and C.EXPERTS == 0:
-        mask += (1 << C.FACTORS) - 1
-    elif C.FACTORS > 0:
-        for i in gl.static_range(BLOCKS):
-            block = token_tile * BLOCKS + i
-            mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0, cache_modifier=".cg")
-    return mask
-
-
-@gluon.jit
-def early_factors(mask_ptr, token_tile, waited, M, WAITS: gl.constexpr, C: gl.constexpr):
-    """`factors_present`, asked for before a tile's steps because they are needed after the last, unless hidden values
-    are still to be waited for."""
-    present = 0
-    if not WAITS or waited != 0:
-        present = factors_present(mask_ptr, token_tile, M, C)
-    return present
-
-
-@gluon.jit
-def late_factors(present, waited, first, mask_ptr, settled_ptr, token_tile, M, WAITS: gl.constexpr, C: gl.constexpr):
-    """Of a tile whose steps from `first` on are done: where hidden values come later, wait for them once. Those of
-    another launch after the first piece of work, needed or not: what follows also writes to workspaces that an earlier
-    kernel may have used, and the factors present of further tiles are asked for early. Those of this one not before
-    they are needed. -> factors present, and whether that was waited for."""
-    if C.LATER:
-        if waited == 0:
-            wait_for_previous_kernel()
-            present = factors_present(mask_ptr, token_tile, M, C)
-            waited += 1
-    elif WAITS:
-        if first + waited == 0:
-            wait_until_settled(settled_ptr, M, C)
-            present = factors_present(mask_ptr, token_tile, M, C)
-            waited += 1
-    return present, waited
-
-
-@gluon.jit
 def producer(w_desc, x_desc, up_desc, hidden_desc, down_desc, experts, rings, sizes, work, C: gl.constexpr):
     """The copying warp. Weights of the first steps are asked for before the previous kernel has ended."""
     w_ring, x_ring, ready, empty = rings
@@ -159,8 +121,6 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, down_desc, experts, rings, si
     _pieces, workers, cost, _slices = work
     start, end, segments, first_whole, whole, _per = share(steps, tiles_n * tiles_m, workers, cost, C.SHARES)
     total = segments + whole
-    X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
-    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
     tile, first, last = segment(0, steps, start, end, segments, first_whole)
     row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
     ahead = gl.where(total > 0, gl.minimum(C.STAGES, last - first), 0)
@@ -196,19 +156,7 @@ def producer(w_desc, x_desc, up_desc, hidden_desc, down_desc, experts, rings, si
             i += 1
         present, waited = late_factors(present, waited, first, mask_ptr, settled_ptr, token_tile, M, WAITS, C)
         if C.FACTORS > 0 and first == 0:
-            for j in range(C.FACTORS):
-                if (present >> j) & 1 != 0:
-                    for c in gl.static_range(CHUNKS):
-                        slot = i % C.STAGES
-                        mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
-                        mbarrier.expect(ready.index(slot), (C.BN + C.BM) * 64)
-                        up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], X_LAYOUT)
-                        at = [j * N + row_tile * C.BN, c * C.CHUNK]
-                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
-                        hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], X_LAYOUT)
-                        at = [token_tile * C.BM, j * C.RANK + c * C.CHUNK]
-                        tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
-                        i += 1
+            i = copy_factors(up_desc, hidden_desc, i, present, row_tile, token_tile, N, rings, C)
 
 
 @gluon.jit
@@ -273,41 +221,6 @@ def multiply_fp8(i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl
             acc, i = multiply(acc, i, gl.minimum(FP8_STEPS, count - first), w_ring, x_ring, ready, empty, WG, C)
             total += acc
     return total, i
-
-
-@gluon.jit
-def add_factors(y, i, present, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl.constexpr):
-    """y + up factors of the experts present times hidden, float16 products, float32 sums. Two ring steps at a time."""
-    CHUNKS: gl.constexpr = C.RANK // C.CHUNK
-    y = gl.convert_layout(y, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16]))  # moves nothing
-    count = 0
-    for j in gl.static_range(C.FACTORS):
-        count += ((present >> j) & 1) * CHUNKS
-    for _ in range(count // 2):
-        token = multiply_factor(y, i, w_ring, x_ring, ready, WG, C)
-        token = multiply_factor(token, i + 1, w_ring, x_ring, ready, WG, C)
-        y = warpgroup_mma_wait(0, deps=[token])
-        mbarrier.arrive(empty.index(i % C.STAGES))
-        mbarrier.arrive(empty.index((i + 1) % C.STAGES))
-        i += 2
-    if count % 2 != 0:
-        token = multiply_factor(y, i, w_ring, x_ring, ready, WG, C)
-        y = warpgroup_mma_wait(0, deps=[token])
-        mbarrier.arrive(empty.index(i % C.STAGES))
-        i += 1
-    return y, i
-
-
-@gluon.jit
-def multiply_factor(y, i, w_ring, x_ring, ready, WG: gl.constexpr, C: gl.constexpr):
-    """Start y + the factors of ring step i times their hidden values."""
-    ROWS: gl.constexpr = C.BN // 2
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(64, 16, rank=2)
-    slot = i % C.STAGES
-    mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
-    up = w_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], LAYOUT).slice(WG * ROWS, ROWS)
-    hidden = x_ring.index(slot)._reinterpret(gl.float16, [C.BM, C.CHUNK], LAYOUT)
-    return warpgroup_mma(up, hidden.permute([1, 0]), y, is_async=True)
 
 
 @gluon.jit

@@ -13,9 +13,8 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across
 from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, wait_for
+from quant_experts.kernels.gpu_weight_activation.hopper_work import GROUPS
 
-GROUPS = gl.constexpr(2)
-"""Warp groups, each with its rows of a tile."""
 MOST_AT_ONCE, HELD = gl.constexpr(4), gl.constexpr(128)
 """Shares of a tile, at most, that a warp group asks for at once, and numbers of them that each of its threads holds."""
 THREADS, EACH = gl.constexpr(128), gl.constexpr(4)

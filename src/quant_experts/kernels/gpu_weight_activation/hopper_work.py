@@ -8,6 +8,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from quant_experts.kernels.gpu.assembly import FP8_CODES, INT8_CODES
 
+GROUPS = gl.constexpr(2)
+"""Warp groups that multiply, each with half of a tile's rows."""
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
 
