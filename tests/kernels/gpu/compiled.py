@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from quant_experts.config import ActivationFormat
 from quant_experts.kernels.gpu import launch
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
-from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch, prepare_launch
+from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch, layout, prepare_launch
 from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
@@ -127,7 +127,7 @@ def compile_launches(capability: int) -> dict[str, CompiledKernel]:
     triton.runtime.driver.set_active(NoGpu(capability))
     CompiledKernel._init_handles = lambda self: None
     JITFunction.run = compile_only
-    for module in (launch, triton_backend, weight_only_backend, few_launch, hopper_launch, prepare_launch):
+    for module in (launch, triton_backend, weight_only_backend, few_launch, hopper_launch, layout, prepare_launch):
         for name, value in gpu(capability).items():
             if hasattr(module, name):
                 setattr(module, name, value)

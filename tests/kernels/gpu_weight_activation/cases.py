@@ -345,16 +345,17 @@ def shared_expert_that_reads_codes(activation_format: ActivationFormat = "int") 
         x = tokens(m, k)
         x[0, :5] *= 1e20
         ours, plain = prepared_like_the_oracle(x, group)
-        layout = triton_backend.pack(group, linears).group
-        assert layout.code_scale is not None and ours.token_scale is not None and plain.shared_hidden is not None
+        packed = triton_backend.pack(group, linears)
+        assert packed.group.code_scale is not None and ours.token_scale is not None and plain.shared_hidden is not None
         assert ours.hidden is not None and ours.present is not None and (ours.present == 1).all()
         hidden = (ours.hidden.float() * ours.headroom * ours.token_scale)[:, :rank]
         expected = plain.shared_hidden
         free = 0.0 if activation_format == "int" else FP8_TOLERANCE * expected.norm(dim=1, keepdim=True)
         assert ((hidden - expected).abs() <= 2**-10 * expected.abs() + free).all()
-        y = check(x, group, linears)
+        check(x, group, linears)
+        y = triton_backend.apply(x, packed)
         x[m - 1, 2] = torch.inf
-        other = triton_backend.apply(x, triton_backend.pack(group, linears))
+        other = triton_backend.apply(x, packed)
         assert other[m - 1].isnan().all() and torch.equal(other[: m - 1], y[: m - 1])
 
 
@@ -596,8 +597,8 @@ def products_that_settle(activation_format: ActivationFormat = "int") -> None:
     if not launch.hopper(torch.device(DEVICE)):
         codes, values = [(3, 140, 33, 5)], [(3, 140, 33, 4)]
     fp8 = activation_format == "fp8"
-    if fp8 and not INTERPRETED:  # of others `prepare` settles all
-        codes, values = ([size for size in sizes if 9 <= size[0] <= 64] for sizes in (codes, values))
+    if fp8 and not INTERPRETED:  # of fewer tokens `prepare` settles all
+        codes, values = ([size for size in sizes if size[0] > 8] for sizes in (codes, values))
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     free = EXPERTS_TOLERANCE + torch.finfo(torch.bfloat16).eps + (TENSOR_CORE_FP8 if fp8 else 0.0)
     for m, k, n, rank in codes:

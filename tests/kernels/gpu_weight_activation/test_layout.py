@@ -6,7 +6,13 @@ import torch
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu_weight_activation import layout as group_layout
-from quant_experts.kernels.gpu_weight_activation.layout import MAX_CHANNELS, pack_group, pack_linear, router_rows
+from quant_experts.kernels.gpu_weight_activation.layout import (
+    MAX_CHANNELS,
+    in_e4m3,
+    pack_group,
+    pack_linear,
+    router_rows,
+)
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 CPU = torch.device("cpu")
@@ -60,6 +66,13 @@ def test_smoothing_and_rotation_are_folded_into_what_reads_the_input(
         scale = (x.double().abs() @ rows[i * layout.rank :][: len(factor)].abs().T).max()
         assert (ours - expected).abs().max() <= (rounding + 1e-6) * scale
     assert layout.projection.shape == (-(-k // 128), len(rows), 128)
+
+
+def test_int8_as_two_fp8_numbers() -> None:
+    values = torch.arange(-128, 128, dtype=torch.int8).view(2, 1, 128)
+    pair = in_e4m3(values)
+    assert pair.shape == (2, 1, 256) and pair.dtype == torch.float8_e4m3fn
+    assert torch.equal(pair.float().view(2, 1, 2, 128).sum(dim=2), values.float())
 
 
 def test_a_router_of_rotated_values_has_them_rotated_before() -> None:

@@ -160,7 +160,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
         from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch
 
         ranks = 0
-        if layout.up is not None and (prepared.hidden is not None or prepared.sums is not None):
+        if layout.up is not None and prepared.has_experts:
             ranks = _ranks(layout.up.shape[0], prepared.experts, layout.up.shape[2], m)
         if few_launch.takes_few(m, prepared.codes.dtype, layout, ranks):
             multiply = few_launch.linear_few

@@ -7,9 +7,14 @@ programs of the product do it first, and have less to multiply (`hopper_work.sha
 tile's other steps are done; who copies them, and who asks which factors are present, waits for a count then. Programs
 are no more than multiprocessors, so all of them run.
 
-Codes: an expert's down factors, int8, times tokens of a tile, over a run of input channels, is a piece; it passes
-through the ring as other steps do. Pieces are added where they are, exactly, to zeros that quantization leaves, and the
-warp group that is last to add to its half of a tile settles that. Values: 16 tokens of one factor are a piece.
+Codes: an expert's down factors times tokens of a tile, over a run of input channels, are a piece; it passes through
+the ring as other steps do. Pieces of int8 codes are added where they are, exactly, to zeros that quantization leaves;
+those of fp8 codes are written. The warp group that is last with its half of a tile settles that. Few long pieces are
+better than many: what a program does before it multiplies costs it more than a step. Values: 16 tokens of one factor
+are a piece.
+
+fp8 codes are multiplied by factors of e4m3 too, by two for each: an int8 factor is the sum of 16 a and b, a and b from
+-8 to 8, which e4m3 holds. So a piece has two ring steps for each block of channels.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ SLICES_AT_ONCE = gl.constexpr(10)
 """Slices of a projection of values that are asked for at once."""
 DOWN_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 """Of RANKS rows of 128 channels."""
+FP8_STEPS = gl.constexpr(16)
+"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units, unless all are."""
 
 
 @gluon.jit
@@ -44,17 +51,20 @@ def fence_copies():
 
 @gluon.jit
 def piece_of_codes(index, steps, pieces, C: gl.constexpr):
-    """-> token tile, first row of the projection, first and end step of the index-th piece, of which a tile has
+    """-> token tile, first row of the projection, first and end ring step of the index-th piece, of which a tile has
     `pieces` for each RANKS rows."""
     CHUNKS: gl.constexpr = (C.TOTAL + RANKS - 1) // RANKS
     piece, rest = index % pieces, index // pieces
+    if C.FP8:
+        steps *= 2
     return rest // CHUNKS, rest % CHUNKS * RANKS, piece * steps // pieces, (piece + 1) * steps // pieces
 
 
 @gluon.jit
 def down_slot(w_ring, slot, C: gl.constexpr):
     """RANKS rows of the projection in a slot of weights."""
-    return w_ring.index(slot)._reinterpret(gl.int8, [C.BN // 2, 128], DOWN_LAYOUT).slice(0, RANKS)
+    TYPE: gl.constexpr = gl.float8e4nv if C.FP8 else gl.int8
+    return w_ring.index(slot)._reinterpret(TYPE, [C.BN // 2, 128], DOWN_LAYOUT).slice(0, RANKS)
 
 
 @gluon.jit
@@ -63,7 +73,10 @@ def ask_for_down(down_desc, k, row, i, rings, C: gl.constexpr):
     w_ring, _x_ring, ready, _empty = rings
     slot = i % C.STAGES
     mbarrier.expect(ready.index(slot), (RANKS + C.BM) * C.STEP)
-    tma.async_copy_global_to_shared(down_desc, [k * C.TOTAL + row, 0], ready.index(slot), down_slot(w_ring, slot, C))
+    at = [k * C.TOTAL + row, 0]
+    if C.FP8:
+        at = [k // 2 * C.TOTAL + row, k % 2 * C.STEP]
+    tma.async_copy_global_to_shared(down_desc, at, ready.index(slot), down_slot(w_ring, slot, C))
 
 
 @gluon.jit
@@ -92,16 +105,43 @@ def copy_pieces(down_desc, x_desc, ahead, rings, steps, work, C: gl.constexpr):
             if i >= ahead:
                 mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
                 ask_for_down(down_desc, k, row, i, rings, C)
-            at = [tile * C.BM, k * C.STEP]
+            block = k // 2 if C.FP8 else k
+            at = [tile * C.BM, block * C.STEP]
             tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), x_ring.index(slot))
             i += 1
     return i
 
 
 @gluon.jit
+def multiply_piece(acc, i, count, rings, WG: gl.constexpr, C: gl.constexpr):
+    """acc + factors of `count` ring steps times half of their tokens. -> that, and the next ring step."""
+    w_ring, x_ring, ready, empty = rings
+    HALF: gl.constexpr = C.BM // GROUPS
+    for _ in range(count):
+        slot = i % C.STAGES
+        mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
+        tokens = x_ring.index(slot).slice(WG * HALF, HALF).permute([1, 0])
+        token = warpgroup_mma(down_slot(w_ring, slot, C), tokens, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[token])
+        mbarrier.arrive(empty.index(slot))
+        i += 1
+    return acc, i
+
+
+@gluon.jit
+def multiply_fp8_piece(acc, i, count, rings, WG: gl.constexpr, C: gl.constexpr):
+    """As `multiply_piece`; sums of FP8_STEPS steps are added up in float32."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    for first in range(0, count, FP8_STEPS):
+        some = gl.zeros(acc.shape, gl.float32, LAYOUT)
+        some, i = multiply_piece(some, i, gl.minimum(FP8_STEPS, count - first), rings, WG, C)
+        acc += some
+    return acc, i
+
+
+@gluon.jit
 def project_pieces(rings, experts, sizes, work, WG: gl.constexpr, C: gl.constexpr):
     """Of a multiplying warp group: the same pieces, half of the tokens of each. -> the next ring step."""
-    w_ring, x_ring, ready, empty = rings
     projected_ptr, hidden_ptr, _mask_ptr, settled_ptr, arrived_ptr, _bias_ptr, code_scale_ptr, _token_ptr = experts
     M, _N, steps, _tiles_n, _tiles_m, headroom = sizes
     pieces, workers, _cost, _slices = work
@@ -111,33 +151,35 @@ def project_pieces(rings, experts, sizes, work, WG: gl.constexpr, C: gl.constexp
     i = 0
     for index in range(gl.program_id(0), workers, gl.num_programs(0)):
         tile, row, first, last = piece_of_codes(index, steps, pieces, C)
-        acc = gl.zeros([RANKS, HALF], gl.int32, LAYOUT)
-        for _ in range(first, last):
-            slot = i % C.STAGES
-            mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
-            tokens = x_ring.index(slot).slice(WG * HALF, HALF).permute([1, 0])
-            token = warpgroup_mma(down_slot(w_ring, slot, C), tokens, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[token])
-            mbarrier.arrive(empty.index(slot))
-            i += 1
         token = tile * C.BM + WG * HALF + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))
         rank = row + gl.arange(0, RANKS, gl.SliceLayout(1, LAYOUT))
         at = projected_ptr + token.to(gl.int64)[None, :] * C.TOTAL + rank[:, None]
-        gl.atomic_add(at, acc, mask=(token < M)[None, :] & (rank < C.TOTAL)[:, None], sem="relaxed")
+        there = (token < M)[None, :] & (rank < C.TOTAL)[:, None]
+        if C.FP8:
+            acc = gl.zeros([RANKS, HALF], gl.float32, LAYOUT)
+            acc, i = multiply_fp8_piece(acc, i, last - first, rings, WG, C)
+            gl.store(at + (index % pieces).to(gl.int64) * M * C.TOTAL, acc, mask=there)
+        else:
+            acc = gl.zeros([RANKS, HALF], gl.int32, LAYOUT)
+            acc, i = multiply_piece(acc, i, last - first, rings, WG, C)
+            gl.atomic_add(at, acc, mask=there, sem="relaxed")
         barrier()
         arrived = gl.atomic_add(arrived_ptr + tile * GROUPS + WG, 1, sem="acq_rel")
         if arrived == CHUNKS * pieces - 1:
             barrier()
             gl.store(arrived_ptr + tile * GROUPS + WG, 0)
-            settle_codes(projected_ptr, hidden_ptr, code_scale_ptr, tile * C.BM + WG * HALF, M, 1.0 / headroom, C)
+            sums = (projected_ptr, pieces if C.FP8 else 1)
+            settle_codes(sums, hidden_ptr, code_scale_ptr, tile * C.BM + WG * HALF, M, 1.0 / headroom, C)
             fence_copies()
             count_done(settled_ptr, 0 * tile)
     return i
 
 
 @gluon.jit
-def settle_codes(projected_ptr, hidden_ptr, code_scale_ptr, first, M, inverse_headroom, C: gl.constexpr):
-    """Hidden values of half a tile's tokens, as `prepare.end` leaves them."""
+def settle_codes(sums, hidden_ptr, code_scale_ptr, first, M, inverse_headroom, C: gl.constexpr):
+    """Hidden values of half a tile's tokens, as `prepare.end` leaves them. sums: address and number of the slices
+    (M, TOTAL) that add up to them."""
+    projected_ptr, slices = sums
     WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     token = first + gl.arange(0, C.BM // GROUPS, gl.SliceLayout(1, WIDE))
     for start in range(0, C.TOTAL, RANKS):
@@ -145,6 +187,9 @@ def settle_codes(projected_ptr, hidden_ptr, code_scale_ptr, first, M, inverse_he
         there = (token < M)[:, None] & (rank < C.TOTAL)[None, :]
         at = token.to(gl.int64)[:, None] * C.TOTAL + rank[None, :]
         total = gl.load(projected_ptr + at, mask=there, other=0, cache_modifier=".cg")
+        for i in range(1, slices):
+            more = projected_ptr + (0 * first + i).to(gl.int64) * M * C.TOTAL
+            total += gl.load(more + at, mask=there, other=0, cache_modifier=".cg")
         scale = gl.load(code_scale_ptr + rank, mask=rank < C.TOTAL, other=0.0)
         hidden = total.to(gl.float32) * inverse_headroom * scale[None, :]
         gl.store(hidden_ptr + at, hidden.to(gl.float16), mask=there)
@@ -162,7 +207,7 @@ def settle_pieces(experts, sizes, work, WG: gl.constexpr, C: gl.constexpr):
         token = first + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(1, FOUR_EACH))
         rank = gl.arange(0, C.RANK, gl.SliceLayout(0, FOUR_EACH))[None, :]
         total = added_slices(projected_ptr + factor * C.RANK, first, M, slices, C.RANK, C.TOTAL, FOUR_EACH)
-        hidden = in_units(total, token, rank, M, code_scale_ptr, token_ptr, 1.0 / headroom, C.READS_CODES)
+        hidden = in_units(total, token, rank, M, code_scale_ptr, token_ptr, 1.0 / headroom, False)
         uses = token < M
         if C.EXPERTS > 0:
             SHARED: gl.constexpr = C.FACTORS - C.EXPERTS

@@ -60,10 +60,13 @@ def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: 
     return SHARED * tiles / count * step + adding + SHARED_MICROSECONDS
 
 
-LEAST_STEPS = 4
-"""Of a piece of a projection of codes, at least."""
-PIECE_OF_CODES_MICROSECONDS, PIECES_OF_VALUES_MICROSECONDS = 4.0, 5.0
-"""What experts cost the programs that do something for them first, besides a piece's steps."""
+LEAST_WORKERS, LEAST_STEPS, MOST_STEPS, LONGER = 4, 4, 40, 1.5
+"""Programs that project codes, at least, and steps of a piece, at least and at most, unless one is against another; and
+how much longer a piece takes, at most, than what a program multiplies of a product with one tile of tokens. Few long
+pieces cost less, but the product's end waits for them."""
+PIECE_MICROSECONDS, PIECE_STEP_MICROSECONDS, SETTLING_MICROSECONDS = 4.0, 0.2, 5.0
+"""What experts cost the programs that do something for them first: to project a piece, and each of its ring steps, or
+to settle values."""
 MOST_SETTLED = 64
 """Tokens of experts that read values, at most, that the linear settles."""
 
@@ -115,18 +118,18 @@ def weight_descriptors(layout: LinearLayout, rows: int) -> tuple[Boxes, Boxes | 
 
 
 def settles(kind: Kind, m: int) -> bool:
-    """Whether `linear` settles m tokens of a kind of group, and projects integer codes for that."""
-    return kind.rows > 0 and (m <= MOST_SETTLED or (kind.reads_codes and kind.code_type == torch.int8))
+    """Whether `linear` settles m tokens of a kind of group, and projects codes for that."""
+    return kind.rows > 0 and (m <= MOST_SETTLED or kind.reads_codes)
 
 
 def settling(tokens: Tokens) -> dict[str, Any]:
     """Of the `Config` of a product that settles tokens."""
-    assert tokens.sums is not None
-    projects = tokens.projection is not None
-    return dict(
-        PROJECTS=projects, SETTLES=not projects, TOTAL=tokens.sums.shape[2], EXPERTS=tokens.experts,
-        PADDED_EXPERTS=padded_experts(tokens.experts), READS_CODES=tokens.code_scale is not None,
-    )  # fmt: skip
+    projection, sums = tokens.projection, tokens.sums
+    if projection is not None:
+        return dict(PROJECTS=True, TOTAL=projection.shape[1])
+    assert sums is not None
+    experts = tokens.experts
+    return dict(SETTLES=True, TOTAL=sums.shape[2], EXPERTS=experts, PADDED_EXPERTS=padded_experts(experts))
 
 
 class Work(NamedTuple):
@@ -143,17 +146,21 @@ class Work(NamedTuple):
 
 def work(c: Config, m: int, n: int, steps: int, count: int) -> Work:
     """Of m tokens and n rows over at most so many programs."""
-    pieces, workers, cost = 0, 0, 0
-    each = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
-    token_tiles = -(-m // c.BM.value)
+    token_tiles, pieces, workers, microseconds = -(-m // c.BM.value), 0, 0, 0.0
+    tiles = -(-n // c.BN.value) * token_tiles
     if c.PROJECTS.value:
-        projected = token_tiles * -(-c.TOTAL.value // RANKS.value)
-        pieces = max(1, min(steps // LEAST_STEPS, count // projected))
-        workers, cost = projected * pieces, -(-steps // pieces) + round(PIECE_OF_CODES_MICROSECONDS / each)
+        projected, most, each = token_tiles * -(-c.TOTAL.value // RANKS.value), MOST_STEPS, 1 + c.FP8.value
+        if token_tiles == 1:  # the product is short
+            most = max(LEAST_STEPS, min(most, round(LONGER / each * tiles * steps / count)))
+        wanted = max(-(-LEAST_WORKERS // projected), -(-steps // most))
+        pieces = max(1, min(wanted, steps // LEAST_STEPS, count // projected))
+        workers = projected * pieces
+        microseconds = PIECE_MICROSECONDS + -(-steps // pieces) * each * PIECE_STEP_MICROSECONDS
     elif c.SETTLES.value:
         blocks = -(-m // BLOCK_TOKENS.value)
-        workers, cost = -(-blocks * c.FACTORS.value // GROUPS.value), round(PIECES_OF_VALUES_MICROSECONDS / each)
-    tiles = -(-n // c.BN.value) * token_tiles
+        workers, microseconds = -(-blocks * c.FACTORS.value // GROUPS.value), SETTLING_MICROSECONDS
+    step = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
+    cost = round(microseconds / step)
     programs = min(count, tiles * steps if c.SHARES.value else tiles + workers)
     return Work(programs, pieces, workers, cost if workers < programs else 0)
 
@@ -163,7 +170,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     assert tokens.codes is not None and tokens.token_scale is not None
     (m, k), n, device = tokens.codes.shape, layout.out_features, y.device
     up, hidden, present, sums, nothing = layout.up, tokens.hidden, tokens.present, tokens.sums, layout.scale
-    factors, rank = (0, 32) if up is None or (hidden is None and sums is None) else (up.shape[0], up.shape[2])
+    factors, rank = (0, 32) if up is None or not tokens.has_experts else (up.shape[0], up.shape[2])
     fp8 = tokens.codes.dtype == torch.float8_e4m3fn
     flags: dict[str, Any] = dict(BIAS=layout.bias is not None, SORTED=tokens.order is not None, FP8=fp8)
     flags["LATER"] = factors > 0 and tokens.hidden_comes_later
@@ -184,14 +191,15 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         hidden_rows = descriptor(hidden, bm, 32)
     if c.PROJECTS.value:
         assert tokens.projection is not None
-        down_rows = descriptor(tokens.projection.view(-1, BLOCK), RANKS.value, BLOCK)
+        down_rows = descriptor(tokens.projection.flatten(0, 1), RANKS.value, BLOCK)
     shares = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
     shares = shares.view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 4, device).view(torch.int64)
-    arrived = done
+    arrived, cut = done, work(c, m, n, steps, count)
     if c.PROJECTS.value:
         arrived = zeros("hopper tokens", max(TOKEN_COUNTS, GROUPS.value * -(-m // bm)), device)
-    cut = work(c, m, n, steps, count)
+        if sums is None:
+            sums = torch.empty(cut.pieces, m, c.TOTAL.value, device=device)
     start(
         kernel, (cut.programs,),
         weight_rows, token_rows, up_rows, hidden_rows, down_rows, ptr(present, done), y, layout.scale,

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
 from quant_experts.kernels.gpu_weight_activation.hopper_experts import (
+    FP8_STEPS,
     ask_for_first_piece,
     copy_pieces,
     project_pieces,
@@ -52,8 +53,6 @@ from quant_experts.kernels.gpu_weight_activation.hopper_work import (
     unpack_int8,
 )
 
-FP8_STEPS = gl.constexpr(16)
-"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units, unless all are."""
 Constant = Any
 """An int or a bool, wrapped as the compiler wants it."""
 
@@ -94,14 +93,12 @@ class Config:
     PROJECTS: Constant = False
     """Whether programs project codes first, and settle them (`hopper_experts`),"""
     SETTLES: Constant = False
-    """or settle what `prepare` has projected."""
+    """or settle values that `prepare` has projected."""
     TOTAL: Constant = 0
     """Rows of that projection."""
     EXPERTS: Constant = 0
     """Routed ones among the factors, and as kernels count them"""
     PADDED_EXPERTS: Constant = 8
-    READS_CODES: Constant = False
-    """Whether codes were projected."""
     STEP: Constant = 128
     """Input channels in one step of the ring: 64 bytes of a packed weight row."""
     CHUNK: Constant = 32

@@ -25,7 +25,7 @@ from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.gpu.caching import CopiedByFields
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE, ROTATIONS, headroom_of, stack_factors
-from quant_experts.kernels.gpu.launch import INTERPRETED
+from quant_experts.kernels.gpu.launch import INTERPRETED, hopper
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 from quant_experts.kernels.reference import FP8_LARGEST, hadamard, rotate
 
@@ -90,6 +90,8 @@ class GroupLayout(CopiedByFields):
     """A power of two: hidden values are stored in units of a token's scale times this, in which they fit float16."""
     code_scale: Tensor | None = None
     """(R,) float32, the scales of int8 down factors; None unless codes are read."""
+    fp8_projection: Tensor | None = None
+    """(Kp / 128, R, 256) e4m3: `in_e4m3` of a projection of fp8 codes, where a linear on Hopper multiplies it."""
 
     @cached_property
     def kind(self) -> Kind:
@@ -158,7 +160,8 @@ class Tokens(Prepared):
     """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for one launch of a linear
     that chooses experts and finishes hidden values itself"""
     projection: Tensor | None = None
-    """See `GroupLayout`: where experts read codes, which that linear projects, adding to sums of zeros."""
+    """See `GroupLayout`: where experts read codes, which that linear projects, int8 ones adding to sums of zeros; of
+    fp8 codes `fp8_projection`, and it allocates the sums."""
     counts: Tensor | None = None
     """(COUNTS,) int64, zeros: programs of that linear count themselves there, in the lower halves; in the upper ones
     those of few tokens say which factors are present."""
@@ -167,6 +170,11 @@ class Tokens(Prepared):
     """See `GroupLayout`: what that linear needs for it."""
     dtype: torch.dtype = torch.float32
     """Of the input, and so of the output."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are hidden values, or what a linear makes them of."""
+        return self.hidden is not None or self.sums is not None or self.projection is not None
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -228,6 +236,13 @@ def _in_blocks(rows: Tensor) -> Tensor:
     return padded.view(len(rows), -1, BLOCK).transpose(0, 1).contiguous()
 
 
+def in_e4m3(values: Tensor) -> Tensor:
+    """(..., n) int8 -> (..., 2 n) e4m3: 16 a, and then b, of each value 16 a + b, with a and b from -8 to 8: what e4m3
+    holds."""
+    high = (values.int() + 8) >> 4
+    return torch.cat((16 * high, values - 16 * high), dim=-1).float().to(torch.float8_e4m3fn)
+
+
 def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -> GroupLayout:
     """Pad and stack a group's tensors, for inputs of a dtype. Reads values on the host: call it once, after loading.
 
@@ -242,7 +257,7 @@ def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -
         before, group = group, replace(group, smooth_scale=None, rotation=0)
     down = stack_factors(group.shared_down, group.routed_down, 1)
     router, bias = group.router_weight, group.router_bias
-    headroom, code_scale, projection = 1.0, None, None
+    headroom, code_scale, projection, fp8_projection = 1.0, None, None, None
     if down is not None:
         largest_sum = float(down.abs().sum(dim=2).max()) if down.numel() else 0.0
         largest_sum *= FP8_LARGEST if group.activation_format == "fp8" else 2 ** (group.activation_bits - 1)
@@ -258,6 +273,8 @@ def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -
         rank = down.shape[1] - len(codes)
         projection = _in_blocks(functional.pad(codes, (0, 0, 0, rank)))
         code_scale = functional.pad(scale, (0, rank))
+        if group.activation_format == "fp8" and hopper(device):
+            fp8_projection = in_e4m3(projection)
     elif down is not None or router is not None:
         projection = _projection(down, router, group, torch.float32 if precise else torch.bfloat16)
     inverse = None if group.smooth_scale is None else group.smooth_scale.float().reciprocal()
@@ -278,6 +295,7 @@ def pack_group(group: GroupOperands, dtype: torch.dtype, device: torch.device) -
         experts=0 if router is None else len(router),
         headroom=headroom,
         code_scale=code_scale,
+        fp8_projection=fp8_projection,
     )
 
 

@@ -62,7 +62,7 @@ PLANS = 4096
 
 def prepare(x: Tensor, layout: GroupLayout, settled: bool = True, sorts: bool | None = None) -> Tokens:
     """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that settles, and
-    projects integer codes. sorts: whether tokens are sorted by expert; if they are many where it is not given."""
+    projects codes. sorts: whether tokens are sorted by expert; if they are many where it is not given."""
     m, k = x.shape
     if not m:
         return _allocate(x, layout)
@@ -153,7 +153,7 @@ def plan(
         kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
         counts=not settled and cut.programs > 0, sorts=sorts,
         beside=cut.programs > 0 and not (kind.reads_codes or copied or sorts) and padded <= CHUNK, cut=cut,
-        sums_type=sums_type, adds=adds, projects=cut.programs > 0 and (settled or not adds),
+        sums_type=sums_type, adds=adds, projects=cut.programs > 0 and (settled or not kind.reads_codes),
         launch=launch, end=constants | launch,
     )  # fmt: skip
 
@@ -204,13 +204,14 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     from quant_experts.kernels.gpu_weight_activation.prepare import begin, end
 
     m, cut = p.sizes[0], p.cut
-    sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if cut.programs else x
+    sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if p.projects or p.adds else x
     if p.settled:
         tokens = _allocate(x, layout, **_hidden(m, layout, x.device), hidden_comes_later=True)
     elif cut.programs:
+        projection = layout.projection if p.adds else layout.fp8_projection
         tokens = _allocate(
-            x, layout, experts=layout.experts, sums=sums, router_bias=layout.router_bias, code_scale=layout.code_scale,
-            projection=None if p.projects else layout.projection,
+            x, layout, experts=layout.experts, sums=None if sums is x else sums, router_bias=layout.router_bias,
+            code_scale=layout.code_scale, projection=None if p.projects else projection,
             counts=torch.empty(COUNTS, dtype=torch.int64, device=x.device) if p.counts else None,
         )  # fmt: skip
     else:
