@@ -1,6 +1,7 @@
 """The commands, as a user calls them. What each refuses is in test_bad_input.py."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -39,6 +40,14 @@ def test_version() -> None:
 def test_as_a_module(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, quant_experts.__version__)
+
+
+def test_an_interrupt_before_a_command_begins_is_said_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")  # what Ctrl-C does while it is imported
+    there = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-m", "quant_experts"], capture_output=True, text=True, env=there)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Interrupted before anything had begun.\n"
 
 
 def test_every_command_is_covered_here() -> None:

@@ -14,10 +14,7 @@ from quant_experts.cli.comparing import compare, demo
 from quant_experts.cli.inspecting import inspect
 from quant_experts.cli.quantizing import quantize
 from quant_experts.cli.terminal import console, errors, plain
-from quant_experts.errors import QuantExpertsError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+from quant_experts.errors import INTERRUPTED, QuantExpertsError
 
 app = typer.Typer(
     name="quant-experts",
