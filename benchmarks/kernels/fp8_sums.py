@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
-from quant_experts.kernels.gpu_weight_activation.hopper_experts import FP8_STEPS
 from quant_experts.kernels.gpu_weight_activation.hopper_launch import FP8_CHANNELS
+from quant_experts.kernels.gpu_weight_activation.hopper_work import FP8_STEPS
 from quant_experts.kernels.gpu_weight_activation.layout import BLOCK
 from quant_experts.kernels.operands import GroupOperands, LinearOperands
 

@@ -5,6 +5,9 @@ one sentence that names the cause and the cure. The command line prints that sen
 exception is a bug of ours and keeps its traceback.
 """
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 
 class QuantExpertsError(Exception):
     """A problem in the input or the environment, described in one sentence that says what to do."""

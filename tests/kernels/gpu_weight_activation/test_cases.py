@@ -314,6 +314,36 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
     assert alone[1:] == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "shape", "kind", "rows", "expected", "microseconds"),
+    [  # pieces for each tile of tokens and 64 rows, programs that work for experts, and what it costs each of them
+        (12, (3584, 18944), "codes", 64, (4, 4), 4 + 37 * 0.2),
+        (12, (3584, 18944), "fp8 codes", 64, (7, 7), 4 + 44 * 0.2),  # two steps for each block of channels
+        (128, (3584, 18944), "codes", 64, (4, 4), 4 + 37 * 0.2),
+        (64, (3584, 18944), "codes", 256, (4, 16), 4 + 37 * 0.2),
+        (512, (4608, 3584), "codes", 64, (1, 4), 4 + 28 * 0.2),
+        (512, (3584, 18944), "fp8 codes", 64, (4, 16), 4 + 74 * 0.2),
+        (2048, (3584, 18944), "codes", 64, (4, 64), 4 + 37 * 0.2),
+        (8192, (3584, 18944), "fp8 codes", 64, (2, 128), 4 + 148 * 0.2),  # fewer pieces than programs
+        (40, (11, 128), "codes", 32, (1, 2), 4 + 0.2),
+        (64, (4608, 3584), "values", 320, (0, 18), 5.0),
+    ],
+)
+def test_how_work_for_experts_is_cut(
+    tokens: int, shape: tuple[int, int], kind: str, rows: int, expected: tuple[int, int], microseconds: float
+) -> None:
+    """By figures that were measured; the cost is in steps of the product, to the nearest one."""
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import STEP_MICROSECONDS, config, work
+
+    (n, k), codes = shape, kind != "values"
+    flags = dict(PROJECTS=codes, SETTLES=not codes, TOTAL=rows, EXPERTS=0 if codes else 8)
+    c = config(tokens, n, k, 1 if codes else 9, 32, 132, BIAS=False, SORTED=False, FP8="fp8" in kind, **flags)
+    cut = work(c, tokens, n, k // 128, 132)
+    step = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), 0.2)
+    assert (cut.pieces, cut.workers) == expected
+    assert abs(cut.cost * step - microseconds) <= step / 2 + 1e-9
+
+
 def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_experts.kernels.gpu_weight_activation import prepare_launch
     from quant_experts.kernels.gpu_weight_activation.layout import Kind

@@ -178,7 +178,7 @@ def _ranks(factors: int, experts: int, rank: int, m: int) -> int:
 def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_activation.linear_few import linear_few
 
-    assert tokens.codes is not None and tokens.sums is None
+    assert tokens.codes is not None and (tokens.hidden is not None or not tokens.has_experts)
     (m, padded), n, device = tokens.codes.shape, linear.out_features, y.device
     up = linear.up if tokens.hidden is not None else None
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
@@ -198,7 +198,7 @@ def _linear_few(tokens: Tokens, linear: LinearLayout, y: Tensor) -> None:
 def _plain_linear(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_activation.linear import linear as kernel
 
-    assert tokens.codes is not None and tokens.sums is None
+    assert tokens.codes is not None and (tokens.hidden is not None or not tokens.has_experts)
     (m, padded), n, device = tokens.codes.shape, layout.out_features, y.device
     bm = min(128, max(16, 1 << (m - 1).bit_length()))
     bn = 64 if bm == 16 else 128

@@ -65,7 +65,7 @@ def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     assert tokens.codes is not None
     m, n, steps, device = len(tokens.codes), layout.out_features, layout.weight.shape[0], y.device
     nothing, up, sums = layout.scale, layout.up, tokens.sums
-    if tokens.hidden is None and sums is None:
+    if not tokens.has_experts:
         up = None
     factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
     settles = factors > 0 and sums is not None

@@ -9,12 +9,12 @@ are no more than multiprocessors, so all of them run.
 
 Codes: an expert's down factors times tokens of a tile, over a run of input channels, are a piece; it passes through
 the ring as other steps do. Pieces of int8 codes are added where they are, exactly, to zeros that quantization leaves;
-those of fp8 codes are written. The warp group that is last with its half of a tile settles that. Few long pieces are
-better than many: what a program does before it multiplies costs it more than a step. Values: 16 tokens of one factor
-are a piece.
+those of fp8 codes are written. The warp group that is last with its half of a tile makes hidden values of the sums. Few
+long pieces are better than many: what a program does before it multiplies costs it more than a step. Values: 16 tokens
+of one factor are a piece.
 
-fp8 codes are multiplied by factors of e4m3 too, by two for each: an int8 factor is the sum of 16 a and b, a and b from
--8 to 8, which e4m3 holds. So a piece has two ring steps for each block of channels.
+fp8 codes are multiplied by factors of e4m3 too, by two for each: an int8 factor is 16 a + b with a and b from -8 to 8,
+and e4m3 holds 16 a and b. So a piece has two ring steps for each block of channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from quant_experts.kernels.gpu.hopper import factors_of_experts
 from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, wait_for
 from quant_experts.kernels.gpu_weight_activation.hopper_settle import best, in_units
-from quant_experts.kernels.gpu_weight_activation.hopper_work import GROUPS, barrier
+from quant_experts.kernels.gpu_weight_activation.hopper_work import FP8_STEPS, GROUPS, barrier
 from quant_experts.kernels.gpu_weight_activation.layout import MASK_TOKENS
 
 RANKS = gl.constexpr(64)
@@ -39,8 +39,6 @@ SLICES_AT_ONCE = gl.constexpr(10)
 """Slices of a projection of values that are asked for at once."""
 DOWN_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 """Of RANKS rows of 128 channels."""
-FP8_STEPS = gl.constexpr(16)
-"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units, unless all are."""
 
 
 @gluon.jit

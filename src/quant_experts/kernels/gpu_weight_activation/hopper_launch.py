@@ -61,9 +61,9 @@ def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: 
 
 
 LEAST_WORKERS, LEAST_STEPS, MOST_STEPS, LONGER = 4, 4, 40, 1.5
-"""Programs that project codes, at least, and steps of a piece, at least and at most, unless one is against another; and
-how much longer a piece takes, at most, than what a program multiplies of a product with one tile of tokens. Few long
-pieces cost less, but the product's end waits for them."""
+"""Programs that project codes, at least, and blocks of channels of a piece, at least and at most, unless one is against
+another; and how many times as many blocks, at most, as a program multiplies of a product with one tile of tokens. Few
+long pieces cost less, but the product's end waits for them."""
 PIECE_MICROSECONDS, PIECE_STEP_MICROSECONDS, SETTLING_MICROSECONDS = 4.0, 0.2, 5.0
 """What experts cost the programs that do something for them first: to project a piece, and each of its ring steps, or
 to settle values."""
@@ -199,7 +199,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     if c.PROJECTS.value:
         arrived = zeros("hopper tokens", max(TOKEN_COUNTS, GROUPS.value * -(-m // bm)), device)
         if sums is None:
-            sums = torch.empty(cut.pieces, m, c.TOTAL.value, device=device)
+            sums = torch.empty(cut.pieces, m, c.TOTAL.value, dtype=torch.float32, device=device)
     start(
         kernel, (cut.programs,),
         weight_rows, token_rows, up_rows, hidden_rows, down_rows, ptr(present, done), y, layout.scale,

@@ -30,7 +30,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
 from quant_experts.kernels.gpu_weight_activation.hopper_experts import (
-    FP8_STEPS,
     ask_for_first_piece,
     copy_pieces,
     project_pieces,
@@ -44,6 +43,7 @@ from quant_experts.kernels.gpu_weight_activation.hopper_factors import (
 )
 from quant_experts.kernels.gpu_weight_activation.hopper_shares import collect, hand_over
 from quant_experts.kernels.gpu_weight_activation.hopper_work import (
+    FP8_STEPS,
     holder,
     ring_barriers,
     segment,

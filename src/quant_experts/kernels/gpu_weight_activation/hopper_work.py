@@ -10,6 +10,8 @@ from quant_experts.kernels.gpu.assembly import FP8_CODES, INT8_CODES
 
 GROUPS = gl.constexpr(2)
 """Warp groups that multiply, each with half of a tile's rows."""
+FP8_STEPS = gl.constexpr(16)
+"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units, unless all are."""
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
 

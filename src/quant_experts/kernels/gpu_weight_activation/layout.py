@@ -160,8 +160,8 @@ class Tokens(Prepared):
     """(slices, M, rows of the projection): instead of `hidden` what its parts add up to, for one launch of a linear
     that chooses experts and finishes hidden values itself"""
     projection: Tensor | None = None
-    """See `GroupLayout`: where experts read codes, which that linear projects, int8 ones adding to sums of zeros; of
-    fp8 codes `fp8_projection`, and it allocates the sums."""
+    """See `GroupLayout`: where experts read codes, which that linear projects, int8 ones adding to sums of zeros. Of
+    fp8 codes it is `fp8_projection`, and there are no sums yet."""
     counts: Tensor | None = None
     """(COUNTS,) int64, zeros: programs of that linear count themselves there, in the lower halves; in the upper ones
     those of few tokens say which factors are present."""
@@ -237,8 +237,7 @@ def _in_blocks(rows: Tensor) -> Tensor:
 
 
 def in_e4m3(values: Tensor) -> Tensor:
-    """(..., n) int8 -> (..., 2 n) e4m3: 16 a, and then b, of each value 16 a + b, with a and b from -8 to 8: what e4m3
-    holds."""
+    """(..., n) int8 -> (..., 2 n) e4m3: of each value 16 a + b, a and b from -8 to 8, 16 a, then b, exactly."""
     high = (values.int() + 8) >> 4
     return torch.cat((16 * high, values - 16 * high), dim=-1).float().to(torch.float8_e4m3fn)
 

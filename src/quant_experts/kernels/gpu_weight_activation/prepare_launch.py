@@ -204,14 +204,16 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     from quant_experts.kernels.gpu_weight_activation.prepare import begin, end
 
     m, cut = p.sizes[0], p.cut
-    sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if p.projects or p.adds else x
+    summed = p.projects or p.adds
+    sums = x.new_empty(cut.sums, m, p.kind.rows, dtype=p.sums_type) if summed else x
     if p.settled:
         tokens = _allocate(x, layout, **_hidden(m, layout, x.device), hidden_comes_later=True)
     elif cut.programs:
-        projection = layout.projection if p.adds else layout.fp8_projection
+        projection = None if p.projects else layout.projection if p.adds else layout.fp8_projection
+        assert p.projects or projection is not None, "nobody would project"
         tokens = _allocate(
-            x, layout, experts=layout.experts, sums=None if sums is x else sums, router_bias=layout.router_bias,
-            code_scale=layout.code_scale, projection=None if p.projects else projection,
+            x, layout, experts=layout.experts, sums=sums if summed else None, router_bias=layout.router_bias,
+            code_scale=layout.code_scale, projection=projection,
             counts=torch.empty(COUNTS, dtype=torch.int64, device=x.device) if p.counts else None,
         )  # fmt: skip
     else:
