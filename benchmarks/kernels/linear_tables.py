@@ -121,13 +121,15 @@ def goals(rows: list[Row]) -> str:
 
 def costs(rows: list[Row]) -> str:
     """What experts cost over the same linears without them, with integer activations and with fp8."""
-    heads = ["tokens", "goal", "experts", "default", f"{LARGE}, experts", f"{LARGE}, default", "fp8, experts"]
+    heads = ["tokens", "goal", "experts", "default", f"{LARGE}, experts", f"{LARGE}, default"]
+    heads += ["fp8, experts", "fp8, default"]
     lines = []
     for m, goal in COSTS.items():
         mine, large = row_of(rows, MODEL, m), row_of(rows, LARGE, m)
-        cells = [cost(row, kind) for row in (mine, large) for kind in ("with_experts", "default")]
-        fp8 = cost(mine, "fp8_with_experts") if "fp8_with_experts" in mine else "-"
-        lines.append([f"{m:,}", "-" if goal is None else f"{goal}%", *cells, fp8])
+        kinds = ("with_experts", "default")
+        cells = [cost(row, kind) for row in (mine, large) for kind in kinds]
+        cells += [cost(mine, f"fp8_{kind}") if f"fp8_{kind}" in mine else "-" for kind in kinds]
+        lines.append([f"{m:,}", "-" if goal is None else f"{goal}%", *cells])
     return markdown(heads, lines)
 
 

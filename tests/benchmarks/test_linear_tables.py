@@ -76,7 +76,7 @@ def test_goals_that_are_reached_are_bold_and_costs_are_of_the_same_format(made: 
     ]
     assert goals[-1] == "| 8,192, fp8 | 1.4 | 1.25 | 2.00 | 1.60 | 1.25 |"
     costs = made.costs(rows).splitlines()
-    assert costs[2] == "| 1 | 20% | 60% | 25% | 60% | 25% | 60% |" and costs[5].startswith("| 128 | - | 60% |")
+    assert costs[2] == "| 1 | 20% | 60% | 25% | 60% | 25% | 60% | 25% |" and costs[5].startswith("| 128 | - | 60% |")
     assert made.summary(rows).splitlines()[2] == "| linears of a block, 1 token | 3.20 | 2.50 | 4.00 |"
 
 
