@@ -187,6 +187,29 @@ def test_what_prepare_leaves_to_the_linear(
     assert p.cut.sums == (1 if p.adds else p.cut.slices)
 
 
+def test_tokens_that_nobody_would_settle_are_refused() -> None:
+    """fp8 codes left to a linear on Hopper, by a layout for another device; unsettled tokens for a linear that does not
+    settle. Both would lose their experts in silence."""
+    from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+    from quant_experts.kernels.gpu_weight_activation import prepare_launch
+    from quant_experts.kernels.gpu_weight_activation.layout import Tokens, pack_group
+    from quant_experts.kernels.operands import Factor, GroupOperands
+
+    down = Factor(torch.ones(32, 256, dtype=torch.int8), torch.ones(32))
+    group = GroupOperands(8, torch.ones(256), 0, down, None, None, None, True, "fp8")
+    layout = pack_group(group, torch.bfloat16, torch.device("cpu"))
+    assert layout.fp8_projection is None
+    with pytest.raises(AssertionError, match="nobody would project"):
+        prepare_launch.prepare(torch.ones(17, 256, dtype=torch.bfloat16), layout, settled=False)
+    linear = replace(rows_on_no_device(64, 256), up=torch.empty(1, 64, 32, device="meta"))
+    codes, scale = torch.zeros(9, 256, dtype=torch.int8), torch.ones(9, 1)
+    for unsettled in (dict(sums=torch.zeros(1, 9, 32)), dict(projection=layout.projection)):
+        tokens = Tokens(None, codes, scale, None, None, None, **unsettled)
+        for multiply in (triton_backend._linear_few, triton_backend._plain_linear):
+            with pytest.raises(AssertionError):
+                multiply(tokens, linear, torch.empty(9, 64))
+
+
 @pytest.mark.parametrize("kind", ["none", "projects", "settles"])
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("shape", [(32, 128), (4608, 3584), (37888, 3584), (3584, 18944), (59136, 8192), (8192, 29568)])
@@ -332,7 +355,7 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
 def test_how_work_for_experts_is_cut(
     tokens: int, shape: tuple[int, int], kind: str, rows: int, expected: tuple[int, int], microseconds: float
 ) -> None:
-    """By figures that were measured; the cost is in steps of the product, to the nearest one."""
+    """As sweeps on an H200 had it; the cost is in steps of the product, to the nearest one."""
     from quant_experts.kernels.gpu_weight_activation.hopper_launch import STEP_MICROSECONDS, config, work
 
     (n, k), codes = shape, kind != "values"
