@@ -4,9 +4,9 @@
 
 prints a table of errors of random layers with 4-bit weights, each the norm of a token's output error over that of its
 output, mean and largest over tokens: of rounding the activations; of the sums, by a model of the units (32 products
-and the sum so far are cut 13 bits behind the largest one's first, then added), alone, as the kernels leave them up to
-FP8_CHANNELS channels in tiles of 256 rows, and with float32 sums over every TOGETHER channels, as in other tiles; and,
-on a GPU, of the kernels' sums themselves.
+and the sum so far are cut 13 bits behind the largest one's first, then added), alone, with float32 sums over equal
+parts of at most FP8_CHANNELS channels, as the kernels have them in tiles of 256 rows, and over every TOGETHER channels,
+as in other tiles; and, on a GPU, of the kernels' sums themselves.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def unit_sums(x: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def kernel_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """As `unit_sums`, with float32 sums over every TOGETHER channels."""
+def kernel_sums(x: Tensor, weight: Tensor, channels: int) -> Tensor:
+    """As `unit_sums`, with float32 sums over every so many channels."""
     total = torch.zeros(len(x), len(weight))
-    for left, right in zip(x.split(TOGETHER, dim=1), weight.split(TOGETHER, dim=1), strict=True):
+    for left, right in zip(x.split(channels, dim=1), weight.split(channels, dim=1), strict=True):
         total += unit_sums(left, right).float()
     return total.double()
 
@@ -75,8 +75,10 @@ def row(k: int, outlier: float) -> str:
     exact = reference.code_product(quantized, codes)
     unrounded = (x.double() / scale) @ weight.T
     cells = [str(k), f"{outlier:g}", errors(exact, unrounded)]
-    for sums in (unit_sums, kernel_sums):
-        cells.append(errors(sums(quantized.double(), weight / 256) * 256, exact))
+    steps = -(-k // BLOCK)
+    equal = -(-steps // -(-k // FP8_CHANNELS)) * BLOCK
+    for channels in (k, equal, TOGETHER):
+        cells.append(errors(kernel_sums(quantized.double(), weight / 256, channels) * 256, exact))
     if torch.cuda.is_available():
         group = GroupOperands(8, None, 0, None, None, None, None, activation_format="fp8")
         linear = LinearOperands(codes.cuda(), torch.ones(OUTPUTS, 1).cuda(), None, None, None, None, None)
@@ -86,10 +88,11 @@ def row(k: int, outlier: float) -> str:
 
 
 def main() -> None:
-    heads = ["input channels", "outlier", "rounding of activations, %", "the units alone, %", "with float32 sums, %"]
+    heads = ["input channels", "outlier", "rounding of activations, %", "the units alone, %"]
+    heads += ["tiles of 256 rows, %", "other tiles, %"]
     heads += ["measured, %"] if torch.cuda.is_available() else []
     print(f"| {' | '.join(heads)} |\n{'| ---: ' * len(heads)}|")
-    for k in (3584, FP8_CHANNELS, 18944):
+    for k in (3584, 8192, 18944, 29568):
         for outlier in (1.0, 1000.0):
             print(row(k, outlier), flush=True)
 

@@ -49,7 +49,7 @@ def measure(n: int, k: int, tokens: list[int]) -> list[dict[str, Any]]:
         y = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
 
         def captured(choice: tuple[int, int, bool], prepared: Any = prepared, y: Any = y) -> Captured:
-            config = hopper_launch.tile(*choice, fixed)
+            config = hopper_launch.tile(*choice, k, fixed)
 
             def work() -> None:
                 for packed in made:

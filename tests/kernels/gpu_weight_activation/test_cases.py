@@ -291,7 +291,7 @@ def test_which_groups_of_one_token_take_one_launch(
         (1025, (1536, 1536), False, (128, 128, False)),  # not 54 large tiles
         (8192, (37888, 3584), False, (256, 128, False)),
         (8192, (37888, 3584), True, (256, 128, False)),
-        (8192, (37888, 4224), True, (128, 128, False)),  # too long to leave sums to the matrix units
+        (8192, (3584, 18944), True, (256, 128, False)),
     ],
 )
 def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expected: tuple[int, int, bool]) -> None:
@@ -299,6 +299,17 @@ def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expecte
 
     c = config(tokens, *shape, 0, 32, BIAS=False, SORTED=False, FP8=fp8)
     assert (c.BN.value, c.BM.value, c.SHARES.value) == expected
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("k", "expected"), [(10_240, (True, 0)), (10_368, (False, 80))])
+def test_what_is_left_to_the_matrix_units(k: int, expected: tuple[bool, int], fp8: bool) -> None:
+    """In tiles of 256 rows, of fp8 products: sums of 10,240 channels."""
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import tile
+
+    for rows, tokens in ((256, 128), (256, 64), (128, 128), (128, 32)):
+        c = tile(rows, tokens, True, k, dict(GROUP_M=8, FACTORS=0, RANK=32, BIAS=False, SORTED=False, FP8=fp8))
+        assert (c.UNITS.value, c.KEEPS.value) == (expected if fp8 and rows == 256 else (False, 0))
 
 
 @pytest.mark.parametrize("tokens", [9, 16, 17, 40, 128, 300, 5000, 200_000])
@@ -309,7 +320,7 @@ def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expecte
 def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind: str, rows: int) -> None:
     """Pieces of codes are of all tokens and rows; they are few, but not longer than the product can wait for; who does
     nothing but work for experts is not spared steps; there are no more programs than multiprocessors."""
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import MOST_STEPS, config, work
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import MOST_STEPS, STEP_MICROSECONDS, config, work
 
     (n, k), codes, fp8 = shape, kind.endswith("codes"), kind.startswith("fp8")
     steps = k // 128
@@ -321,15 +332,18 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
     if codes:
         projected = -(-tokens // c.BM.value) * -(-rows // 64)
         assert cut.workers == projected * cut.pieces and 1 <= cut.pieces <= max(1, steps // 4)
-        assert cut.workers <= 132 or cut.pieces == 1
-        assert cut.workers >= 4 or cut.pieces == max(1, steps // 4)
-        assert -(-steps // cut.pieces) <= MOST_STEPS or cut.workers > 132 - projected
-        if tokens > c.BM.value:
+        room = 132 if c.SHARES.value or tiles >= 132 else 132 - tiles
+        assert cut.workers <= room or cut.pieces == 1
+        if cut.workers <= room - projected and cut.pieces < steps // 4:  # more pieces would be possible
+
+            def short(pieces: int) -> bool:
+                longest, step = -(-steps // pieces), STEP_MICROSECONDS.get((c.BN.value, c.BM.value), 0.2)
+                cost, multiplied = 4 + longest * (1 + fp8) * 0.2, tiles * steps * step / 132
+                return longest <= MOST_STEPS and (longest <= 4 or cost <= max(6, 1.5 * multiplied) + 1e-9)
+
+            assert cut.workers >= 4 and short(cut.pieces)
             fewer = cut.pieces - 1
-            assert fewer == 0 or fewer * projected < 4 or -(-steps // fewer) > MOST_STEPS, "no more than needed"
-        else:
-            multiplied = max(1, tiles * steps // 132)
-            assert -(-steps // cut.pieces) <= max(8, 2 * multiplied) or cut.workers > 132 - projected
+            assert fewer == 0 or fewer * projected < 4 or not short(fewer), "no more than needed"
     else:
         assert cut.workers * 2 >= -(-tokens // 16) * 9 > (cut.workers - 1) * 2
     assert (cut.cost == 0) == (cut.workers >= cut.programs)
@@ -340,8 +354,12 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
 @pytest.mark.parametrize(
     ("tokens", "shape", "kind", "rows", "expected", "microseconds"),
     [  # pieces for each tile of tokens and 64 rows, programs that work for experts, and what it costs each of them
-        (12, (3584, 18944), "codes", 64, (4, 4), 4 + 37 * 0.2),
-        (12, (3584, 18944), "fp8 codes", 64, (7, 7), 4 + 44 * 0.2),  # two steps for each block of channels
+        (12, (3584, 18944), "codes", 64, (6, 6), 4 + 25 * 0.2),
+        (12, (3584, 18944), "fp8 codes", 64, (12, 12), 4 + 26 * 0.2),  # two steps for each block of channels
+        (128, (3584, 3584), "codes", 64, (3, 6), 4 + 10 * 0.2),  # so short that it would wait for longer ones
+        (64, (1536, 8960), "fp8 codes", 64, (14, 28), 4 + 10 * 0.2),
+        (256, (3584, 3584), "fp8 codes", 64, (3, 12), 4 + 20 * 0.2),
+        (512, (4096, 14336), "codes", 64, (1, 4), 4 + 112 * 0.2),  # by the four programs that have no tile
         (128, (3584, 18944), "codes", 64, (4, 4), 4 + 37 * 0.2),
         (64, (3584, 18944), "codes", 256, (4, 16), 4 + 37 * 0.2),
         (512, (4608, 3584), "codes", 64, (1, 4), 4 + 28 * 0.2),

@@ -234,10 +234,11 @@ def workspaces(device: torch.device) -> list[Tensor]:
     return [kept for kept in (*_zeros.values(), *_outgrown) if kept.device == device]
 
 
-def reserve(device: torch.device) -> None:
-    """Make the workspaces of a GPU whose sizes are known, once, when the first layer is laid out for it."""
+def reserve(device: torch.device, fp8: bool) -> None:
+    """Make the workspaces of a GPU whose sizes are known when a layer is laid out for it; fp8: whether its tokens are
+    fp8 numbers, whose sums are kept too."""
     if hopper(device):
-        zeros("hopper sums", MAX_PROGRAMS * LARGEST_TILE, device)
+        zeros("hopper sums", (1 + fp8) * MAX_PROGRAMS * LARGEST_TILE, device)
         zeros("hopper shares", MAX_PROGRAMS * 4, device)
         zeros("hopper tokens", TOKEN_COUNTS, device)
 

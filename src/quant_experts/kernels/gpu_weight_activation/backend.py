@@ -82,7 +82,7 @@ def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype
     device = linears[0].codes.device
     if group.activation_format == "fp8" and device.type == "cuda" and not overlapped(device):
         raise QuantExpertsError(f"{device} is older than Hopper, which fp8 needs: load with backend='reference'.")
-    reserve(device)
+    reserve(device, group.activation_format == "fp8")
     packed = Packed(pack_group(group, dtype, device), pack_linear(linears, group.activation_format))
     complete_writes(device)  # a program may ask for weights before it waits
     return packed

@@ -30,9 +30,9 @@ LAYOUTS = {
 """Of rows of so many bytes, of elements of so many."""
 
 
-FP8_CHANNELS = 4096
-"""Input channels, at most, whose fp8 sums are left to the matrix units altogether. Tiles of 256 rows do so: a second
-set of sums would not fit registers."""
+FP8_CHANNELS = 10240
+"""Input channels, at most, whose fp8 products the matrix units add up in tiles of 256 rows. A second set of sums would
+not fit registers, so those of longer inputs are added up in memory, which costs the more the more often it is done."""
 STEP_MICROSECONDS = {(256, 128): 0.69, (256, 64): 0.46, (128, 128): 0.35, (128, 64): 0.25, (128, 32): 0.23}
 """Of a step of 128 channels, by rows and tokens of a tile."""
 LEAST_STEP_MICROSECONDS = 0.2
@@ -60,13 +60,14 @@ def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: 
     return SHARED * tiles / count * step + adding + SHARED_MICROSECONDS
 
 
-LEAST_WORKERS, LEAST_STEPS, MOST_STEPS, LONGER = 4, 4, 40, 1.5
+LEAST_WORKERS, LEAST_STEPS, MOST_STEPS = 4, 4, 40
 """Programs that project codes, at least, and blocks of channels of a piece, at least and at most, unless one is against
-another; and how many times as many blocks, at most, as a program multiplies of a product with one tile of tokens. Few
-long pieces cost less, but the product's end waits for them."""
+another. Few long pieces cost less, but the product's end waits for them."""
 PIECE_MICROSECONDS, PIECE_STEP_MICROSECONDS, SETTLING_MICROSECONDS = 4.0, 0.2, 5.0
 """What experts cost the programs that do something for them first: to project a piece, and each of its ring steps, or
 to settle values."""
+SHORT_MICROSECONDS, LONGER = 6.0, 1.5
+"""What a piece may cost in any product, and how many times what a program multiplies."""
 MOST_SETTLED = 64
 """Tokens of experts that read values, at most, that the linear settles."""
 
@@ -78,9 +79,8 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
-    most = 128 if flags.get("FP8") and k > FP8_CHANNELS else 256
-    fitting = [choice for choice in choices(m, n, count) if choice[0] <= most]
-    return tile(*min(fitting, key=lambda choice: estimated(choice, m, n, k // BLOCK, count)), fixed)
+    best = min(choices(m, n, count), key=lambda choice: estimated(choice, m, n, k // BLOCK, count))
+    return tile(*best, k, fixed)
 
 
 def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
@@ -95,11 +95,13 @@ def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
     ]
 
 
-def tile(rows: int, tokens: int, shares: bool, fixed: dict[str, Any]) -> Config:
+def tile(rows: int, tokens: int, shares: bool, k: int, fixed: dict[str, Any]) -> Config:
     """A tile's `Config`, with what is decided elsewhere."""
     stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
     chosen: dict[str, Any] = dict(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares)
-    return Config(**chosen, UNITS=rows == 256, **fixed)
+    if rows == 256 and fixed.get("FP8"):
+        chosen |= dict(KEEPS=FP8_CHANNELS // BLOCK) if k > FP8_CHANNELS else dict(UNITS=True)
+    return Config(**chosen, **fixed)
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Boxes:
@@ -148,18 +150,19 @@ def work(c: Config, m: int, n: int, steps: int, count: int) -> Work:
     """Of m tokens and n rows over at most so many programs."""
     token_tiles, pieces, workers, microseconds = -(-m // c.BM.value), 0, 0, 0.0
     tiles = -(-n // c.BN.value) * token_tiles
+    step = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
     if c.PROJECTS.value:
-        projected, most, each = token_tiles * -(-c.TOTAL.value // RANKS.value), MOST_STEPS, 1 + c.FP8.value
-        if token_tiles == 1:  # the product is short
-            most = max(LEAST_STEPS, min(most, round(LONGER / each * tiles * steps / count)))
+        projected, each = token_tiles * -(-c.TOTAL.value // RANKS.value), PIECE_STEP_MICROSECONDS * (1 + c.FP8.value)
+        allowed = max(SHORT_MICROSECONDS, LONGER * tiles * steps * step / count) - PIECE_MICROSECONDS
+        most = max(LEAST_STEPS, min(MOST_STEPS, int(allowed / each)))
         wanted = max(-(-LEAST_WORKERS // projected), -(-steps // most))
-        pieces = max(1, min(wanted, steps // LEAST_STEPS, count // projected))
+        free = count if c.SHARES.value or tiles >= count else count - tiles  # whole tiles: of programs without one
+        pieces = max(1, min(wanted, steps // LEAST_STEPS, free // projected))
         workers = projected * pieces
-        microseconds = PIECE_MICROSECONDS + -(-steps // pieces) * each * PIECE_STEP_MICROSECONDS
+        microseconds = PIECE_MICROSECONDS + -(-steps // pieces) * each
     elif c.SETTLES.value:
         blocks = -(-m // BLOCK_TOKENS.value)
         workers, microseconds = -(-blocks * c.FACTORS.value // GROUPS.value), SETTLING_MICROSECONDS
-    step = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
     cost = round(microseconds / step)
     programs = min(count, tiles * steps if c.SHARES.value else tiles + workers)
     return Work(programs, pieces, workers, cost if workers < programs else 0)
@@ -180,7 +183,6 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         flags |= settling(tokens)
     steps, count = k // BLOCK, programs(device)
     c = chosen or config(m, n, k, factors, rank, count, **flags)
-    assert not (fp8 and c.UNITS.value) or k <= FP8_CHANNELS, "the matrix units would lose too much of such long sums"
     assert (c.PROJECTS.value, c.SETTLES.value) == (flags.get("PROJECTS", False), flags.get("SETTLES", False))
     bn, bm = c.BN.value, c.BM.value
     weight_rows, up_rows = weight_descriptors(layout, bn)
@@ -192,8 +194,8 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     if c.PROJECTS.value:
         assert tokens.projection is not None
         down_rows = descriptor(tokens.projection.flatten(0, 1), RANKS.value, BLOCK)
-    shares = zeros("hopper sums", count * LARGEST_TILE, device)  # written before it is read: it need not stay zero
-    shares = shares.view(torch.float32 if fp8 else torch.int32)
+    places = (1 + fp8) * count  # of tiles, written before they are read: they need not stay zero
+    shares = zeros("hopper sums", places * LARGEST_TILE, device).view(torch.float32 if fp8 else torch.int32)
     done = zeros("hopper shares", count * 4, device).view(torch.int64)
     arrived, cut = done, work(c, m, n, steps, count)
     if c.PROJECTS.value:

@@ -7,8 +7,8 @@ or two waves of tiles are cut into equal shares of steps (stream-K): the program
 the other shares, always in the same order. Expert factors pass through the same ring as further steps.
 
 int32 sums are exact. fp8 products are exact, but the matrix units keep some 14 bits of their sums: those of FP8_STEPS
-steps are added up in float32 outside, or where tiles have no registers for that, inputs are short and all is left to
-the units.
+steps are added up in float32 outside; tiles that have no registers for that leave more to the units, and add up their
+sums of long inputs in memory.
 
 Layouts are those of `layout`. Rejected: plain Triton at large M, and int8 weights through `torch._int_mm`, whose
 figures are in docs/performance.md.
@@ -41,7 +41,7 @@ from quant_experts.kernels.gpu_weight_activation.hopper_factors import (
     early_factors,
     late_factors,
 )
-from quant_experts.kernels.gpu_weight_activation.hopper_shares import collect, hand_over
+from quant_experts.kernels.gpu_weight_activation.hopper_shares import collect, hand_over, keep, with_kept
 from quant_experts.kernels.gpu_weight_activation.hopper_work import (
     FP8_STEPS,
     holder,
@@ -80,6 +80,8 @@ class Config:
     """Whether tokens are e4m3 numbers and weights zigzag codes."""
     UNITS: Constant = False
     """Whether the matrix units add up fp8 products of all channels."""
+    KEEPS: Constant = 0
+    """Ring steps, at most, whose fp8 products they do, where further sums are added up in memory."""
     PAIRS: Constant = False
     """Whether ring steps are multiplied two at a time."""
     REGISTERS: Constant = 232
@@ -205,12 +207,23 @@ def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: g
 
 
 @gluon.jit
-def multiply_fp8(i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: gl.constexpr):
-    """As `multiply`, of fp8 codes, from zero: of each FP8_STEPS ring steps the matrix units keep 14 bits of a sum, and
-    those sums are added up in float32, unless all are left to the units."""
+def multiply_fp8(i, count, w_ring, x_ring, ready, empty, sums_ptr, WG: gl.constexpr, C: gl.constexpr):
+    """As `multiply`, of fp8 codes, from zero: the matrix units keep 14 bits of a sum, so theirs of FP8_STEPS ring steps
+    are added up in float32, or those of equal parts of at most KEEPS steps, in memory, or all is left to them."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
     total = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
-    if C.UNITS:
+    if C.KEEPS > 0:
+        parts = gl.cdiv(count, C.KEEPS)
+        each = gl.cdiv(count, parts)
+        for part in range(parts):
+            total = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
+            some = gl.minimum(each, count - part * each)
+            total, i = multiply(total, i, some, w_ring, x_ring, ready, empty, WG, C)
+            if part + 1 < parts:
+                keep(total, part, sums_ptr, WG)
+            elif part > 0:
+                total = with_kept(total, sums_ptr, WG)
+    elif C.UNITS:
         total, i = multiply(total, i, count, w_ring, x_ring, ready, empty, WG, C)
     else:
         for first in range(0, count, FP8_STEPS):
@@ -276,7 +289,7 @@ def consumer(experts, rings, ends, sizes, work, WG: gl.constexpr, C: gl.constexp
         row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
         present = early_factors(mask_ptr, token_tile, waited, M, WAITS, C)
         if C.FP8:
-            acc, i = multiply_fp8(i, last - first, w_ring, x_ring, ready, empty, WG, C)
+            acc, i = multiply_fp8(i, last - first, w_ring, x_ring, ready, empty, sums_ptr, WG, C)
         else:
             acc = gl.zeros([C.BN // 2, C.BM], gl.int32, LAYOUT)
             acc, i = multiply(acc, i, last - first, w_ring, x_ring, ready, empty, WG, C)

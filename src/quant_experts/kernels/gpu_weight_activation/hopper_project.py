@@ -53,8 +53,8 @@ CYCLES, L2_BYTES = 1.7e3, 7.5e6
 """Of a multiprocessor, and what the second-level cache gives to all of them, in a microsecond."""
 STARTING_MICROSECONDS = 1.5
 """Of a program: its first copies, and writing its sums."""
-SLICE_MICROSECONDS, SUMS_BYTES = 0.03, 5e6
-"""Of reading one more slice, besides the bytes of its sums, written and read, so many in a microsecond."""
+SUMS_BYTES = 1.9e6
+"""Bytes of sums of slices, written and read in a microsecond."""
 READ, READ_SORTED = 0.5, 0.1
 """The share of a slice's sums whose reading is waited for: `prepare.end` runs beside the linear, and where tokens are
 sorted by expert only `route`, which reads the router's, runs beside nothing."""
@@ -278,8 +278,7 @@ def estimated(choice: tuple[Tile, int], m: int, steps: int, count: int, sorts: b
     copying: float = (min(m, TOKENS.value) + c.ROWS.value) * 128 * min(programs, count) / L2_BYTES
     each = STARTING_MICROSECONDS + -(-steps // slices) * max(multiplying, copying)
     moved: float = m * c.TOTAL.value * 4 * (1 + (READ_SORTED if sorts else READ))
-    adding = slices * (moved / SUMS_BYTES + SLICE_MICROSECONDS)
-    return -(-programs // count) * each + adding
+    return -(-programs // count) * each + slices * moved / SUMS_BYTES
 
 
 def cut(factor_rows: int, router_rows: int, m: int, steps: int, count: int, sorts: bool) -> tuple[Tile, int]:

@@ -56,6 +56,26 @@ def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr):
 
 
 @gluon.jit
+def keep(acc, part, sums_ptr, WG: gl.constexpr):
+    """Write the sums of the first part of a tile's channels, or add those of a further one to them in memory, which
+    nobody waits for; behind the shares of all programs."""
+    written = as_written(acc)
+    at = sums_ptr + workspace(gl.num_programs(0) + gl.program_id(0), written, WG)
+    if part == 0:
+        gl.store(at, written)
+    else:
+        gl.atomic_add(at, written, sem="relaxed")
+
+
+@gluon.jit
+def with_kept(acc, sums_ptr, WG: gl.constexpr):
+    """acc and what was kept before, which each thread wrote itself."""
+    written = as_written(acc)
+    at = sums_ptr + workspace(gl.num_programs(0) + gl.program_id(0), written, WG)
+    return as_multiplied(written + gl.load(at, cache_modifier=".cg"), acc)
+
+
+@gluon.jit
 def as_written(acc):
     """Sums (rows, tokens) of a warp group -> (parts, THREADS, EACH), of each part what threads hold; nothing moves."""
     ROWS: gl.constexpr = acc.shape[0]
