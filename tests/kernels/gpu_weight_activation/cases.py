@@ -34,7 +34,8 @@ FP8_TOLERANCE = 1e-5
 """More of float32 sums of exact products, which matrix units cut instead of rounding."""
 TENSOR_CORE_FP8 = 0.0 if INTERPRETED else 2.0**-9
 """With more than 8 tokens: Hopper's matrix units keep 14 bits of sums of fp8 products, and those of 2,048 channels are
-added up in float32, but up to 10,240 in large tiles. A model of that stays below 0.8 of it on random layers."""
+added up in float32. A model of that stays below 0.4 of it on random layers, and below 0.95 for the up to 10,240 in
+tiles of 256 rows, which are allowed twice as much where outputs are few."""
 FP8_OUTLIERS = 2.0**-7
 """The same, where one channel is a thousand times as large: the model stays below 0.9 of it."""
 
@@ -608,7 +609,8 @@ def products_that_settle(activation_format: ActivationFormat = "int") -> None:
             reads_codes=True, activation_format=activation_format,
         )  # fmt: skip
         packed = triton_backend.pack(group, linears, dtype)
-        both_ways(tokens(m, k, dtype), packed, free if fp8 else 0.0)  # sums of fp8 depend on where they are cut
+        sums = free - EXPERTS_TOLERANCE if fp8 else 0.0  # those of fp8 depend on where they are cut
+        both_ways(tokens(m, k, dtype), packed, sums)
     for m, k, n, experts in values:
         rank = 128 if m == 5 else 40
         parts = ALL if experts else ("smooth", "shared")
@@ -683,12 +685,13 @@ def shares_of_every_tile(activation_format: ActivationFormat = "int") -> None:
             assert not launch.zeros("hopper shares", 0, both.device).any(), "counts must be zero for the next launch"
         plain = reference.prepare(tokens(m, k), group)
         expected = reference.linear(plain, linears[0]).double()
-        free = EXPERTS_TOLERANCE if parts == ALL else SUMS_TOLERANCE
-        if fixed["FP8"]:
-            free += TENSOR_CORE_FP8
+        usual = EXPERTS_TOLERANCE if parts == ALL else SUMS_TOLERANCE
         for i, y in enumerate(outputs):
+            free = usual
+            if fixed["FP8"]:
+                free += TENSOR_CORE_FP8 * (2 if tiles[i // 2].BN.value == 256 else 1)
             error = (y.double() - expected).norm(dim=1)
-            assert (error <= free * expected.norm(dim=1)).all(), (m, n, k, i)
+            assert (error <= free * expected.norm(dim=1)).all(), (m, n, k, i, error / expected.norm(dim=1))
             if fixed["FP8"] or parts == ALL:
                 assert torch.equal(y, outputs[i // 2 * 2]), (m, n, k, i)
             else:
