@@ -42,6 +42,8 @@ from random_blocks import (
 )
 from torch import Tensor, nn
 
+from quant_experts.kernels.gpu import launch
+
 SETTINGS = {  # (sequences, new tokens of each, tokens in the cache afterwards)
     "prefill 2048": (1, 2048, 0),
     "decode, batch 1": (1, 1, 1024),
@@ -93,6 +95,7 @@ def measure(
     """One row for each setting."""
     config, rows = text_config(model), list[dict[str, Any]]()
     gc.collect()  # what the kind before left would be counted, or taken off when it goes
+    launch.reserve(device, fp8=True)  # a GPU's, once, whatever runs there
     before = memory(device)
     blocks = [random_block(config, i, name, device, dtype) for i in range(COPIES)]
     for setting, sizes in settings.items():
