@@ -95,7 +95,7 @@ def measure(
     """One row for each setting."""
     config, rows = text_config(model), list[dict[str, Any]]()
     gc.collect()  # what the kind before left would be counted, or taken off when it goes
-    launch.reserve(device, fp8=True)  # a GPU's, once, whatever runs there
+    launch.reserve(torch.empty(0, device=device).device, fp8=True)  # a GPU's, once, whatever runs there
     before = memory(device)
     blocks = [random_block(config, i, name, device, dtype) for i in range(COPIES)]
     for setting, sizes in settings.items():

@@ -72,7 +72,7 @@ def test_what_is_compared_was_timed_together(monkeypatch: pytest.MonkeyPatch, tm
     for path, kinds in zip(files, (block_tables.KINDS, ["default"]), strict=True):
         path.write_text(json.dumps({"rows": [row | {"kind": kind} for kind in kinds]}))
     rows = block_tables.stored(files[:1])
-    expected = "| m | decode, batch 1 | 2 (1-3) | 2 (1-3); 1.00 | 2 (1-3); 1.00 | 2 (1-3); 1.00 |"
+    expected = "| m | decode, batch 1 | 2 (1-3) |" + " 2 (1-3); 1.00 |" * 4
     assert block_tables.times(rows).splitlines()[2] == expected
     with pytest.raises(SystemExit, match="nothing of m, prefill 2048, bf16"):
         block_tables.memory(rows)
