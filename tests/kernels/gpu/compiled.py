@@ -181,7 +181,7 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "int", torch.bfloat16, 64, 29568, 0, (20,), KINDS[:1]),
     (triton_backend, 8, "fp8", torch.float16, 512, 3584, 0, (5, 40, 300), KINDS[1:]),
     (triton_backend, 8, "fp8", torch.bfloat16, 64, 8192, 0, (600,), KINDS[:2]),
-    (triton_backend, 8, "fp8", torch.bfloat16, 2304, 10368, 0, (4096,), KINDS[:1]),  # keeps sums in memory
+    (triton_backend, 8, "fp8", torch.bfloat16, 2304, 10368, 0, (4096,), KINDS),  # keeps sums in memory
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (2048,), KINDS[1:2]),
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (12, 2048), KINDS[2:]),
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, 0, (1, 40, 600), KINDS),  # codes of 3 bits

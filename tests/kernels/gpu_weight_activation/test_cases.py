@@ -332,7 +332,7 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
     if codes:
         projected = -(-tokens // c.BM.value) * -(-rows // 64)
         assert cut.workers == projected * cut.pieces and 1 <= cut.pieces <= max(1, steps // 4)
-        room = 132 if c.SHARES.value or tiles >= 132 else 132 - tiles
+        room = 132 - tiles if not c.SHARES.value and 132 - tiles >= projected else 132
         assert cut.workers <= room or cut.pieces == 1
         if cut.workers <= room - projected and cut.pieces < steps // 4:  # more pieces would be possible
 
@@ -360,6 +360,9 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
         (64, (1536, 8960), "fp8 codes", 64, (14, 28), 4 + 10 * 0.2),
         (256, (3584, 3584), "fp8 codes", 64, (3, 12), 4 + 20 * 0.2),
         (512, (4096, 14336), "codes", 64, (1, 4), 4 + 112 * 0.2),  # by the four programs that have no tile
+        (1024, (4096, 14336), "codes", 64, (3, 24), 4 + 38 * 0.2),  # four are too few for as many as eight pieces
+        (1100, (3584, 18944), "fp8 codes", 64, (4, 36), 4 + 74 * 0.2),
+        (512, (4224, 14336), "codes", 64, (3, 12), 4 + 38 * 0.2),  # each program has a tile
         (128, (3584, 18944), "codes", 64, (4, 4), 4 + 37 * 0.2),
         (64, (3584, 18944), "codes", 256, (4, 16), 4 + 37 * 0.2),
         (512, (4608, 3584), "codes", 64, (1, 4), 4 + 28 * 0.2),
@@ -383,6 +386,42 @@ def test_how_work_for_experts_is_cut(
     step = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), 0.2)
     assert (cut.pieces, cut.workers) == expected
     assert abs(cut.cost * step - microseconds) <= step / 2 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("tokens", "channels", "sorts", "expected"),
+    [  # rows of a program and slices of the channels
+        (128, 3584, False, (80, 14)),
+        (256, 18944, False, (112, 18)),
+        (512, 18944, False, (112, 9)),
+        (1024, 18944, True, (160, 8)),
+        (2048, 3584, True, (160, 4)),
+    ],
+)
+def test_how_a_projection_is_cut(tokens: int, channels: int, sorts: bool, expected: tuple[int, int]) -> None:
+    """Of nine factors of rank 32 and the router of eight experts, as times on an H200 had it."""
+    from quant_experts.kernels.gpu_weight_activation import hopper_project
+
+    tile, slices = hopper_project.cut(288, 32, tokens, channels // 64, 132, sorts)
+    assert (tile.ROWS.value, slices) == expected
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_workspaces_hold_all_tiles(monkeypatch: pytest.MonkeyPatch, fp8: bool) -> None:
+    """Shares of each program, and of fp8 tokens the sums that it keeps, have room before a graph may be captured."""
+    from quant_experts.kernels.gpu import launch
+    from quant_experts.kernels.gpu_weight_activation import backend
+    from quant_experts.kernels.operands import GroupOperands, LinearOperands
+
+    sizes: dict[str, int] = {}
+    monkeypatch.setattr(launch, "hopper", lambda device: True)
+    monkeypatch.setattr(launch, "zeros", lambda name, size, device: sizes.update({name: size}))
+    monkeypatch.setattr(backend, "reserve", launch.reserve)
+    layer = LinearOperands(torch.ones(1, 128, dtype=torch.int8), torch.ones(1, 1), None, None, None, None, None)
+    group = GroupOperands(8, None, 0, None, None, None, None, activation_format="fp8" if fp8 else "int")
+    backend.pack(group, [layer])
+    assert sizes["hopper sums"] == (1 + fp8) * launch.MAX_PROGRAMS * 256 * 128
+    assert launch.MAX_PROGRAMS >= 132 and sizes["hopper shares"] == launch.MAX_PROGRAMS * 4
 
 
 def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def overlapped(device: torch.device) -> bool:
 
 _zeros: dict[tuple[str, torch.device], Tensor] = {}
 _outgrown: list[Tensor] = []
-"""Workspaces that were replaced by larger ones: a CUDA graph that was captured before still writes to them."""
+"""Workspaces that were replaced by larger ones: CUDA graphs and recorded calls from before still write to them."""
 
 
 def zeros(name: str, size: int, device: torch.device) -> Tensor:

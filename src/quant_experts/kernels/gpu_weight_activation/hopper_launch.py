@@ -67,7 +67,7 @@ PIECE_MICROSECONDS, PIECE_STEP_MICROSECONDS, SETTLING_MICROSECONDS = 4.0, 0.2, 5
 """What experts cost the programs that do something for them first: to project a piece, and each of its ring steps, or
 to settle values."""
 SHORT_MICROSECONDS, LONGER = 6.0, 1.5
-"""What a piece may cost in any product, and how many times what a program multiplies."""
+"""What a piece may cost in any product, and how many times what all multiprocessors multiply, in the mean."""
 MOST_SETTLED = 64
 """Tokens of experts that read values, at most, that the linear settles."""
 
@@ -154,9 +154,10 @@ def work(c: Config, m: int, n: int, steps: int, count: int) -> Work:
     if c.PROJECTS.value:
         projected, each = token_tiles * -(-c.TOTAL.value // RANKS.value), PIECE_STEP_MICROSECONDS * (1 + c.FP8.value)
         allowed = max(SHORT_MICROSECONDS, LONGER * tiles * steps * step / count) - PIECE_MICROSECONDS
-        most = max(LEAST_STEPS, min(MOST_STEPS, int(allowed / each)))
+        most = min(MOST_STEPS, int(allowed / each))
         wanted = max(-(-LEAST_WORKERS // projected), -(-steps // most))
-        free = count if c.SHARES.value or tiles >= count else count - tiles  # whole tiles: of programs without one
+        without = 0 if c.SHARES.value else count - tiles  # programs to which no tile is left
+        free = without if without >= projected else count
         pieces = max(1, min(wanted, steps // LEAST_STEPS, free // projected))
         workers = projected * pieces
         microseconds = PIECE_MICROSECONDS + -(-steps // pieces) * each

@@ -81,7 +81,8 @@ class Config:
     UNITS: Constant = False
     """Whether the matrix units add up fp8 products of all channels."""
     KEEPS: Constant = 0
-    """Ring steps, at most, whose fp8 products they do, where further sums are added up in memory."""
+    """Ring steps, at most, whose fp8 products the units add up; those of further parts are added up in memory. 0: tiles
+    are not cut into parts."""
     PAIRS: Constant = False
     """Whether ring steps are multiplied two at a time."""
     REGISTERS: Constant = 232
@@ -209,7 +210,8 @@ def multiply(acc, i, count, w_ring, x_ring, ready, empty, WG: gl.constexpr, C: g
 @gluon.jit
 def multiply_fp8(i, count, w_ring, x_ring, ready, empty, sums_ptr, WG: gl.constexpr, C: gl.constexpr):
     """As `multiply`, of fp8 codes, from zero: the matrix units keep 14 bits of a sum, so theirs of FP8_STEPS ring steps
-    are added up in float32, or those of equal parts of at most KEEPS steps, in memory, or all is left to them."""
+    are added up in float32, or those of equal parts of at most KEEPS steps, in memory, or all is left to them. That
+    memory an earlier kernel may use as long as it runs."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 32])
     total = gl.zeros([C.BN // 2, C.BM], gl.float32, LAYOUT)
     if C.KEEPS > 0:
@@ -220,6 +222,8 @@ def multiply_fp8(i, count, w_ring, x_ring, ready, empty, sums_ptr, WG: gl.conste
             some = gl.minimum(each, count - part * each)
             total, i = multiply(total, i, some, w_ring, x_ring, ready, empty, WG, C)
             if part + 1 < parts:
+                if C.LATER:
+                    wait_for_previous_kernel()
                 keep(total, part, sums_ptr, WG)
             elif part > 0:
                 total = with_kept(total, sums_ptr, WG)

@@ -58,7 +58,7 @@ def collect(acc, shares, sums_ptr, count_ptr, WG: gl.constexpr):
 @gluon.jit
 def keep(acc, part, sums_ptr, WG: gl.constexpr):
     """Write the sums of the first part of a tile's channels, or add those of a further one to them in memory, which
-    nobody waits for; behind the shares of all programs."""
+    nobody waits for. Each program has a place for that, behind the places of all programs' shares."""
     written = as_written(acc)
     at = sums_ptr + workspace(gl.num_programs(0) + gl.program_id(0), written, WG)
     if part == 0:

@@ -11,7 +11,8 @@ from quant_experts.kernels.gpu.assembly import FP8_CODES, INT8_CODES
 GROUPS = gl.constexpr(2)
 """Warp groups that multiply, each with half of a tile's rows."""
 FP8_STEPS = gl.constexpr(16)
-"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units, unless all are."""
+"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units; tiles of 256 rows leave them
+more."""
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
 
