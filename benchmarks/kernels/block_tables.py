@@ -18,8 +18,13 @@ from typing import Any
 
 from pages import filled, markdown
 
-KINDS = {"bf16": "bf16", "default": "default recipe", "experts": "experts", "no-experts": "no experts"}
-KINDS |= {"fp8-experts": "experts, W4Afp8"}
+KINDS = {
+    "bf16": "bf16",
+    "default": "default recipe",
+    "experts": "experts",
+    "no-experts": "no experts",
+    "fp8-experts": "experts, W4Afp8",
+}
 PEAKS = ("decode, batch 1", "prefill 2048")
 Rows = dict[tuple[str, str], dict[str, dict[str, Any]]]
 """By model and setting, and then by kind."""
