@@ -652,6 +652,7 @@ def shares_of_every_tile(activation_format: ActivationFormat = "int") -> None:
     before, and counts are zero after."""
     if not launch.hopper(torch.device(DEVICE)):
         return
+    from quant_experts.kernels.gpu.hopper_tiles import Tile
     from quant_experts.kernels.gpu_weight_activation import hopper_launch
 
     for m, n, k, parts in [
@@ -666,8 +667,8 @@ def shares_of_every_tile(activation_format: ActivationFormat = "int") -> None:
             SORTED=False, FP8=activation_format == "fp8", LATER=prepared.hidden is not None,
         )  # fmt: skip
         tiles = [
-            hopper_launch.tile(rows, columns, shares, k, fixed)
-            for rows, columns in hopper_launch.STEP_MICROSECONDS
+            hopper_launch.tile(Tile(rows, columns, shares), k, fixed)
+            for rows, columns in hopper_launch.TIMES.steps
             for shares in (False, True)
         ]
         if m <= 16:

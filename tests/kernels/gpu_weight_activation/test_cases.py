@@ -305,10 +305,11 @@ def test_tiles_of_shapes(tokens: int, shape: tuple[int, int], fp8: bool, expecte
 @pytest.mark.parametrize(("k", "expected"), [(10_240, (True, 0)), (10_368, (False, 80))])
 def test_what_is_left_to_the_matrix_units(k: int, expected: tuple[bool, int], fp8: bool) -> None:
     """In tiles of 256 rows, of fp8 products: sums of 10,240 channels."""
+    from quant_experts.kernels.gpu.hopper_tiles import Tile
     from quant_experts.kernels.gpu_weight_activation.hopper_launch import tile
 
     for rows, tokens in ((256, 128), (256, 64), (128, 128), (128, 32)):
-        c = tile(rows, tokens, True, k, dict(GROUP_M=8, FACTORS=0, RANK=32, BIAS=False, SORTED=False, FP8=fp8))
+        c = tile(Tile(rows, tokens, True), k, dict(GROUP_M=8, FACTORS=0, RANK=32, BIAS=False, SORTED=False, FP8=fp8))
         assert (c.UNITS.value, c.KEEPS.value) == (expected if fp8 and rows == 256 else (False, 0))
 
 
@@ -320,7 +321,7 @@ def test_what_is_left_to_the_matrix_units(k: int, expected: tuple[bool, int], fp
 def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind: str, rows: int) -> None:
     """Pieces of codes are of all tokens and rows; they are few, but not longer than the product can wait for; who does
     nothing but work for experts is not spared steps; there are no more programs than multiprocessors."""
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import MOST_STEPS, STEP_MICROSECONDS, config, work
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import MOST_STEPS, TIMES, config, work
 
     (n, k), codes, fp8 = shape, kind.endswith("codes"), kind.startswith("fp8")
     steps = k // 128
@@ -337,7 +338,7 @@ def test_what_products_do_for_experts(tokens: int, shape: tuple[int, int], kind:
         if cut.workers <= room - projected and cut.pieces < steps // 4:  # more pieces would be possible
 
             def short(pieces: int) -> bool:
-                longest, step = -(-steps // pieces), STEP_MICROSECONDS.get((c.BN.value, c.BM.value), 0.2)
+                longest, step = -(-steps // pieces), TIMES.steps.get((c.BN.value, c.BM.value), 0.2)
                 cost, multiplied = 4 + longest * (1 + fp8) * 0.2, tiles * steps * step / 132
                 return longest <= MOST_STEPS and (longest <= 4 or cost <= max(6, 1.5 * multiplied) + 1e-9)
 
@@ -378,13 +379,13 @@ def test_how_work_for_experts_is_cut(
 ) -> None:
     """As sweeps on an H200 had it, but for 1,024 and more tokens and where each program has a tile, which are by the
     rule alone; the cost is in steps of the product, to the nearest one."""
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import STEP_MICROSECONDS, config, work
+    from quant_experts.kernels.gpu_weight_activation.hopper_launch import TIMES, config, work
 
     (n, k), codes = shape, kind != "values"
     flags = dict(PROJECTS=codes, SETTLES=not codes, TOTAL=rows, EXPERTS=0 if codes else 8)
     c = config(tokens, n, k, 1 if codes else 9, 32, 132, BIAS=False, SORTED=False, FP8="fp8" in kind, **flags)
     cut = work(c, tokens, n, k // 128, 132)
-    step = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), 0.2)
+    step = TIMES.steps.get((c.BN.value, c.BM.value), 0.2)
     assert (cut.pieces, cut.workers) == expected
     assert abs(cut.cost * step - microseconds) <= step / 2 + 1e-9
 
@@ -439,16 +440,6 @@ def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert not sorts(512, 1 << 20) and sorts(513, 37888) and not sorts(4096, 4608) and sorts(8192, 3584)
     assert sorts(2048, 4608, kind._replace(factors=17, rank=64)), "more factors are idle, and larger ones"
     assert not sorts(100_000, 37888, kind._replace(factors=2, experts=1)), "none is idle"
-
-
-def test_an_estimate_grows_with_the_work() -> None:
-    """More tokens, rows and channels, or fewer multiprocessors, never take less time in the same tiles."""
-    from quant_experts.kernels.gpu_weight_activation.hopper_launch import choices, estimated
-
-    for tile in choices(512, 3584, 132):
-        time = estimated(tile, 512, 3584, 28, 132)
-        assert 0 < time <= estimated(tile, 512, 3584, 29, 132)
-        assert time <= estimated(tile, 2048, 3584 * 4, 28, 132) and time <= estimated(tile, 512, 3584, 28, 66)
 
 
 def test_the_table_names_the_backend_for_gpus() -> None:

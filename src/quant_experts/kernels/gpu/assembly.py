@@ -31,6 +31,43 @@ FLOAT16_CODES = tl.constexpr(
             """
 )
 """16-bit words $4 of four codes -> $0 to $3: each code plus 1024 in float16, its bits under the exponent of 1024."""
+TINY_CODES = tl.constexpr(
+    """{
+            .reg .b32 upper;
+            and.b32 $0, $4, 0x000F000F; and.b32 $1, $4, 0x00F000F0;
+            shr.u32 upper, $4, 8;
+            and.b32 $2, upper, 0x000F000F; and.b32 $3, upper, 0x00F000F0;
+            }"""
+)
+"""The same words -> each code in the mantissa of a subnormal float16: 2^-24 times the first and the third, 2^-20 times
+the others."""
+
+
+def _codes_of_3_bits(exponent: int) -> str:
+    """$0 to $7 from words $8 of the low two bits of eight codes, and $9, whose low halves hold the third bits."""
+    lines = [".reg .b32 low, third;"]
+    for i in range(8):
+        lines += [f"shr.u32 low, $8, {2 * i};", f"lop3.b32 ${i}, low, 0x00030003, {exponent:#x}, 0xEA;"]
+        lines += [f"shl.b32 third, $9, {2 - i};" if i < 2 else f"shr.u32 third, $9, {i - 2};"]
+        lines += [f"lop3.b32 ${i}, third, 0x00040004, ${i}, 0xEA;"]
+    return "{" + " ".join(lines) + "}"
+
+
+FLOAT16_CODES_OF_3_BITS, TINY_CODES_OF_3_BITS = (tl.constexpr(_codes_of_3_bits(bits)) for bits in (0x64006400, 0))
+"""Eight codes of 3 bits, plus 1024 in float16, and in 2^-24."""
+
+SLOPES = tl.constexpr(
+    """{
+            .reg .b32 scale, zero, constant;
+            prmt.b32 scale, $3, $3, 0x1010; prmt.b32 zero, $3, $3, 0x3232;
+            mov.b32 constant, 0xE400E400; add.rn.f16x2 zero, zero, constant;
+            mov.b32 constant, 0x98009800; mul.rn.f16x2 zero, zero, constant;
+            mul.rn.f16x2 $2, zero, scale;
+            mov.b32 constant, 0x78007800; mul.rn.f16x2 $0, scale, constant;
+            mov.b32 constant, 0x68006800; mul.rn.f16x2 $1, scale, constant;
+            }"""
+)
+"""A scale and 1024 plus a zero, float16 in the halves of $3 -> 2^15 scale, 2^11 scale, -2^-9 scale zero, each twice."""
 
 
 def _hadamard(block: int) -> str:

@@ -15,7 +15,15 @@ MAP_BYTES, MAP_ALIGNED = 128, 64
 """Size and alignment of a tensor map, by which the copy engine reads boxes."""
 OVERLAPPED = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
-MAP_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+MAP_TYPES = {
+    torch.int8: 0,
+    torch.float8_e4m3fn: 0,
+    torch.int16: 1,
+    torch.int32: 3,
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.bfloat16: 9,
+}
 """CUtensorMapDataType"""
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 """CUtensorMapSwizzle of rows of so many bytes."""

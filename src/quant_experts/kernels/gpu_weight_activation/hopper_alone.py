@@ -16,9 +16,9 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across, allow_next_kernel, wait_for_previous_kernel
 from quant_experts.kernels.gpu.hopper_tokens import ask_for_inverses, ask_for_token, smoothed, unit_and_inverse
+from quant_experts.kernels.gpu.hopper_work import barrier
 from quant_experts.kernels.gpu.tokens import ROUNDING
 from quant_experts.kernels.gpu_weight_activation.hopper_few import add_products, ask_for_weights
-from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier
 
 COLUMNS = gl.constexpr(8)
 """Tokens of a matrix product, at least: all of them are the one token here."""

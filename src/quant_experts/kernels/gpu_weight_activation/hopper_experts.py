@@ -24,9 +24,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from quant_experts.kernels.gpu.hopper import factors_of_experts
-from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, wait_for
+from quant_experts.kernels.gpu.hopper_counts import count_done, wait_for
+from quant_experts.kernels.gpu.hopper_work import GROUPS, barrier
+from quant_experts.kernels.gpu_weight_activation.hopper_codes import FP8_STEPS
 from quant_experts.kernels.gpu_weight_activation.hopper_settle import best, in_units
-from quant_experts.kernels.gpu_weight_activation.hopper_work import FP8_STEPS, GROUPS, barrier
 from quant_experts.kernels.gpu_weight_activation.layout import MASK_TOKENS
 
 RANKS = gl.constexpr(64)

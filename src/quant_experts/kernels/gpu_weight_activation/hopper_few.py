@@ -27,9 +27,9 @@ from quant_experts.kernels.gpu.hopper import (
     multiply,
     wait_for_previous_kernel,
 )
-from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, told, wait_for
+from quant_experts.kernels.gpu.hopper_counts import count_done, told, wait_for
+from quant_experts.kernels.gpu_weight_activation.hopper_codes import unpack_int8
 from quant_experts.kernels.gpu_weight_activation.hopper_settle import LINE, add_projection, ask_for_piece, settle
-from quant_experts.kernels.gpu_weight_activation.hopper_work import unpack_int8
 
 EARLY_RANKS = gl.constexpr(128)
 """Ranks, at most, whose up factors wait in registers from the start."""

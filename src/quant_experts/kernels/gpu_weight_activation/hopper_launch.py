@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
+from quant_experts.kernels.gpu.hopper_tiles import Tile, TileTimes
+from quant_experts.kernels.gpu.hopper_work import GROUPS
 from quant_experts.kernels.gpu.launch import LARGEST_TILE, TOKEN_COUNTS, Boxes, options, programs, ptr, start, zeros
 from quant_experts.kernels.gpu_weight_activation.hopper_experts import BLOCK_TOKENS, RANKS
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
-from quant_experts.kernels.gpu_weight_activation.hopper_work import GROUPS
 from quant_experts.kernels.gpu_weight_activation.layout import (
     BLOCK,
     MASK_TOKENS,
@@ -33,31 +34,13 @@ LAYOUTS = {
 FP8_CHANNELS = 10240
 """Input channels, at most, whose fp8 products the matrix units add up in tiles of 256 rows. A second set of sums would
 not fit registers, so those of longer inputs are added up in memory, which costs the more the more often it is done."""
-STEP_MICROSECONDS = {(256, 128): 0.69, (256, 64): 0.46, (128, 128): 0.35, (128, 64): 0.25, (128, 32): 0.23}
-"""Of a step of 128 channels, by rows and tokens of a tile."""
+TIMES = TileTimes(
+    steps={(256, 128): 0.69, (256, 64): 0.46, (128, 128): 0.35, (128, 64): 0.25, (128, 32): 0.23},
+    finishing=1.4, longer=1.11, sharing=3.2, adding=0.52, last=1.9, last_adding=1.6,
+)  # fmt: skip
+"""Of tiles for more than 16 tokens."""
 LEAST_STEP_MICROSECONDS = 0.2
-"""The same, of fewer tokens."""
-FINISHING_MICROSECONDS = 1.4
-"""Of finishing a tile."""
-SHARED, SHARED_MICROSECONDS, ADDING_MICROSECONDS = 1.11, 3.2, 0.52
-"""Where fewer tiles than multiprocessors are shared: how much longer steps take, what that costs once, and for adding
-up 8,192 sums of a share."""
-LAST_MICROSECONDS, LAST_SUMS_MICROSECONDS = 1.9, 1.6
-"""Of more tiles than multiprocessors the last are shared: what that costs once, and for each 8,192 sums of a tile."""
-
-
-def estimated(choice: tuple[int, int, bool], m: int, n: int, steps: int, count: int) -> float:
-    """Microseconds on so many multiprocessors, but for what is the same for all tiles, of a product by tiles of so many
-    rows and tokens, shared or not: a model fitted to times on an H200 (`benchmarks/kernels/gpu_tiles.py`)."""
-    rows, tokens, shares = choice
-    tiles, step, sums = -(-n // rows) * -(-m // tokens), steps * STEP_MICROSECONDS[rows, tokens], rows * tokens / 8192
-    if tiles >= count:
-        whole = tiles / count * (step + FINISHING_MICROSECONDS)
-        return whole + LAST_MICROSECONDS + LAST_SUMS_MICROSECONDS * sums
-    if not shares:
-        return step + FINISHING_MICROSECONDS
-    adding = ADDING_MICROSECONDS * count / tiles * sums
-    return SHARED * tiles / count * step + adding + SHARED_MICROSECONDS
+"""Of a step of fewer tokens."""
 
 
 LEAST_WORKERS, LEAST_STEPS, MOST_STEPS = 4, 4, 40
@@ -79,24 +62,12 @@ def config(m: int, n: int, k: int, factors: int, rank: int, count: int = 132, **
     if m <= 16:
         small: dict[str, Any] = dict(REGISTERS=88, LAUNCH_REGISTERS=72)
         return Config(BN=128, BM=16, STAGES=12, PAIRS=True, **small, **fixed)
-    best = min(choices(m, n, count), key=lambda choice: estimated(choice, m, n, k // BLOCK, count))
-    return tile(*best, k, fixed)
+    return tile(TIMES.best(m, n, k // BLOCK, count), k, fixed)
 
 
-def choices(m: int, n: int, count: int) -> list[tuple[int, int, bool]]:
-    """Tiles for more than 16 tokens, as `estimated` takes them: none with twice the tokens that are needed; shared or
-    not where multiprocessors are more (`count`), because of more tiles the last are shared always."""
-    return [
-        (rows, tokens, shares)
-        for rows, tokens in STEP_MICROSECONDS
-        if tokens < 2 * max(m, 32)
-        for shares in (False, True)
-        if not shares or -(-n // rows) * -(-m // tokens) < count
-    ]
-
-
-def tile(rows: int, tokens: int, shares: bool, k: int, fixed: dict[str, Any]) -> Config:
+def tile(best: Tile, k: int, fixed: dict[str, Any]) -> Config:
     """A tile's `Config`, with what is decided elsewhere."""
+    rows, tokens, shares = best
     stages = {(256, 128): 6, (256, 64): 8, (128, 128): 8}.get((rows, tokens), 12)
     chosen: dict[str, Any] = dict(BN=rows, BM=tokens, STAGES=stages, PAIRS=rows * tokens < 256 * 128, SHARES=shares)
     if rows == 256 and fixed.get("FP8"):
@@ -150,7 +121,7 @@ def work(c: Config, m: int, n: int, steps: int, count: int) -> Work:
     """Of m tokens and n rows over at most so many programs."""
     token_tiles, pieces, workers, microseconds = -(-m // c.BM.value), 0, 0, 0.0
     tiles = -(-n // c.BN.value) * token_tiles
-    step = STEP_MICROSECONDS.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
+    step = TIMES.steps.get((c.BN.value, c.BM.value), LEAST_STEP_MICROSECONDS)
     if c.PROJECTS.value:
         projected, each = token_tiles * -(-c.TOTAL.value // RANKS.value), PIECE_STEP_MICROSECONDS * (1 + c.FP8.value)
         allowed = max(SHORT_MICROSECONDS, LONGER * tiles * steps * step / count) - PIECE_MICROSECONDS

@@ -29,6 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
+from quant_experts.kernels.gpu.hopper_shares import collect, hand_over, keep, with_kept
+from quant_experts.kernels.gpu.hopper_store import store
+from quant_experts.kernels.gpu.hopper_work import holder, ring_barriers, segment, share, tile_place
+from quant_experts.kernels.gpu_weight_activation.hopper_codes import FP8_STEPS, unpack_fp8, unpack_int8
 from quant_experts.kernels.gpu_weight_activation.hopper_experts import (
     ask_for_first_piece,
     copy_pieces,
@@ -40,17 +44,6 @@ from quant_experts.kernels.gpu_weight_activation.hopper_factors import (
     copy_factors,
     early_factors,
     late_factors,
-)
-from quant_experts.kernels.gpu_weight_activation.hopper_shares import collect, hand_over, keep, with_kept
-from quant_experts.kernels.gpu_weight_activation.hopper_work import (
-    FP8_STEPS,
-    holder,
-    ring_barriers,
-    segment,
-    share,
-    tile_place,
-    unpack_fp8,
-    unpack_int8,
 )
 
 Constant = Any
@@ -245,28 +238,6 @@ def to_float(acc, row_tile, scale_ptr, N, headroom, WG: gl.constexpr, C: gl.cons
     scale = gl.load(scale_ptr + rows, mask=rows < N, other=0.0)
     UNIT: gl.constexpr = 256.0 if C.FP8 else 0.0625
     return acc.to(gl.float32) * (scale * (UNIT / headroom))[:, None]
-
-
-@gluon.jit
-def store(
-    y, row_tile, token_tile, token_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG: gl.constexpr, C: gl.constexpr
-):
-    """Scale by token, add the bias, and write rows in the order of the input."""
-    ROWS: gl.constexpr = C.BN // 2
-    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
-    tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, y.type.layout))
-    y = y * (gl.load(token_ptr + tokens, mask=tokens < M, other=0.0) * headroom)[None, :]
-    if C.BIAS:
-        y = y + gl.load(bias_ptr + rows, mask=rows < N, other=0.0)[:, None]
-    WIDE: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
-    wide = gl.convert_layout(y.to(y_ptr.dtype.element_ty), WIDE)
-    rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    tokens = token_tile * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, WIDE))
-    place = tokens
-    if C.SORTED:
-        place = gl.load(order_ptr + tokens, mask=tokens < M, other=0)
-    mask = (rows < N)[:, None] & (tokens < M)[None, :]
-    gl.store(y_ptr + place.to(gl.int64)[None, :] * N + rows[:, None], wide, mask=mask)
 
 
 @gluon.jit

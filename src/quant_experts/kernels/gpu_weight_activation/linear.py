@@ -19,7 +19,7 @@ from quant_experts.kernels.gpu.tokens import add_product, bitwise_or, wait_for_p
 
 @triton.jit
 def unpack_fp8(packed, ASSEMBLY: tl.constexpr):
-    """As `hopper_work.unpack_fp8`: bytes of two zigzag codes -> (low code, high code) / 256 as e4m3."""
+    """As `hopper_codes.unpack_fp8`: bytes of two zigzag codes -> (low code, high code) / 256 as e4m3."""
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             FP8_CODES,

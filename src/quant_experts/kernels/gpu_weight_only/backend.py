@@ -20,6 +20,7 @@ from quant_experts.kernels.gpu.launch import (
     overlapped,
     programs,
     ptr,
+    reserve,
     start,
     zeros,
 )
@@ -97,6 +98,7 @@ class Packed(recorded.Repeatable):
 def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtype = torch.float32) -> Packed:
     """Lay a group out; see `gpu_weight_only.layout`."""
     _counters(linears[0].codes.device)  # made before a CUDA graph may be captured
+    reserve(linears[0].codes.device, False)
     layout = pack_group(group, linears[0].codes.shape[1], linears[0].codes.device)
     return Packed(layout, pack_linear(linears, layout.headroom))
 
@@ -169,7 +171,9 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
     if y.numel():
         multiply = _linear_in_memory if dequantizes(m, y.dtype) else _linear_in_registers
-        if m <= DECODE_TOKENS and _decodes(layout):
+        if hopper(device) and m > DECODE_TOKENS:
+            from quant_experts.kernels.gpu_weight_only.hopper_launch import linear as multiply
+        elif _decodes(layout):
             multiply = _linear_few
         multiply(prepared, layout, y)
     return y
@@ -193,7 +197,8 @@ def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     start(
         kernel, (-(-n // tile["BN"]),),
         layout.low, layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y), tokens.unit, layout.scale,
-        ptr(layout.bias, layout.scale), y, m, n, padded, width, layout.pieces * PIECE // STEP[4], tokens.headroom,
+        ptr(layout.bias, layout.scale), y, m, n, layout.pairs.shape[1], padded, width,
+        layout.pieces * PIECE // STEP[4], tokens.headroom,
         1.0 / tokens.headroom, BM=8, E=experts, **factors, USED=used, BIAS=layout.bias is not None, **tile,
         num_warps=tile["WAYS"], **options(device),
     )  # fmt: skip
@@ -231,8 +236,9 @@ def _linear_in_registers(tokens: Tokens, layout: LinearLayout, y: Tensor) -> Non
     start(
         kernel, (tiles, shares),
         layout.low, ptr(layout.high, layout.low), layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y),
-        tokens.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums, _counters(device), m, n, padded, width,
-        shares, tokens.headroom, BITS=layout.bits, PER=layout.pieces, E=0 if up is None else tokens.experts, **factors,
+        tokens.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums, _counters(device), m, n,
+        layout.pairs.shape[1], padded, width, shares, tokens.headroom, BITS=layout.bits, PER=layout.pieces,
+        E=0 if up is None else tokens.experts, **factors,
         BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND, DENSE=m > FEW_TOKENS, SPLIT=shares > 1,
         STAGES=tile.stages, ASSEMBLY=not INTERPRETED, PDL=overlapped(device), num_warps=tile.warps, **options(device),
     )  # fmt: skip
@@ -254,8 +260,8 @@ def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
         start(
             dequantize_rows, (steps, -(-(end - first) // tile)),
             layout.low, ptr(layout.high, layout.low), layout.pairs, layout.scale, layout.unit, ptr(up, weights),
-            weights, first, end, n, padded, width, tokens.headroom, BITS=layout.bits, PER=layout.pieces, **factors,
-            BN=tile, ASSEMBLY=not INTERPRETED, PDL=pdl, num_warps=4, **options(device),
+            weights, first, end, n, layout.pairs.shape[1], padded, width, tokens.headroom, BITS=layout.bits,
+            PER=layout.pieces, **factors, BN=tile, ASSEMBLY=not INTERPRETED, PDL=pdl, num_warps=4, **options(device),
         )  # fmt: skip
         torch.mm(values, weights[: end - first].T, out=sums[:, first:end])
         start(
@@ -294,7 +300,7 @@ def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLay
         SPLIT=shares > 1, STAGES=4, SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps,
         **options(device),
     )  # fmt: skip
-    if layout.experts and dequantizes(m, tokens.dtype):
+    if layout.experts and (m > DECODE_TOKENS if hopper(device) else dequantizes(m, tokens.dtype)):
         start(
             drop_unused, (-(-m // 64), layout.experts),
             tokens.values[:, padded:], tokens.expert, m, width, F=layout.factors, E=layout.experts,

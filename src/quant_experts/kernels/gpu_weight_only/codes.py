@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_experts.kernels.gpu.assembly import FLOAT16_CODES
+from quant_experts.kernels.gpu.assembly import FLOAT16_CODES, FLOAT16_CODES_OF_3_BITS
 
 
 @triton.jit
@@ -44,25 +44,7 @@ def unpack3(words, high, ASSEMBLY: tl.constexpr):
     """words (BN, 32) int16: the low two bits of eight codes; high: their third bits -> as `unpack4`, eight."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            """
-            { .reg .b32 low, third;
-            lop3.b32 $0, $8, 0x00030003, 0x64006400, 0xEA;
-            shl.b32 third, $9, 2; lop3.b32 $0, third, 0x00040004, $0, 0xEA;
-            shr.u32 low, $8, 2; lop3.b32 $1, low, 0x00030003, 0x64006400, 0xEA;
-            shl.b32 third, $9, 1; lop3.b32 $1, third, 0x00040004, $1, 0xEA;
-            shr.u32 low, $8, 4; lop3.b32 $2, low, 0x00030003, 0x64006400, 0xEA;
-            lop3.b32 $2, $9, 0x00040004, $2, 0xEA;
-            shr.u32 low, $8, 6; lop3.b32 $3, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 1; lop3.b32 $3, third, 0x00040004, $3, 0xEA;
-            shr.u32 low, $8, 8; lop3.b32 $4, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 2; lop3.b32 $4, third, 0x00040004, $4, 0xEA;
-            shr.u32 low, $8, 10; lop3.b32 $5, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 3; lop3.b32 $5, third, 0x00040004, $5, 0xEA;
-            shr.u32 low, $8, 12; lop3.b32 $6, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 4; lop3.b32 $6, third, 0x00040004, $6, 0xEA;
-            shr.u32 low, $8, 14; lop3.b32 $7, low, 0x00030003, 0x64006400, 0xEA;
-            shr.u32 third, $9, 5; lop3.b32 $7, third, 0x00040004, $7, 0xEA; }
-            """,
+            FLOAT16_CODES_OF_3_BITS,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
             [words, high],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),

@@ -51,14 +51,16 @@ def less(codes, offset):
 
 
 @gluon.jit
-def ask_for_words(words_at, pairs_at, block, steps, N, blocks_per_group, AHEAD: gl.constexpr, WAYS: gl.constexpr):
+def ask_for_words(
+    words_at, pairs_at, block, steps, N, pairs_row, blocks_per_group, AHEAD: gl.constexpr, WAYS: gl.constexpr
+):
     """Words of every WAYS-th block of 128 channels from `block` on, AHEAD of them, and their scales and offsets."""
     asked = ()
     for i in gl.static_range(AHEAD):
         at = block + i * WAYS
         there = at < steps
         words = gl.load(words_at + at.to(gl.int64) * N * 32, mask=there, other=0)
-        pairs = gl.load(pairs_at + at // blocks_per_group * N, mask=there, other=0)
+        pairs = gl.load(pairs_at + at // blocks_per_group * pairs_row, mask=there, other=0)
         asked = asked + ((words, pairs),)
     return asked
 
@@ -127,8 +129,8 @@ def expert_sums(
 
 @gluon.jit
 def kernel(
-    words_ptr, pair_ptr, values_ptr, up_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, Kp, width,
-    blocks_per_group, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr,
+    words_ptr, pair_ptr, values_ptr, up_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, pairs_row, Kp,
+    width, blocks_per_group, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr,
     AHEAD: gl.constexpr, F: gl.constexpr, E: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """y (M, N), M <= BM, N >= BN. Programs: tiles of BN rows; the last one ends with the last row."""
@@ -146,12 +148,12 @@ def kernel(
     words_at = words_ptr + first * 32 + across(BN, 1, HALVES) * 32 + across(32, 2, HALVES)
     pairs_at = pair_ptr + first + across(BN, 1, HALVES)
     values_at = values_ptr + across(BM, 1, HALVES) * width + across(32, 2, HALVES)
-    asked = ask_for_words(words_at, pairs_at, block, steps, N, blocks_per_group, AHEAD, WAYS)
+    asked = ask_for_words(words_at, pairs_at, block, steps, N, pairs_row, blocks_per_group, AHEAD, WAYS)
     wait_for_previous_kernel()
     values = ask_for_values(values_at, there, block, steps, AHEAD, WAYS)
     total = add_products(gl.zeros([WAYS, BN, BM], gl.float32, MMA), asked, values)
     for start in range(WAYS * AHEAD, steps, WAYS * AHEAD):
-        asked = ask_for_words(words_at, pairs_at, start + block, steps, N, blocks_per_group, AHEAD, WAYS)
+        asked = ask_for_words(words_at, pairs_at, start + block, steps, N, pairs_row, blocks_per_group, AHEAD, WAYS)
         values = ask_for_values(values_at, there, start + block, steps, AHEAD, WAYS)
         total = add_products(total, asked, values)
     y = gl.sum(total, axis=0) * row_scale[:, None]

@@ -33,6 +33,8 @@ BLOCK = 256
 """Input channels are padded to a multiple of this."""
 MIN_EXPERTS = 16
 """Least columns of a matrix product."""
+PAIRS_ALIGNED = 4
+"""Rows of scales begin at multiples of 16 bytes, for the bulk copy engine."""
 EXPONENT = 1024
 """Float16 numbers from here to 2047 are this plus their low bits."""
 
@@ -70,7 +72,8 @@ class LinearLayout:
     high: Tensor | None
     """(Kp / 256, N, 32) int8: third bits of eight codes; None for 4 bits"""
     pairs: Tensor
-    """(G, N) int32: scale / row scale (low half) and 1024 + code of zero (high half), both float16"""
+    """(G, N, padded to a multiple of 4) int32: scale / row scale (low half) and 1024 + code of zero (high half), both
+    float16"""
     pieces: int
     """Pieces of 32 input channels that share a scale"""
     scale: Tensor
@@ -206,9 +209,9 @@ def pack_linear(linears: list[LinearOperands], headroom: float) -> LinearLayout:
     one_scale = len(pairs) == 1
     size = 1 << 30 if one_scale else linears[0].group_size
     assert size is not None, "several scales a row are those of groups"
-    if not one_scale:  # of groups of padding
-        padded = -(-codes.shape[1] // BLOCK) * BLOCK
-        pairs = functional.pad(pairs, (0, 0, 0, max(0, -(-padded // size) - len(pairs))))
+    channels = -(-codes.shape[1] // BLOCK) * BLOCK
+    groups_of_padding = 0 if one_scale else max(0, -(-channels // size) - len(pairs))
+    pairs = functional.pad(pairs, (0, -pairs.shape[1] % PAIRS_ALIGNED, 0, groups_of_padding))
     return LinearLayout(
         low=low,
         high=high,

@@ -20,7 +20,7 @@ PIECE = tl.constexpr(32)
 
 @triton.jit
 def weight_sums(
-    low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, width, first, last,
+    low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, pairs_row, width, first, last,
     BITS: tl.constexpr, PER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def weight_sums(
         if BITS == 3:
             high = tl.load(high_ptr + at).to(tl.int16)
         group = step * PIECES // PER + tl.arange(0, GROUPS)
-        pairs = tl.load(pair_ptr + group[None, :] * N + row[:, None])
+        pairs = tl.load(pair_ptr + group[None, :] * pairs_row + row[:, None])
         weight = dequantize(in_order(words, high, BITS, ASSEMBLY), pairs, ASSEMBLY)
         total = tl.dot(weight, tl.load(values_at), total)
         at += tl.cast(N, tl.int64) * PIECE
@@ -100,7 +100,7 @@ def finish(
 @triton.jit
 def linear(
     low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
-    sums_ptr, done_ptr, M, N, Kp, width, SHARES, headroom,
+    sums_ptr, done_ptr, M, N, pairs_row, Kp, width, SHARES, headroom,
     BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, DENSE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
@@ -119,7 +119,8 @@ def linear(
     first, last = share_of(steps, share, SHARES)
     wait_for_previous_kernel(PDL)
     total = weight_sums(
-        low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, width, first, last, BITS, PER, BN, BM, STAGES, ASSEMBLY,
+        low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, pairs_row, width, first, last, BITS, PER, BN, BM,
+        STAGES, ASSEMBLY,
     )  # fmt: skip
     sums_ptr += tile.to(tl.int64) * SHARES * (BN * BM)
     total, done = add_shares(total, sums_ptr, done_ptr + tile, share, SHARES, SPLIT)

@@ -21,8 +21,8 @@ PIECE = tl.constexpr(32)
 
 @triton.jit
 def write_weights(
-    weights_at, inside, low_ptr, high_ptr, pair_ptr, row, share, step, N, BITS: tl.constexpr, PER: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    weights_at, inside, low_ptr, high_ptr, pair_ptr, row, share, step, N, pairs_row, BITS: tl.constexpr,
+    PER: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """A step of some rows, piece by piece, so that each thread writes what it has read; share (BN,) float32 is what a
     row's scales are multiplied with."""
@@ -35,16 +35,16 @@ def write_weights(
         codes = unpack3(tl.load(low_ptr + at), tl.load(high_ptr + at).to(tl.int16), ASSEMBLY)
     for i in tl.static_range(PIECES):
         piece = step * PIECES + i
-        scale, offset = scale_and_offset(tl.load(pair_ptr + piece // PER * N + row))
+        scale, offset = scale_and_offset(tl.load(pair_ptr + piece // PER * pairs_row + row))
         scale = (scale.to(tl.float32) * share).to(tl.float16)
         tl.store(weights_at + piece * PIECE + column, (codes[i] - offset[:, None]) * scale[:, None], mask=inside)
 
 
 @triton.jit
 def dequantize_rows(
-    low_ptr, high_ptr, pair_ptr, scale_ptr, unit_ptr, up_ptr, weights_ptr, first, end, N, Kp, width, headroom,
-    BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, ASSEMBLY: tl.constexpr,
-    PDL: tl.constexpr,
+    low_ptr, high_ptr, pair_ptr, scale_ptr, unit_ptr, up_ptr, weights_ptr, first, end, N, pairs_row, Kp, width,
+    headroom, BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """weights (end - first, width) float16: rows [first, end) in their units, Kp input channels and then F R ranks.
 
@@ -58,7 +58,9 @@ def dequantize_rows(
     unit = tl.load(unit_ptr + row)
     if step * (128 if BITS == 4 else 256) < Kp:
         share = tl.load(scale_ptr + row) / unit
-        write_weights(weights_at, inside, low_ptr, high_ptr, pair_ptr, row, share, step, N, BITS, PER, ASSEMBLY)
+        write_weights(
+            weights_at, inside, low_ptr, high_ptr, pair_ptr, row, share, step, N, pairs_row, BITS, PER, ASSEMBLY
+        )
     elif F > 0:
         rank = tl.arange(0, R)[None, :]
         for factor in range(F):

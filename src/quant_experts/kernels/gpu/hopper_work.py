@@ -1,4 +1,4 @@
-"""Pieces of the Hopper kernels: unpacking, and how tiles and their steps are shared out."""
+"""Pieces of the persistent Hopper kernels: rings, and how tiles and their steps are shared out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from quant_experts.kernels.gpu.assembly import FP8_CODES, INT8_CODES
-
 GROUPS = gl.constexpr(2)
 """Warp groups that multiply, each with half of a tile's rows."""
-FP8_STEPS = gl.constexpr(16)
-"""Ring steps, of 128 channels each, whose fp8 products are added up in the matrix units; tiles of 256 rows leave them
-more."""
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of a warp group's threads, by its name in Triton 3.7 or in 3.6."""
 
@@ -29,32 +24,6 @@ def ring_barriers(STAGES: gl.constexpr):
     fence_async_shared()
     barrier()
     return ready, empty
-
-
-@gluon.jit
-def unpack_int8(packed):
-    """Bytes of two codes -> (16 * low code, 16 * high code) as int8: the factor 16 goes into the scale."""
-    return gl.inline_asm_elementwise(
-        INT8_CODES,
-        "=r,=r,r",
-        [packed],
-        dtype=(gl.int8, gl.int8),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def unpack_fp8(packed):
-    """Bytes of two zigzag codes -> (low code, high code) / 2^8 as e4m3: the factor 2^8 goes into the scale."""
-    return gl.inline_asm_elementwise(
-        FP8_CODES,
-        "=&r,=r,r",
-        [packed],
-        dtype=(gl.float8e4nv, gl.float8e4nv),
-        is_pure=True,
-        pack=4,
-    )
 
 
 @gluon.jit

@@ -12,8 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across
-from quant_experts.kernels.gpu_weight_activation.hopper_counts import count_done, wait_for
-from quant_experts.kernels.gpu_weight_activation.hopper_work import GROUPS
+from quant_experts.kernels.gpu.hopper_counts import count_done, wait_for
+from quant_experts.kernels.gpu.hopper_work import GROUPS
 
 MOST_AT_ONCE, HELD = gl.constexpr(4), gl.constexpr(128)
 """Shares of a tile, at most, that a warp group asks for at once, and numbers of them that each of its threads holds."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier
+from quant_experts.kernels.gpu.hopper_work import barrier
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, SimpleNamespace]]:
     """`hopper_work` with Python's arithmetic, and a grid to set: a program and how many there are."""
-    from quant_experts.kernels.gpu_weight_activation import hopper_work
+    from quant_experts.kernels.gpu import hopper_work
 
     grid = SimpleNamespace(program=0, programs=1)
     plain = SimpleNamespace(

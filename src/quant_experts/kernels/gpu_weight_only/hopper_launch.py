@@ -1,0 +1,90 @@
+"""Launches of `hopper_linear`: tile sizes by shape, and boxes for the bulk copy engine."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from quant_experts.kernels.gpu.hopper_tiles import Tile, TileTimes
+from quant_experts.kernels.gpu.launch import LARGEST_TILE, Boxes, options, programs, ptr, start, zeros
+from quant_experts.kernels.gpu_weight_only.hopper_linear import Config, kernel
+from quant_experts.kernels.gpu_weight_only.layout import PIECE, LinearLayout, Tokens
+
+WORDS, BYTES, PAIRS, VALUES = (
+    gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
+    for width, bits, rank in ((64, 16, 2), (32, 8, 2), (0, 32, 1), (128, 16, 2))
+)
+"""Of words of codes, third bits, scales, and values."""
+
+
+SHARED_BYTES = 216_000
+"""Of shared memory, for the rings: less than a program has, as outputs in float32 are reordered there."""
+MOST_STAGES = 8
+"""Slots of the ring of weights, at most."""
+TIMES = TileTimes(
+    steps={
+        (256, 128): 1.55, (128, 256): 1.6, (128, 128): 0.9, (256, 64): 1.1, (128, 64): 0.62, (256, 32): 0.95,
+        (128, 32): 0.55, (256, 16): 0.9, (128, 16): 0.5,
+    },
+    finishing=1.4, longer=1.11, sharing=3.2, adding=0.52, last=1.9, last_adding=1.6,
+)  # fmt: skip
+"""Of tiles with weights of 4 bits."""
+
+
+@cache
+def config(m: int, n: int, steps: int, count: int = 132, **flags: Any) -> Config:
+    """The tile that is estimated to be fastest for m tokens, n rows and so many blocks of 128 channels."""
+    return tile(TIMES.best(m, n, steps, count), **flags)
+
+
+def tile(best: Tile, **flags: Any) -> Config:
+    """A tile's `Config`: rings as long as fit, of which that of values has twice the slots a step or more."""
+    rows, tokens, shared = best
+    weights = rows * (64 + (32 if flags["BITS"] == 3 else 0) + 4 * flags["GROUPS"])
+    values, slots = tokens * 128, flags["PIECES"] // 2
+    stages = min(MOST_STAGES, SHARED_BYTES // (weights + slots * values))
+    value_stages = min(slots * MOST_STAGES, (SHARED_BYTES - stages * weights) // values)
+    return Config(BN=rows, BM=tokens, STAGES=stages, VALUE_STAGES=value_stages, SHARES=shared, **flags)
+
+
+def boxes(tensor: Tensor, *shape: int, layout: Any) -> Boxes:
+    """Of so many rows and columns, or numbers, of a contiguous tensor."""
+    return Boxes(tensor, tensor.shape, tensor.stride(), shape, layout)
+
+
+def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
+    """y (M, N) = values times dequantized weights, experts and bias included; hidden values of experts that a token
+    does not use are zero."""
+    assert tokens.values is not None and tokens.unit is not None
+    (m, n), values, device = y.shape, tokens.values, y.device
+    up = layout.up if values.shape[1] > tokens.padded else None
+    factors, rank = (0, 32) if up is None else (len(up), up.shape[2])
+    steps, count = len(layout.low), programs(device)
+    flags = dict(FACTORS=factors, RANK=rank, **weight_flags(layout))
+    c = chosen or config(m, n, tokens.padded // 128, count, **flags)
+    bn, bm, pieces = c.BN.value, c.BM.value, c.PIECES.value
+    low = boxes(layout.low.view(-1, PIECE), bn, PIECE, layout=WORDS)
+    high = low if layout.high is None else boxes(layout.high.view(-1, PIECE), bn, PIECE, layout=BYTES)
+    pairs = boxes(layout.pairs.view(-1), bn, layout=PAIRS)
+    value = boxes(values, bm, c.WIDTH.value, layout=VALUES)
+    ups = value if up is None else boxes(up.view(-1, rank), bn, c.CHUNK.value, layout=WORDS)
+    sums = zeros("hopper sums", count * LARGEST_TILE, device).view(torch.float32)
+    done = zeros("hopper shares", count * 4, device).view(torch.int64)
+    tiles = -(-n // bn) * -(-m // bm)
+    start(
+        kernel, (min(count, tiles * steps if c.SHARES.value else tiles),),
+        low, high, pairs, value, ups, y, layout.scale, tokens.unit, ptr(layout.bias, layout.scale), sums, done, m, n,
+        layout.pairs.shape[1], steps, max(1, layout.pieces // pieces), tokens.headroom, c, num_warps=4,
+        maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
+    )  # fmt: skip
+
+
+def weight_flags(layout: LinearLayout) -> dict[str, Any]:
+    """Of the `Config`: what it takes of weights."""
+    pieces = {4: 4, 3: 8}[layout.bits]
+    per = min(layout.pieces, pieces)
+    return dict(BITS=layout.bits, PIECES=pieces, PER=per, GROUPS=pieces // per, BIAS=layout.bias is not None)
