@@ -23,9 +23,11 @@ from triton.runtime.jit import JITFunction
 
 from quant_experts.config import ActivationFormat
 from quant_experts.kernels.gpu import launch
+from quant_experts.kernels.gpu_tokens import layout, prepare_launch
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
-from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch, layout, prepare_launch
+from quant_experts.kernels.gpu_weight_activation import few_launch, hopper_launch
 from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
+from quant_experts.kernels.gpu_weight_only import hopper_launch as weight_only_launch
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -127,7 +129,8 @@ def compile_launches(capability: int) -> dict[str, CompiledKernel]:
     triton.runtime.driver.set_active(NoGpu(capability))
     CompiledKernel._init_handles = lambda self: None
     JITFunction.run = compile_only
-    for module in (launch, triton_backend, weight_only_backend, few_launch, hopper_launch, layout, prepare_launch):
+    modules = (launch, triton_backend, weight_only_backend, few_launch, hopper_launch, weight_only_launch, layout)
+    for module in (*modules, prepare_launch):
         for name, value in gpu(capability).items():
             if hasattr(module, name):
                 setattr(module, name, value)

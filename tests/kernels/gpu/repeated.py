@@ -24,20 +24,17 @@ from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels.gpu import cuda as cuda_driver
-from quant_experts.kernels.gpu import hopper_tokens, launch, recorded
+from quant_experts.kernels.gpu import launch, recorded
 from quant_experts.kernels.gpu.launch import Boxes
-from quant_experts.kernels.gpu_weight_activation import (
-    alone_launch,
-    few_launch,
-    hopper_launch,
-    hopper_project,
-    prepare_launch,
-)
+from quant_experts.kernels.gpu_tokens import hopper_project, hopper_tokens, layout, prepare_launch
+from quant_experts.kernels.gpu_weight_activation import alone_launch, few_launch, hopper_launch
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
+from quant_experts.kernels.gpu_weight_only import hopper_launch as weight_only_launch
 
 BACKENDS = (triton_backend, weight_only_backend)
-MODULES = (*BACKENDS, launch, few_launch, hopper_launch, hopper_project, hopper_tokens, alone_launch, prepare_launch)
+MODULES = (*BACKENDS, launch, few_launch, hopper_launch, weight_only_launch, hopper_project, hopper_tokens)
+MODULES += (alone_launch, layout, prepare_launch)
 PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(u64|u32|f32|b8)[^,)]*?(?:\[(\d+)\])?\s*[,)]")
 SIZES = {"u64": 8, "u32": 4, "f32": 4, "b8": 1}
 STREAM = 77

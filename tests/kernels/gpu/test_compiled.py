@@ -11,25 +11,23 @@ PROGRAM = Path(__file__).parent / "compiled.py"
 KERNELS = {  # by module
     "gpu_weight_activation.linear": {"linear"},
     "gpu_weight_activation.linear_few": {"linear_few"},
-    "gpu_weight_activation.prepare": {"begin", "quantize", "project", "end"},
-    "gpu_weight_activation.prepare_many": {"place", "route", "settle"},
+    "gpu_tokens.prepare": {"begin", "quantize", "project", "end"},
+    "gpu_tokens.prepare_many": {"place", "route", "settle"},
     "gpu_weight_only.linear": {"linear"},
-    "gpu_weight_only.many": {"dequantize_rows", "drop_unused", "rescale"},
-    "gpu_weight_only.prepare": {"project", "scale_tokens"},
+    "gpu_weight_only.many": {"dequantize_rows", "rescale"},
 }
 HOPPER_KERNELS = {
-    "gpu.hopper_tokens": {"kernel"},
+    "gpu_tokens.hopper_tokens": {"kernel"},
     "gpu_weight_activation.hopper_alone": {"kernel"},
     "gpu_weight_activation.hopper_few": {"kernel"},
     "gpu_weight_activation.hopper_linear": {"kernel"},
-    "gpu_weight_activation.hopper_project": {"kernel"},
+    "gpu_tokens.hopper_project": {"kernel"},
     "gpu_weight_activation.linear_few": {"linear_few"},
-    "gpu_weight_activation.prepare": {"begin", "project", "end"},
-    "gpu_weight_activation.prepare_many": {"place", "route", "settle"},
+    "gpu_tokens.prepare": {"begin", "project", "end"},
+    "gpu_tokens.prepare_many": {"place", "route", "settle"},
     "gpu_weight_only.hopper_few": {"kernel"},
+    "gpu_weight_only.hopper_linear": {"kernel"},
     "gpu_weight_only.linear": {"linear"},
-    "gpu_weight_only.many": {"dequantize_rows", "drop_unused", "rescale"},
-    "gpu_weight_only.prepare": {"project"},
 }
 LOOP = """
   tt.func public @some() {

@@ -18,8 +18,10 @@ from quant_experts.config import ActivationFormat
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu import launch, recorded
+from quant_experts.kernels.gpu_tokens import prepare_launch
+from quant_experts.kernels.gpu_tokens.layout import Tokens
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
-from quant_experts.kernels.gpu_weight_activation.layout import Tokens, pack_codes, unpack_codes, unzigzag, zigzag
+from quant_experts.kernels.gpu_weight_activation.layout import pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -369,7 +371,7 @@ def many_tokens_unsorted() -> None:
         x[m // 2, 5] = torch.nan
         outputs = []
         for sorts in (False, True):
-            prepared = triton_backend._prepare(x, packed.group, sorts=sorts)
+            prepared = prepare_launch.prepare(x, packed.group, sorts=sorts)
             assert (prepared.order is not None) == sorts
             outputs.append(triton_backend.linear(prepared, packed.linear).double())
         unsorted, expected = outputs
@@ -661,7 +663,7 @@ def shares_of_every_tile(activation_format: ActivationFormat = "int") -> None:
     ]:  # fmt: skip
         group, linears = operands(k, (n,), 8, parts, rank=32, experts=8, activation_format=activation_format)
         packed = triton_backend.pack(group, linears, torch.float32)
-        prepared = triton_backend._prepare(tokens(m, k), packed.group, sorts=False)
+        prepared = prepare_launch.prepare(tokens(m, k), packed.group, sorts=False)
         fixed = dict(
             GROUP_M=8, FACTORS=packed.group.factors, RANK=max(32, packed.group.rank), BIAS="bias" in parts,
             SORTED=False, FP8=activation_format == "fp8", LATER=prepared.hidden is not None,
@@ -738,7 +740,7 @@ def dense_projections() -> None:
 
 def sums_of_every_tile(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> None:
     """With one slice of the input channels and with several."""
-    from quant_experts.kernels.gpu_weight_activation import hopper_project
+    from quant_experts.kernels.gpu_tokens import hopper_project
 
     layout = triton_backend.pack(group, linears, x.dtype).group
     assert layout.projection is not None and hopper_project.takes(x, layout)

@@ -41,8 +41,8 @@ def test_steps_fit_the_chip(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shared_memory: int, steps: int
 ) -> None:
     """As many steps of a block of 64 tokens as a multiprocessor's shared memory holds."""
-    from quant_experts.kernels.gpu_weight_activation import prepare_launch
-    from quant_experts.kernels.gpu_weight_activation.layout import Kind
+    from quant_experts.kernels.gpu_tokens import prepare_launch
+    from quant_experts.kernels.gpu_tokens.layout import Kind
 
     monkeypatch.setattr(prepare_launch, "shared_memory", lambda device: shared_memory)
     kind = Kind(127, torch.int8, False, 0, 9, 8, 32, 320, dtype.itemsize, False)
@@ -66,7 +66,7 @@ def test_steps_fit_the_chip(
 )
 def test_tiles_of_a_projection(factor_rows: int, router_rows: int) -> None:
     """Programs side by side own each row once, and no row of the other kind; rings and registers fit the chip."""
-    from quant_experts.kernels.gpu_weight_activation import hopper_project
+    from quant_experts.kernels.gpu_tokens import hopper_project
 
     tiles = hopper_project.tiles(factor_rows, router_rows)
     assert tiles and len({tile.CHUNKS.value for tile in tiles}) == len(tiles)
@@ -139,9 +139,9 @@ def test_which_linears_settle(
     code_type: torch.dtype, few: bool, expected: bool,
 ) -> None:  # fmt: skip
     """On Hopper the linear chooses experts itself where that is faster; elsewhere none does."""
+    from quant_experts.kernels.gpu_tokens.layout import Kind
     from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
     from quant_experts.kernels.gpu_weight_activation import few_launch
-    from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     kind = Kind(127, code_type, False, 0, experts + 1, experts, rank, (experts + 1) * rank, 2, experts == 0)
     linear = replace(rows_on_no_device(*shape), up=torch.empty(0, device="meta"))
@@ -175,8 +175,8 @@ def test_which_linears_settle(
 def test_what_prepare_leaves_to_the_linear(
     tokens: int, channels: int, reads_codes: bool, code_type: torch.dtype, settled: bool, expected: tuple[bool, ...]
 ) -> None:
-    from quant_experts.kernels.gpu_weight_activation.layout import Kind
-    from quant_experts.kernels.gpu_weight_activation.prepare_launch import plan
+    from quant_experts.kernels.gpu_tokens.layout import Kind
+    from quant_experts.kernels.gpu_tokens.prepare_launch import plan
 
     experts = 0 if reads_codes else 8
     rows = 64 if reads_codes else 9 * 32 + 32
@@ -190,9 +190,9 @@ def test_what_prepare_leaves_to_the_linear(
 def test_tokens_that_nobody_would_settle_are_refused() -> None:
     """fp8 codes left to a linear on Hopper, by a layout for another device; unsettled tokens for a linear that does not
     settle. Both would lose their experts in silence."""
+    from quant_experts.kernels.gpu_tokens import prepare_launch
+    from quant_experts.kernels.gpu_tokens.layout import Tokens, pack_group
     from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
-    from quant_experts.kernels.gpu_weight_activation import prepare_launch
-    from quant_experts.kernels.gpu_weight_activation.layout import Tokens, pack_group
     from quant_experts.kernels.operands import Factor, GroupOperands
 
     down = Factor(torch.ones(32, 256, dtype=torch.int8), torch.ones(32))
@@ -259,8 +259,8 @@ def test_warps_of_long_tokens(
 def test_which_groups_of_one_token_take_one_launch(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], experts: bool, rotation: int, expected: bool
 ) -> None:
+    from quant_experts.kernels.gpu_tokens.layout import Kind
     from quant_experts.kernels.gpu_weight_activation import alone_launch, few_launch
-    from quant_experts.kernels.gpu_weight_activation.layout import Kind
 
     monkeypatch.setattr(alone_launch, "options", lambda device: {})
     monkeypatch.setattr(few_launch, "programs", lambda device: 132)
@@ -402,7 +402,7 @@ def test_how_work_for_experts_is_cut(
 )
 def test_how_a_projection_is_cut(tokens: int, channels: int, sorts: bool, expected: tuple[int, int]) -> None:
     """Of nine factors of rank 32 and the router of eight experts, as times on an H200 had it."""
-    from quant_experts.kernels.gpu_weight_activation import hopper_project
+    from quant_experts.kernels.gpu_tokens import hopper_project
 
     tile, slices = hopper_project.cut(288, 32, tokens, channels // 64, 132, sorts)
     assert (tile.ROWS.value, slices) == expected
@@ -427,8 +427,8 @@ def test_workspaces_hold_all_tiles(monkeypatch: pytest.MonkeyPatch, fp8: bool) -
 
 
 def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant_experts.kernels.gpu_weight_activation import prepare_launch
-    from quant_experts.kernels.gpu_weight_activation.layout import Kind
+    from quant_experts.kernels.gpu_tokens import prepare_launch
+    from quant_experts.kernels.gpu_tokens.layout import Kind
 
     monkeypatch.setattr(prepare_launch, "FEW_TOKENS", 512)
     monkeypatch.setattr(prepare_launch, "MOST_IDLE", 1 << 32)  # the interpreter's is another

@@ -5,14 +5,9 @@ import torch
 
 from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
+from quant_experts.kernels.gpu_tokens.layout import in_e4m3, pack_group, router_rows
 from quant_experts.kernels.gpu_weight_activation import layout as group_layout
-from quant_experts.kernels.gpu_weight_activation.layout import (
-    MAX_CHANNELS,
-    in_e4m3,
-    pack_group,
-    pack_linear,
-    router_rows,
-)
+from quant_experts.kernels.gpu_weight_activation.layout import MAX_CHANNELS, pack_linear
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 
 CPU = torch.device("cpu")

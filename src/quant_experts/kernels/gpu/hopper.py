@@ -68,6 +68,16 @@ def factors_of_experts(expert, used, SHARED: gl.constexpr):
 
 
 @gluon.jit
+def factors_of_tile(mask_ptr, tile, M, TOKENS: gl.constexpr):
+    """Bits of the factors that serve a tile of tokens; masks are kept for blocks of 16 tokens."""
+    mask = 0
+    for i in gl.static_range(TOKENS // 16):
+        block = tile * (TOKENS // 16) + i
+        mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0, cache_modifier=".cg")
+    return mask
+
+
+@gluon.jit
 def wait_for_previous_kernel():
     """Programmatic launch: what earlier kernels wrote may be read from here on."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -87,9 +87,14 @@ def bitwise_or(a, b):
 
 @triton.jit
 def token_scale(absmax, LARGEST: tl.constexpr):
-    """absmax / LARGEST; 1 for a zero token; NaN for one that is not finite."""
-    scale = tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
-    scale = tl.where(absmax >= SMALLEST, scale, 1.0)
+    """absmax / LARGEST, 1 for a zero token; where LARGEST is 0, the power of two at or below absmax, within float32's
+    normal range; NaN for a token that is not finite."""
+    if LARGEST > 0:
+        scale = tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
+        scale = tl.where(absmax >= SMALLEST, scale, 1.0)
+    else:
+        bits = tl.minimum(tl.maximum(absmax, SMALLEST), 2.0**126).to(tl.int32, bitcast=True) & 0x7F800000
+        scale = bits.to(tl.float32, bitcast=True)
     return tl.where(absmax < float("inf"), scale, float("nan"))
 
 
@@ -100,9 +105,11 @@ def reciprocal(scale):
 
 
 @triton.jit
-def rounded(steps, FP8: tl.constexpr):
-    """float32 in [-127, 127] -> int8, or FP8: in [-448, 448] (but for rounding) -> e4m3. Halves to even."""
-    if not FP8:
+def rounded(steps, TYPE: tl.constexpr):
+    """float32 in [-127, 127] -> int8, or in [-448, 448] (but for rounding) -> e4m3, or -> float16. Halves to even."""
+    if tl.float16 == TYPE:
+        return steps.to(tl.float16)
+    elif tl.int8 == TYPE:
         return (steps + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
     elif INTERPRETED:  # its own conversion rounds halves up
         return nearest_e4m3(steps).to(tl.float8e4nv)

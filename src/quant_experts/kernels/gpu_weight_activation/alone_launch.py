@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from quant_experts.kernels.gpu.launch import options, ptr, start
+from quant_experts.kernels.gpu_tokens.layout import BLOCK, GroupLayout, Kind
 from quant_experts.kernels.gpu_weight_activation import hopper_alone
 from quant_experts.kernels.gpu_weight_activation.few_launch import LEAST_ROWS, SHORT_BLOCKS, is_wide
-from quant_experts.kernels.gpu_weight_activation.layout import BLOCK, GroupLayout, Kind, LinearLayout
+from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout
 
 MOST_BLOCKS = SHORT_BLOCKS
 """Blocks of 128 input channels, at most: programs hold the whole token in registers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from quant_experts.errors import QuantExpertsError
-from quant_experts.kernels import reference
 from quant_experts.kernels.gpu import recorded
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import (
@@ -25,17 +24,9 @@ from quant_experts.kernels.gpu.launch import (
     start,
     zeros,
 )
-from quant_experts.kernels.gpu_weight_activation import prepare_launch
-from quant_experts.kernels.gpu_weight_activation.layout import (
-    BLOCK,
-    GroupLayout,
-    LinearLayout,
-    Tokens,
-    pack_group,
-    pack_linear,
-    unpack_codes,
-    unzigzag,
-)
+from quant_experts.kernels.gpu_tokens import prepare_launch
+from quant_experts.kernels.gpu_tokens.layout import BLOCK, GroupLayout, Tokens, pack_group
+from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout, pack_linear, unpack_codes, unzigzag
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
 LINEAR_FEW = 8
@@ -103,7 +94,7 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
     m, kind = x.shape[0], packed.group.kind
     sorts = prepare_launch.sorts_tokens(kind, m, packed.linear.out_features)
     settled = not _settles(m, packed, sorts)
-    return linear(_prepare(x, packed.group, settled, sorts), packed.linear)
+    return linear(prepare_launch.prepare(x, packed.group, settled, sorts), packed.linear)
 
 
 def _settles(m: int, packed: Packed, sorts: bool) -> bool:
@@ -127,20 +118,7 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`. Rows may be sorted by expert."""
-    if isinstance(group, GroupLayout):
-        return _prepare(x, group)
-    layout = pack_group(group, x.dtype, x.device)
-    complete_writes(x.device)
-    return _prepare(x, layout)
-
-
-def _prepare(x: Tensor, layout: GroupLayout, settled: bool = True, sorts: bool | None = None) -> Tokens:
-    """As `prepare`; settled and sorts: see `prepare_launch.prepare`."""
-    dtype = x.dtype
-    if layout.before is not None:
-        x = reference.transform(x, layout.before)
-    tokens = prepare_launch.prepare(x.contiguous(), layout, settled, sorts)
-    return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
+    return prepare_launch.prepare(x, group)
 
 
 def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import options, programs, ptr, start
+from quant_experts.kernels.gpu_tokens.layout import Kind, Tokens, padded_experts
 from quant_experts.kernels.gpu_weight_activation import hopper_few, hopper_settle
-from quant_experts.kernels.gpu_weight_activation.layout import Kind, LinearLayout, Tokens, padded_experts
+from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout
 
 FEW, MOST_FEW = 8, 16
 """Tokens that `linear_few` takes at most of any group, and of groups that are neither wide nor too long."""

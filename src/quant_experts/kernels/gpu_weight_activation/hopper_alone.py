@@ -15,9 +15,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across, allow_next_kernel, wait_for_previous_kernel
-from quant_experts.kernels.gpu.hopper_tokens import ask_for_inverses, ask_for_token, smoothed, unit_and_inverse
 from quant_experts.kernels.gpu.hopper_work import barrier
 from quant_experts.kernels.gpu.tokens import ROUNDING
+from quant_experts.kernels.gpu_tokens.hopper_tokens import ask_for_inverses, ask_for_token, smoothed, unit_and_inverse
 from quant_experts.kernels.gpu_weight_activation.hopper_few import add_products, ask_for_weights
 
 COLUMNS = gl.constexpr(8)

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from quant_experts.kernels.gpu.hopper import wait_for_previous_kernel
+from quant_experts.kernels.gpu.hopper import factors_of_tile, wait_for_previous_kernel
 from quant_experts.kernels.gpu_weight_activation.hopper_experts import wait_until_settled
 
 LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
@@ -20,15 +20,12 @@ LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwid
 
 @gluon.jit
 def factors_present(mask_ptr, token_tile, M, C: gl.constexpr):
-    """Bit j is set where factor j serves a token of the tile; masks are kept for blocks of 16 tokens."""
+    """Bit j is set where factor j serves a token of the tile."""
     mask = 0
-    BLOCKS: gl.constexpr = C.BM // 16
     if (C.PROJECTS or C.SETTLES) and C.EXPERTS == 0:
         mask += (1 << C.FACTORS) - 1
     elif C.FACTORS > 0:
-        for i in gl.static_range(BLOCKS):
-            block = token_tile * BLOCKS + i
-            mask |= gl.load(mask_ptr + block, mask=block * 16 < M, other=0, cache_modifier=".cg")
+        mask = factors_of_tile(mask_ptr, token_tile, M, C.BM)
     return mask
 
 

@@ -12,16 +12,10 @@ from triton.experimental.gluon import language as gl
 from quant_experts.kernels.gpu.hopper_tiles import Tile, TileTimes
 from quant_experts.kernels.gpu.hopper_work import GROUPS
 from quant_experts.kernels.gpu.launch import LARGEST_TILE, TOKEN_COUNTS, Boxes, options, programs, ptr, start, zeros
+from quant_experts.kernels.gpu_tokens.layout import BLOCK, MASK_TOKENS, Kind, Tokens, padded_experts
 from quant_experts.kernels.gpu_weight_activation.hopper_experts import BLOCK_TOKENS, RANKS
 from quant_experts.kernels.gpu_weight_activation.hopper_linear import Config, kernel
-from quant_experts.kernels.gpu_weight_activation.layout import (
-    BLOCK,
-    MASK_TOKENS,
-    Kind,
-    LinearLayout,
-    Tokens,
-    padded_experts,
-)
+from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout
 
 LAYOUTS = {
     (width, size): gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * size, rank=2)

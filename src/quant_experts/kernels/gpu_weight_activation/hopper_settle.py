@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across, factors_of_experts, multiply
-from quant_experts.kernels.gpu_weight_activation.layout import COUNTS
+from quant_experts.kernels.gpu_tokens.layout import COUNTS
 
 ROWS = gl.constexpr(16)
 """Of a matrix product: rows of the projection that a program owns."""

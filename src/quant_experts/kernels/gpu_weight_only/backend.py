@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant_experts.kernels import reference
 from quant_experts.kernels.gpu import recorded
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
@@ -24,21 +23,11 @@ from quant_experts.kernels.gpu.launch import (
     start,
     zeros,
 )
-from quant_experts.kernels.gpu_weight_only.layout import (
-    BLOCK,
-    PIECE,
-    GroupLayout,
-    LinearLayout,
-    Tokens,
-    fits_groups,
-    pack_group,
-    pack_linear,
-    unpack_codes,
-)
+from quant_experts.kernels.gpu_tokens import prepare_launch
+from quant_experts.kernels.gpu_tokens.layout import GroupLayout, Tokens, pack_group
+from quant_experts.kernels.gpu_weight_only.layout import PIECE, LinearLayout, fits_groups, pack_linear, unpack_codes
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
-CHUNK = 4096
-"""Input channels that one program scales at a time."""
 MAX_TILES = 4096
 """Tiles of a launch that is cut along the input channels."""
 FEW_TOKENS = 32
@@ -95,12 +84,18 @@ class Packed(recorded.Repeatable):
     linear: LinearLayout
 
 
-def pack(group: GroupOperands, linears: list[LinearOperands], _dtype: torch.dtype = torch.float32) -> Packed:
-    """Lay a group out; see `gpu_weight_only.layout`."""
-    _counters(linears[0].codes.device)  # made before a CUDA graph may be captured
-    reserve(linears[0].codes.device, False)
-    layout = pack_group(group, linears[0].codes.shape[1], linears[0].codes.device)
-    return Packed(layout, pack_linear(linears, layout.headroom))
+def pack(group: GroupOperands, linears: list[LinearOperands], dtype: torch.dtype = torch.float32) -> Packed:
+    """Lay a group out for inputs of a dtype; see `gpu_tokens.layout` and `gpu_weight_only.layout`.
+
+    Raises `QuantExpertsError` for more experts than the kernels take.
+    """
+    device = linears[0].codes.device
+    _counters(device)  # made before a CUDA graph may be captured
+    reserve(device, False)
+    layout = pack_group(group, dtype, device)
+    packed = Packed(layout, pack_linear(linears, layout.headroom))
+    complete_writes(device)  # a program may ask for weights before it waits
+    return packed
 
 
 def apply(x: Tensor, packed: Packed) -> Tensor:
@@ -110,7 +105,9 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 
 def _apply(x: Tensor, packed: Packed) -> Tensor:
     """As `apply` of x (M, K), by launches that are decided on now."""
-    return linear(prepare(x, packed.group), packed.linear)
+    kind, n = packed.group.kind, packed.linear.out_features
+    sorts = hopper(x.device) and prepare_launch.sorts_tokens(kind, x.shape[0], n)
+    return linear(prepare_launch.prepare(x, packed.group, sorts=sorts), packed.linear)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -121,59 +118,23 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`: values and hidden values are rounded to float16 in units of each
-    token's largest value, experts chosen in float32."""
-    from quant_experts.kernels.gpu_weight_only.prepare import scale_tokens
-
-    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.shape[1], x.device)
-    (m, k), device, dtype = x.shape, x.device, x.dtype
-    if layout is not group:
-        complete_writes(device)
-    inverse = layout.inverse
-    if layout.rotation and layout.signs is None:
-        x = x.float() if inverse is None else x.float() * inverse
-        x, inverse = reference.rotate(x, layout.rotation), None
-    x = x.contiguous()
-    padded = max(1, -(-k // BLOCK)) * BLOCK
-    width = padded + (0 if layout.down is None else len(layout.down))
-    values = torch.empty(m, width, dtype=torch.float16, device=device)
-    unit = torch.empty(m, dtype=torch.float32, device=device)
-    expert = torch.empty(m, dtype=torch.int32, device=device) if layout.experts else None
-    tokens = Tokens(
-        values=values, codes=None, token_scale=None, shared_hidden=None, routed_hidden=None, expert=expert,
-        unit=unit, padded=padded, headroom=layout.headroom, experts=layout.experts, dtype=dtype,
-    )  # fmt: skip
-    if not m:
-        return tokens
-    rotation = 0 if layout.signs is None else layout.rotation
-    if hopper(device):
-        from quant_experts.kernels.gpu.hopper_tokens import write_tokens
-
-        write_tokens(x, inverse, rotation, 0, values, unit, padded)
-    else:
-        chunk = min(CHUNK, max(1 << (padded - 1).bit_length(), 16 * rotation))
-        start(
-            scale_tokens, (m, -(-padded // chunk) if m <= 64 else 1),
-            x, ptr(inverse, unit), ptr(layout.signs, unit), values, unit, k, padded, width, CHUNK=chunk, ROT=rotation,
-            SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=8, **options(device),
-        )  # fmt: skip
-    if width > padded:
-        _project(x, inverse, tokens, layout)
-    return tokens
+    token's largest value. On Hopper rows may be sorted by expert."""
+    return prepare_launch.prepare(x, group, sorts=None if hopper(x.device) else False)
 
 
 def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     """All rows of a layout -> (M, N) in the dtype of the input."""
-    assert isinstance(prepared, Tokens) and prepared.values is not None
+    assert isinstance(prepared, Tokens) and prepared.codes is not None
     layout = weight if isinstance(weight, LinearLayout) else pack_linear([weight], prepared.headroom)
     if layout is not weight:
         complete_writes(layout.scale.device)
-    m, device = len(prepared.values), prepared.values.device
+    m, device = len(prepared.codes), prepared.codes.device
     y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
     if y.numel():
         multiply = _linear_in_memory if dequantizes(m, y.dtype) else _linear_in_registers
         if hopper(device) and m > DECODE_TOKENS:
             from quant_experts.kernels.gpu_weight_only.hopper_launch import linear as multiply
-        elif _decodes(layout):
+        elif m <= DECODE_TOKENS and _decodes(layout):
             multiply = _linear_few
         multiply(prepared, layout, y)
     return y
@@ -188,19 +149,18 @@ def _decodes(layout: LinearLayout) -> bool:
 def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_only.hopper_few import kernel
 
-    assert tokens.values is not None
-    (m, n), padded, width, device = y.shape, tokens.padded, tokens.values.shape[1], y.device
+    assert tokens.codes is not None
+    (m, n), padded, device = y.shape, tokens.codes.shape[1], y.device
     up, factors = _factors(tokens, layout)
     experts = 0 if up is None else tokens.experts
     used = factors["F"] - experts + min(experts, 1 << (m - 1).bit_length())
     tile = decode_tile(n, padded // STEP[4], programs(device))
     start(
         kernel, (-(-n // tile["BN"]),),
-        layout.low, layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y), tokens.unit, layout.scale,
-        ptr(layout.bias, layout.scale), y, m, n, layout.pairs.shape[1], padded, width,
-        layout.pieces * PIECE // STEP[4], tokens.headroom,
-        1.0 / tokens.headroom, BM=8, E=experts, **factors, USED=used, BIAS=layout.bias is not None, **tile,
-        num_warps=tile["WAYS"], **options(device),
+        layout.low, layout.pairs, tokens.codes, ptr(up, y), ptr(tokens.hidden, y), ptr(tokens.present, y),
+        tokens.token_scale, layout.scale, ptr(layout.bias, layout.scale), y, m, n, layout.pairs.shape[1], padded,
+        layout.pieces * PIECE // STEP[4], tokens.headroom, 1.0 / tokens.headroom, BM=8, **factors, USED=used,
+        BIAS=layout.bias is not None, **tile, num_warps=tile["WAYS"], **options(device),
     )  # fmt: skip
 
 
@@ -218,16 +178,15 @@ def dequantizes(m: int, dtype: torch.dtype) -> bool:
 
 def _factors(tokens: Tokens, layout: LinearLayout) -> tuple[Tensor | None, dict[str, int]]:
     """The up factors that tokens have hidden values for, and constants of kernels that read them."""
-    assert tokens.values is not None
-    up = layout.up if tokens.values.shape[1] > tokens.padded else None
+    up = None if tokens.hidden is None else layout.up
     return up, dict(F=0, R=32) if up is None else dict(F=len(up), R=up.shape[2])
 
 
 def _linear_in_registers(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_only.linear import linear as kernel
 
-    assert tokens.values is not None
-    (m, n), padded, width, device = y.shape, tokens.padded, tokens.values.shape[1], y.device
+    assert tokens.codes is not None
+    (m, n), padded, device = y.shape, tokens.codes.shape[1], y.device
     tile = tile_for(m, n, layout.bits, programs(device))
     tiles = -(-n // tile.rows) * -(-m // tile.tokens)
     shares = _shares(tiles, padded // STEP[layout.bits], tile.programs * programs(device))
@@ -235,25 +194,25 @@ def _linear_in_registers(tokens: Tokens, layout: LinearLayout, y: Tensor) -> Non
     up, factors = _factors(tokens, layout)
     start(
         kernel, (tiles, shares),
-        layout.low, ptr(layout.high, layout.low), layout.pairs, tokens.values, ptr(up, y), ptr(tokens.expert, y),
-        tokens.unit, layout.scale, ptr(layout.bias, layout.scale), y, sums, _counters(device), m, n,
-        layout.pairs.shape[1], padded, width, shares, tokens.headroom, BITS=layout.bits, PER=layout.pieces,
-        E=0 if up is None else tokens.experts, **factors,
-        BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND, DENSE=m > FEW_TOKENS, SPLIT=shares > 1,
-        STAGES=tile.stages, ASSEMBLY=not INTERPRETED, PDL=overlapped(device), num_warps=tile.warps, **options(device),
+        layout.low, ptr(layout.high, layout.low), layout.pairs, tokens.codes, ptr(up, y), ptr(tokens.hidden, y),
+        ptr(tokens.present, y), tokens.token_scale, layout.scale, ptr(layout.bias, layout.scale), y, sums,
+        _counters(device), m, n, layout.pairs.shape[1], padded, shares, tokens.headroom, BITS=layout.bits,
+        PER=layout.pieces, **factors, BIAS=layout.bias is not None, BN=tile.rows, BM=tile.tokens, BAND=BAND,
+        DENSE=m > FEW_TOKENS, SPLIT=shares > 1, STAGES=tile.stages, ASSEMBLY=not INTERPRETED, PDL=overlapped(device),
+        num_warps=tile.warps, **options(device),
     )  # fmt: skip
 
 
 def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_only.many import dequantize_rows, rescale
 
-    assert tokens.values is not None
-    (m, n), padded, device = y.shape, tokens.padded, y.device
+    assert tokens.codes is not None
+    (m, n), padded, device = y.shape, tokens.codes.shape[1], y.device
     up, factors = _factors(tokens, layout)
-    width = padded + factors["F"] * factors["R"]
+    values = tokens.codes if up is None else torch.cat([tokens.codes, tokens.hidden], dim=1)
+    width, sums = values.shape[1], y.view(torch.float16)
     rows, tile = slab_rows(n, width, programs(device)), 64
     weights = torch.empty(rows, width, dtype=torch.float16, device=device)
-    values, sums = tokens.values[:, :width], y.view(torch.float16)
     steps, pdl = padded // STEP[layout.bits] + (up is not None), overlapped(device)
     for first in range(0, n, rows):
         end = min(n, first + rows)
@@ -266,7 +225,7 @@ def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
         torch.mm(values, weights[: end - first].T, out=sums[:, first:end])
         start(
             rescale, (-(-m // 8), -(-(end - first) // 512)),
-            sums, y, tokens.unit, layout.unit, ptr(layout.bias, layout.unit), first, end, m, n,
+            sums, y, tokens.token_scale, layout.unit, ptr(layout.bias, layout.unit), first, end, m, n,
             BIAS=layout.bias is not None, BM=8, BN=512, PDL=pdl, num_warps=4, **options(device),
         )  # fmt: skip
 
@@ -277,35 +236,6 @@ def slab_rows(n: int, width: int, programs: int) -> int:
     rows = min(n, SLAB_ROWS * programs)
     parts = -(-rows * width * 2 // WORKSPACE)
     return -(-rows // (parts * 256)) * 256
-
-
-def _project(x: Tensor, inverse: Tensor | None, tokens: Tokens, layout: GroupLayout) -> None:
-    from quant_experts.kernels.gpu_weight_only.many import drop_unused
-    from quant_experts.kernels.gpu_weight_only.prepare import project
-
-    assert tokens.values is not None and layout.down is not None
-    (m, width), padded, device, router = tokens.values.shape, tokens.padded, x.device, layout.router_weight
-    rows, chunk, step, warps = (16, 32, 128, 4) if m <= 16 or INTERPRETED else (64, 64, 64, 4)
-    if m > 1024:
-        rows, chunk, warps = 128, 128, 8
-    blocks, chunks = -(-m // rows), -(-len(layout.down) // chunk) + (layout.experts > 0)
-    experts = 16 if router is None else len(router)
-    shares = _shares(blocks * chunks, padded // 128, programs(device))
-    sums = torch.empty(blocks * chunks * shares * rows * max(chunk, experts) if shares > 1 else 1, device=device)
-    start(
-        project, (blocks, chunks, shares),
-        x, ptr(inverse, sums), tokens.values, tokens.unit, layout.down, ptr(router, layout.down),
-        ptr(layout.router_bias, sums), ptr(tokens.expert, sums), sums, _counters(device), m, x.shape[1], padded, width,
-        shares, layout.headroom, FR=len(layout.down), RC=chunk, KB=step, E=layout.experts, EP=experts, ROWS=rows,
-        SPLIT=shares > 1, STAGES=4, SMOOTH=inverse is not None, PDL=overlapped(device), num_warps=warps,
-        **options(device),
-    )  # fmt: skip
-    if layout.experts and (m > DECODE_TOKENS if hopper(device) else dequantizes(m, tokens.dtype)):
-        start(
-            drop_unused, (-(-m // 64), layout.experts),
-            tokens.values[:, padded:], tokens.expert, m, width, F=layout.factors, E=layout.experts,
-            R=len(layout.down) // layout.factors, ROWS=64, PDL=overlapped(device), num_warps=4, **options(device),
-        )  # fmt: skip
 
 
 def tile_for(m: int, n: int, bits: int, programs: int) -> Tile:

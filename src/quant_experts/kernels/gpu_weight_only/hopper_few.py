@@ -18,7 +18,6 @@ from quant_experts.kernels.gpu.hopper import (
     across,
     allow_next_kernel,
     factor_of,
-    factors_of_experts,
     multiply,
     wait_for_previous_kernel,
 )
@@ -101,37 +100,31 @@ def add_products(total, asked, values):
 
 @gluon.jit
 def expert_sums(
-    up_ptr, hidden_ptr, expert_ptr, first, M, N, width, BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr,
-    F: gl.constexpr, E: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, MMA: gl.constexpr,
+    up_ptr, hidden_ptr, present_ptr, first, M, N, BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr,
+    F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """(WAYS, BN, BM) up factors times hidden values of the experts of each token. USED: factors that M tokens use."""
+    """(WAYS, BN, BM) up factors that are present times hidden values. USED: factors that M tokens use."""
     HALVES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])
-    SHARED: gl.constexpr = F - E
     token = across(BM, 1, HALVES)
     rank = across(RUN, 2, HALVES)
-    expert, present = token * 0, 1
-    if E > 0:
-        expert = gl.load(expert_ptr + token, mask=token < M, other=0, cache_modifier=".cg")
-        one = gl.arange(0, BM, gl.BlockedLayout([1], [32], [WAYS], [0]))
-        chosen = gl.load(expert_ptr + one, mask=one < M, other=0, cache_modifier=".cg")
-        present = factors_of_experts(chosen, one < M, SHARED)
+    present = gl.load(present_ptr, cache_modifier=".cg")
     sums = gl.zeros([WAYS, BN, BM], gl.float32, MMA)
     for start in gl.static_range(0, USED * (R // RUN), WAYS):
         run = start + across(WAYS, 0, HALVES)
         factor, column = factor_of(run // (R // RUN), present, F, USED), run % (R // RUN) * RUN + rank
         row = first.to(gl.int64) + across(BN, 1, HALVES)
         up = gl.load(up_ptr + (row + factor * N) * R + column, mask=factor < F, other=0.0)
-        here = (factor < F) & (token < M) & ((factor < SHARED) | (factor == expert + SHARED))
-        at = hidden_ptr + token * width + factor * R + column
+        here = (factor < F) & (token < M)
+        at = hidden_ptr + token * (F * R) + factor * R + column
         sums = multiply(up, gl.load(at, mask=here, other=0.0, cache_modifier=".cg"), sums, 2)
     return sums
 
 
 @gluon.jit
 def kernel(
-    words_ptr, pair_ptr, values_ptr, up_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, pairs_row, Kp,
-    width, blocks_per_group, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr,
-    AHEAD: gl.constexpr, F: gl.constexpr, E: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, BIAS: gl.constexpr,
+    words_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, present_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N,
+    pairs_row, Kp, blocks_per_group, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr,
+    WAYS: gl.constexpr, AHEAD: gl.constexpr, F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """y (M, N), M <= BM, N >= BN. Programs: tiles of BN rows; the last one ends with the last row."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WAYS, 1, 1], [1, 16, 8])
@@ -147,7 +140,7 @@ def kernel(
     there = across(BM, 1, HALVES) < M
     words_at = words_ptr + first * 32 + across(BN, 1, HALVES) * 32 + across(32, 2, HALVES)
     pairs_at = pair_ptr + first + across(BN, 1, HALVES)
-    values_at = values_ptr + across(BM, 1, HALVES) * width + across(32, 2, HALVES)
+    values_at = values_ptr + across(BM, 1, HALVES) * Kp + across(32, 2, HALVES)
     asked = ask_for_words(words_at, pairs_at, block, steps, N, pairs_row, blocks_per_group, AHEAD, WAYS)
     wait_for_previous_kernel()
     values = ask_for_values(values_at, there, block, steps, AHEAD, WAYS)
@@ -158,9 +151,7 @@ def kernel(
         total = add_products(total, asked, values)
     y = gl.sum(total, axis=0) * row_scale[:, None]
     if F > 0:
-        experts = expert_sums(
-            up_ptr, values_ptr + Kp, expert_ptr, first, M, N, width, BN, BM, WAYS, F, E, R, USED, MMA
-        )  # fmt: skip
+        experts = expert_sums(up_ptr, hidden_ptr, present_ptr, first, M, N, BN, BM, WAYS, F, R, USED, MMA)
         y = (y * inverse_headroom + gl.sum(experts, axis=0)) * headroom
     y = y * gl.load(unit_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg")[None, :]
     if BIAS:

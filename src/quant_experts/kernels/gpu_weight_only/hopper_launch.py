@@ -11,8 +11,9 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper_tiles import Tile, TileTimes
 from quant_experts.kernels.gpu.launch import LARGEST_TILE, Boxes, options, programs, ptr, start, zeros
-from quant_experts.kernels.gpu_weight_only.hopper_linear import Config, kernel
-from quant_experts.kernels.gpu_weight_only.layout import PIECE, LinearLayout, Tokens
+from quant_experts.kernels.gpu_tokens.layout import BLOCK, Tokens
+from quant_experts.kernels.gpu_weight_only.hopper_linear import CHUNK, Config, kernel
+from quant_experts.kernels.gpu_weight_only.layout import PIECE, LinearLayout
 
 WORDS, BYTES, PAIRS, VALUES = (
     gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
@@ -57,27 +58,32 @@ def boxes(tensor: Tensor, *shape: int, layout: Any) -> Boxes:
 
 
 def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | None = None) -> None:
-    """y (M, N) = values times dequantized weights, experts and bias included; hidden values of experts that a token
-    does not use are zero."""
-    assert tokens.values is not None and tokens.unit is not None
-    (m, n), values, device = y.shape, tokens.values, y.device
-    up = layout.up if values.shape[1] > tokens.padded else None
-    factors, rank = (0, 32) if up is None else (len(up), up.shape[2])
+    """y (M, N) = values times dequantized weights, experts and bias included."""
+    assert tokens.codes is not None
+    (m, padded), n, values, device = tokens.codes.shape, layout.out_features, tokens.codes, y.device
+    up, hidden, nothing = layout.up, tokens.hidden, layout.scale
+    if up is None or hidden is None:
+        factors, rank, up, hidden = 0, CHUNK.value, values[:, : CHUNK.value], values[:, : CHUNK.value]
+    else:
+        (factors, _, rank), up = up.shape, up.view(-1, up.shape[2])
     steps, count = len(layout.low), programs(device)
-    flags = dict(FACTORS=factors, RANK=rank, **weight_flags(layout))
-    c = chosen or config(m, n, tokens.padded // 128, count, **flags)
+    flags = dict(
+        FACTORS=factors, RANK=rank, SORTED=tokens.order is not None,
+        LATER=factors > 0 and tokens.hidden_comes_later, **weight_flags(layout),
+    )  # fmt: skip
+    c = chosen or config(m, n, padded // BLOCK, count, **flags)
     bn, bm, pieces = c.BN.value, c.BM.value, c.PIECES.value
     low = boxes(layout.low.view(-1, PIECE), bn, PIECE, layout=WORDS)
     high = low if layout.high is None else boxes(layout.high.view(-1, PIECE), bn, PIECE, layout=BYTES)
     pairs = boxes(layout.pairs.view(-1), bn, layout=PAIRS)
-    value = boxes(values, bm, c.WIDTH.value, layout=VALUES)
-    ups = value if up is None else boxes(up.view(-1, rank), bn, c.CHUNK.value, layout=WORDS)
+    value, hiddens = boxes(values, bm, c.WIDTH.value, layout=VALUES), boxes(hidden, bm, CHUNK.value, layout=WORDS)
     sums = zeros("hopper sums", count * LARGEST_TILE, device).view(torch.float32)
     done = zeros("hopper shares", count * 4, device).view(torch.int64)
     tiles = -(-n // bn) * -(-m // bm)
     start(
         kernel, (min(count, tiles * steps if c.SHARES.value else tiles),),
-        low, high, pairs, value, ups, y, layout.scale, tokens.unit, ptr(layout.bias, layout.scale), sums, done, m, n,
+        low, high, pairs, value, boxes(up, bn, CHUNK.value, layout=WORDS), hiddens, ptr(tokens.present, done), y,
+        layout.scale, tokens.token_scale, ptr(layout.bias, nothing), ptr(tokens.order, done), sums, done, m, n,
         layout.pairs.shape[1], steps, max(1, layout.pieces // pieces), tokens.headroom, c, num_warps=4,
         maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
     )  # fmt: skip

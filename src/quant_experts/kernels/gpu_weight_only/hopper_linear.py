@@ -3,10 +3,10 @@ or 4 bits become float16 in registers, on the way to the matrix units.
 
 Two warps copy tiles into rings in shared memory with the bulk copy engine: one weights and their scales, which it asks
 for before the previous kernel has ended, one the tokens' values. Two warp groups multiply, each with half of a tile's
-rows: words of codes are the *left* operand as they lie, piece by piece of 32 input channels (`codes`), so dequantized
-weights never touch memory, and each is dequantized once for as many tokens as a tile has. Up factors of experts and
-hidden values, which lie behind the tokens' values, are further channels. The last tiles are cut into equal shares
-(`gpu.hopper_work`).
+rows: words of codes are the *left* operand as they lie, piece by piece of 32 input channels, so dequantized weights
+never touch memory, and each is dequantized once for as many tokens as a tile has: bits of a code are a subnormal
+float16 number, of which one instruction makes a weight. Expert factors pass through the same rings as further steps.
+The last tiles are cut into equal shares (`gpu.hopper_work`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from quant_experts.kernels.gpu.assembly import SLOPES, TINY_CODES, TINY_CODES_OF_3_BITS
-from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
+from quant_experts.kernels.gpu.hopper import allow_next_kernel, factors_of_tile, wait_for_previous_kernel
 from quant_experts.kernels.gpu.hopper_shares import collect, hand_over
 from quant_experts.kernels.gpu.hopper_store import store
 from quant_experts.kernels.gpu.hopper_work import holder, ring_barriers, segment, share, tile_place
@@ -28,8 +28,10 @@ Constant = Any
 """An int or a bool, wrapped as the compiler wants it."""
 UNIT = gl.constexpr(512.0)
 """Of dequantized weights, times their row's scale."""
-UP_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
-"""Of up factors, CHUNK ranks a row."""
+CHUNK = gl.constexpr(32)
+"""Expert ranks in a slot of weights, and half of those in a slot of values: 64 bytes of float16."""
+RANKS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
+"""Of CHUNK ranks of rows of a tile, or of its tokens."""
 
 
 @dataclass(frozen=True, eq=False)  # hashed at each launch: by identity, as there is one of each
@@ -63,13 +65,13 @@ class Config:
     LAUNCH_REGISTERS: Constant = 168
     """Of each thread at the start, before they are shared out anew."""
     SORTED: Constant = False
-    """Tokens are in the order of the input."""
+    """Whether tokens were sorted by expert, so that rows of y must be put back."""
+    LATER: Constant = False
+    """Whether values are complete when the kernel starts, and hidden values only when the previous one has ended."""
     SHARES: Constant = True
     """Whether tiles are cut into shares where programs are more."""
     WIDTH: Constant = 64
     """Channels in a slot of values: 128 bytes."""
-    CHUNK: Constant = 32
-    """Expert ranks in a slot of weights: 64 bytes of float16."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -77,16 +79,17 @@ class Config:
 
 
 @gluon.jit
-def copy_weights(low_desc, high_desc, pair_desc, up_desc, rings, sizes, C: gl.constexpr):
-    """A copying warp: weights, their scales, and up factors. All of them were there before the previous kernel."""
+def copy_weights(low_desc, high_desc, pair_desc, up_desc, mask_ptr, rings, sizes, C: gl.constexpr):
+    """A copying warp: weights and their scales, which were there before the previous kernel, and up factors, as its
+    tokens need them."""
     low_ring, high_ring, pair_ring, _value_ring, ready, empty, _value_ready, _value_empty = rings
-    _M, N, pairs_row, steps, steps_of_group, tiles_n, tiles_m, _headroom = sizes
+    M, N, pairs_row, steps, steps_of_group, tiles_n, tiles_m, _headroom = sizes
     start, end, segments, first_whole, whole, _per = share(steps, tiles_n * tiles_m, 0, 0, C.SHARES)
     SLOT: gl.constexpr = C.BN * (64 + (32 if C.BITS == 3 else 0) + 4 * C.GROUPS)
     i = 0
     for index in range(segments + whole):
         tile, first, last = segment(index, steps, start, end, segments, first_whole)
-        row_tile, _ = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
         for k in range(first, last):
             slot = i % C.STAGES
             mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
@@ -101,42 +104,53 @@ def copy_weights(low_desc, high_desc, pair_desc, up_desc, rings, sizes, C: gl.co
                 tma.async_copy_global_to_shared(pair_desc, [at], ready.index(slot), pairs)
             i += 1
         if C.FACTORS > 0 and first == 0:
-            for j in range(2 * ((C.FACTORS * C.RANK + C.WIDTH - 1) // C.WIDTH)):
-                slot = i % C.STAGES
-                mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
-                mbarrier.expect(ready.index(slot), C.BN * 64)
-                up = low_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], UP_LAYOUT)
-                at = j // (C.RANK // C.CHUNK) * N + row_tile * C.BN  # behind the last factor are zeros
-                column = j % (C.RANK // C.CHUNK) * C.CHUNK
-                tma.async_copy_global_to_shared(up_desc, [at, column], ready.index(slot), up)
-                i += 1
+            wait_for_previous_kernel()
+            present = factors_of_tile(mask_ptr, token_tile, M, C.BM)
+            for j in range(C.FACTORS):
+                if (present >> j) & 1 != 0:
+                    for c in gl.static_range(C.RANK // CHUNK):
+                        slot = i % C.STAGES
+                        mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
+                        mbarrier.expect(ready.index(slot), C.BN * 64)
+                        up = low_ring.index(slot)._reinterpret(gl.float16, [C.BN, CHUNK], RANKS)
+                        at = [j * N + row_tile * C.BN, c * CHUNK]
+                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
+                        i += 1
 
 
 @gluon.jit
-def copy_values(value_desc, rings, sizes, C: gl.constexpr):
-    """The other copying warp: values of the tokens, and hidden values behind them."""
+def copy_values(value_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr):
+    """The other copying warp: values of the tokens, and hidden values."""
     _low_ring, _high_ring, _pair_ring, value_ring, _ready, _empty, ready, empty = rings
-    _M, _N, _pairs_row, steps, _steps_of_group, tiles_n, tiles_m, _headroom = sizes
+    M, _N, _pairs_row, steps, _steps_of_group, tiles_n, tiles_m, _headroom = sizes
     start, end, segments, first_whole, whole, _per = share(steps, tiles_n * tiles_m, 0, 0, C.SHARES)
     SLOTS: gl.constexpr = C.PIECES // 2
-    wait_for_previous_kernel()
+    if not C.LATER:
+        wait_for_previous_kernel()
     i = 0
     for index in range(segments + whole):
         tile, first, last = segment(index, steps, start, end, segments, first_whole)
         _, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
-        count = (last - first) * SLOTS
-        if C.FACTORS > 0 and first == 0:
-            count += (C.FACTORS * C.RANK + C.WIDTH - 1) // C.WIDTH
-        for k in range(count):
+        for k in range(first * SLOTS, last * SLOTS):
             slot = i % C.VALUE_STAGES
-            column = first * SLOTS + k
-            # Hidden values follow the last step, whichever is this program's last.
-            column = gl.where(k < (last - first) * SLOTS, column, steps * SLOTS + k - (last - first) * SLOTS)
             mbarrier.wait(empty.index(slot), ((i // C.VALUE_STAGES) & 1) ^ 1)
             mbarrier.expect(ready.index(slot), C.BM * C.WIDTH * 2)
-            at = [token_tile * C.BM, column * C.WIDTH]
+            at = [token_tile * C.BM, k * C.WIDTH]
             tma.async_copy_global_to_shared(value_desc, at, ready.index(slot), value_ring.index(slot))
             i += 1
+        if C.FACTORS > 0 and first == 0:
+            wait_for_previous_kernel()
+            present = factors_of_tile(mask_ptr, token_tile, M, C.BM)
+            for j in range(C.FACTORS):
+                if (present >> j) & 1 != 0:
+                    for c in gl.static_range(C.RANK // CHUNK):
+                        slot = i % C.VALUE_STAGES
+                        mbarrier.wait(empty.index(slot), ((i // C.VALUE_STAGES) & 1) ^ 1)
+                        mbarrier.expect(ready.index(slot), C.BM * 64)
+                        hidden = value_ring.index(slot)._reinterpret(gl.float16, [C.BM, CHUNK], RANKS)
+                        at = [token_tile * C.BM, j * C.RANK + c * CHUNK]
+                        tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
+                        i += 1
 
 
 @gluon.jit
@@ -219,37 +233,37 @@ def multiply_step(acc, i, v, rings, WG: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def add_factors(acc, i, v, rings, WG: gl.constexpr, C: gl.constexpr):
-    """acc + up factors of all experts times hidden values, which are zero of experts that a token does not use."""
+def add_factors(acc, i, v, present, rings, WG: gl.constexpr, C: gl.constexpr):
+    """acc + up factors of the experts present times hidden values."""
     low_ring, _high_ring, _pair_ring, value_ring, ready, empty, value_ready, value_empty = rings
     ROWS: gl.constexpr = C.BN // 2
-    for _ in range((C.FACTORS * C.RANK + C.WIDTH - 1) // C.WIDTH):
+    count = 0
+    for j in gl.static_range(C.FACTORS):
+        count += ((present >> j) & 1) * (C.RANK // CHUNK)
+    for _ in range(count):
+        slot = i % C.STAGES
         place = v % C.VALUE_STAGES
+        mbarrier.wait(ready.index(slot), (i // C.STAGES) & 1)
         mbarrier.wait(value_ready.index(place), (v // C.VALUE_STAGES) & 1)
-        hidden = value_ring.index(place).permute([1, 0])
-        for half in gl.static_range(2):
-            slot = (i + half) % C.STAGES
-            mbarrier.wait(ready.index(slot), ((i + half) // C.STAGES) & 1)
-            up = low_ring.index(slot)._reinterpret(gl.float16, [C.BN, C.CHUNK], UP_LAYOUT).slice(WG * ROWS, ROWS)
-            acc = warpgroup_mma(up, hidden.slice(half * C.CHUNK, C.CHUNK, dim=0), acc, is_async=True)
+        up = low_ring.index(slot)._reinterpret(gl.float16, [C.BN, CHUNK], RANKS).slice(WG * ROWS, ROWS)
+        hidden = value_ring.index(place)._reinterpret(gl.float16, [C.BM, CHUNK], RANKS)
+        acc = warpgroup_mma(up, hidden.permute([1, 0]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(slot))
         mbarrier.arrive(value_empty.index(place))
-        mbarrier.arrive(empty.index(i % C.STAGES))
-        mbarrier.arrive(empty.index((i + 1) % C.STAGES))
-        i += 2
+        i += 1
         v += 1
     return acc, i, v
 
 
 @gluon.jit
-def multiply_tiles(rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
+def multiply_tiles(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
     """A multiplying warp group: half of each tile's weight rows."""
-    y_ptr, scale_ptr, unit_ptr, bias_ptr, sums_ptr, count_ptr = ends
+    y_ptr, scale_ptr, unit_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr = ends
     M, N, _pairs_row, steps, _steps_of_group, tiles_n, tiles_m, headroom = sizes
     ROWS: gl.constexpr = C.BN // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     start, end, segments, first_whole, whole, per = share(steps, tiles_n * tiles_m, 0, 0, C.SHARES)
-    wait_for_previous_kernel()
     i = 0
     v = 0
     for index in range(segments + whole):
@@ -258,6 +272,7 @@ def multiply_tiles(rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
         acc = gl.zeros([ROWS, C.BM], gl.float32, LAYOUT)
         for _ in range(first, last):
             acc, i, v = multiply_step(acc, i, v, rings, WG, C)
+        wait_for_previous_kernel()  # which may use the same workspaces
         if first > 0:
             hand_over(acc, holder(tile * steps, per, 0, 0), sums_ptr, count_ptr, WG)
         else:
@@ -267,14 +282,15 @@ def multiply_tiles(rings, ends, sizes, WG: gl.constexpr, C: gl.constexpr):
             rows = row_tile * C.BN + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
             acc *= (gl.load(scale_ptr + rows, mask=rows < N, other=0.0) * (UNIT / headroom))[:, None]
             if C.FACTORS > 0:
-                acc, i, v = add_factors(acc, i, v, rings, WG, C)
-            store(acc, row_tile, token_tile, unit_ptr, bias_ptr, unit_ptr, y_ptr, M, N, headroom, WG, C)
+                present = factors_of_tile(mask_ptr, token_tile, M, C.BM)
+                acc, i, v = add_factors(acc, i, v, present, rings, WG, C)
+            store(acc, row_tile, token_tile, unit_ptr, bias_ptr, order_ptr, y_ptr, M, N, headroom, WG, C)
 
 
 @gluon.jit(do_not_specialize=["M", "steps", "steps_of_group"])  # else numbers of tokens compile it anew
 def kernel(
-    low_desc, high_desc, pair_desc, value_desc, up_desc, y_ptr, scale_ptr, unit_ptr, bias_ptr, sums_ptr, count_ptr,
-    M, N, pairs_row, steps, steps_of_group, headroom, C: gl.constexpr,
+    low_desc, high_desc, pair_desc, value_desc, up_desc, hidden_desc, mask_ptr, y_ptr, scale_ptr, unit_ptr, bias_ptr,
+    order_ptr, sums_ptr, count_ptr, M, N, pairs_row, steps, steps_of_group, headroom, C: gl.constexpr,
 ):  # fmt: skip
     """y (M, N). One program a multiprocessor. steps_of_group: GROUPS of a step for each scale of a row, 1 where a scale
     serves a step or less."""
@@ -289,13 +305,13 @@ def kernel(
     allow_next_kernel()
     rings = (low_ring, high_ring, pair_ring, value_ring, ready, empty, value_ready, value_empty)
     sizes = (M, N, pairs_row, steps, steps_of_group, gl.cdiv(N, C.BN), gl.cdiv(M, C.BM), headroom)
-    ends = (y_ptr, scale_ptr, unit_ptr, bias_ptr, sums_ptr, count_ptr)
+    ends = (y_ptr, scale_ptr, unit_ptr, bias_ptr, order_ptr, sums_ptr, count_ptr)
     gl.warp_specialize(
         [
-            (multiply_tiles, (rings, ends, sizes, gl.constexpr(0), C)),
-            (multiply_tiles, (rings, ends, sizes, gl.constexpr(1), C)),
-            (copy_weights, (low_desc, high_desc, pair_desc, up_desc, rings, sizes, C)),
-            (copy_values, (value_desc, rings, sizes, C)),
+            (multiply_tiles, (mask_ptr, rings, ends, sizes, gl.constexpr(0), C)),
+            (multiply_tiles, (mask_ptr, rings, ends, sizes, gl.constexpr(1), C)),
+            (copy_weights, (low_desc, high_desc, pair_desc, up_desc, mask_ptr, rings, sizes, C)),
+            (copy_values, (value_desc, hidden_desc, mask_ptr, rings, sizes, C)),
         ],
         [4, 1, 1],
         [C.REGISTERS, 40, 40],

@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 
 from quant_experts.kernels.gpu.shares import add_shares, share_of
-from quant_experts.kernels.gpu.tokens import wait_for_previous_kernel
+from quant_experts.kernels.gpu.tokens import bitwise_or, wait_for_previous_kernel
+from quant_experts.kernels.gpu_tokens import layout
 from quant_experts.kernels.gpu_weight_only.codes import dequantize, in_order
 
 PIECE = tl.constexpr(32)
 """Input channels of one matrix product: `gpu_weight_only.layout.PIECE`."""
+MASK_TOKENS = tl.constexpr(layout.MASK_TOKENS)
+"""Tokens of a mask of factors that are present."""
 
 
 @triton.jit
 def weight_sums(
-    low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, pairs_row, width, first, last,
+    low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, pairs_row, Kp, first, last,
     BITS: tl.constexpr, PER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +36,7 @@ def weight_sums(
     column = tl.arange(0, PIECE)
     at = (first.to(tl.int64) * N + row)[:, None] * PIECE + column[None, :]
     channel = first * (PIECES * PIECE) + tl.arange(0, PIECES * PIECE)
-    values_at = values_ptr + token.to(tl.int64)[None, :] * width + channel[:, None]
+    values_at = values_ptr + token.to(tl.int64)[None, :] * Kp + channel[:, None]
     total = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         words = tl.load(low_ptr + at)
@@ -50,26 +53,18 @@ def weight_sums(
 
 
 @triton.jit
-def uses(expert, factor, F: tl.constexpr, E: tl.constexpr):
-    """Which tokens use a factor: all of them the shared expert's, which is first."""
-    return (factor < F - E) | (expert == factor - (F - E))
-
-
-@triton.jit
-def add_factor(
-    y, factor, expert, row, token, up_ptr, hidden_ptr, N, width, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr
-):  # fmt: skip
-    """y (BN, BM) + up (BN, R) times the hidden values of the tokens that use a factor."""
+def add_factor(y, factor, row, token, up_ptr, hidden_ptr, N, F: tl.constexpr, R: tl.constexpr):
+    """y (BN, BM) + up (BN, R) times the hidden values of a factor, zero for tokens that do not use it."""
     rank = tl.arange(0, R)
     up = tl.load(up_ptr + (factor * N + row).to(tl.int64)[:, None] * R + rank[None, :])
-    at = hidden_ptr + token.to(tl.int64)[None, :] * width + factor * R + rank[:, None]
-    return tl.dot(up, tl.load(at, mask=uses(expert, factor, F, E)[None, :], other=0.0), y)
+    hidden = tl.load(hidden_ptr + token.to(tl.int64)[None, :] * (F * R) + factor * R + rank[:, None])
+    return tl.dot(up, hidden, y)
 
 
 @triton.jit
 def finish(
-    total, rows, tokens, up_ptr, hidden_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, width, headroom,
-    F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr,
+    total, rows, tokens, up_ptr, hidden_ptr, present_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, headroom,
+    F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Scales, experts, bias; write (tokens, rows) of y. Unless DENSE, a factor that no token of the tile uses is not
     read."""
@@ -79,16 +74,14 @@ def finish(
     y = total * tl.load(scale_ptr + row)[:, None]
     if F > 0:
         y = y / headroom
-        expert = tl.zeros(token.shape, tl.int32)
-        if E > 0:
-            expert = tl.load(expert_ptr + token)
         if DENSE:
             for factor in tl.range(F, num_stages=3):
-                y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, width, F, E, R)
+                y = add_factor(y, factor, row, token, up_ptr, hidden_ptr, N, F, R)
         else:
+            present = tl.reduce(tl.load(present_ptr + token // MASK_TOKENS), 0, bitwise_or)
             for factor in range(F):
-                if tl.max(uses(expert, factor, F, E).to(tl.int32), 0) > 0:
-                    y = add_factor(y, factor, expert, row, token, up_ptr, hidden_ptr, N, width, F, E, R)
+                if (present >> factor) & 1 != 0:
+                    y = add_factor(y, factor, row, token, up_ptr, hidden_ptr, N, F, R)
         y = y * headroom
     y = y * unit[None, :]
     if BIAS:
@@ -99,9 +92,9 @@ def finish(
 
 @triton.jit
 def linear(
-    low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
-    sums_ptr, done_ptr, M, N, pairs_row, Kp, width, SHARES, headroom,
-    BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
+    low_ptr, high_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, present_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr,
+    sums_ptr, done_ptr, M, N, pairs_row, Kp, SHARES, headroom,
+    BITS: tl.constexpr, PER: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr, DENSE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -119,13 +112,13 @@ def linear(
     first, last = share_of(steps, share, SHARES)
     wait_for_previous_kernel(PDL)
     total = weight_sums(
-        low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, pairs_row, width, first, last, BITS, PER, BN, BM,
+        low_ptr, high_ptr, pair_ptr, values_ptr, row, token, N, pairs_row, Kp, first, last, BITS, PER, BN, BM,
         STAGES, ASSEMBLY,
     )  # fmt: skip
     sums_ptr += tile.to(tl.int64) * SHARES * (BN * BM)
     total, done = add_shares(total, sums_ptr, done_ptr + tile, share, SHARES, SPLIT)
     if done:
         finish(
-            total, rows, tokens, up_ptr, values_ptr + Kp, expert_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, width,
-            headroom, F, E, R, BIAS, DENSE,
+            total, rows, tokens, up_ptr, hidden_ptr, present_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N, headroom,
+            F, R, BIAS, DENSE,
         )  # fmt: skip

@@ -110,10 +110,10 @@ def settle(
     wait_for_previous_kernel(PDL)
     scale = tl.load(token_scale_ptr + place, mask=used, other=1.0, cache_modifier=".cg")
     unit = reciprocal(tl.where(scale == scale, scale, 1.0))[:, None]
-    own = own * inverse_headroom * unit
+    own = own * unit * inverse_headroom
     at = hidden_ptr + place.to(tl.int64)[:, None] * (F * R) + rank
     if F > E:
-        tl.store(at, (shared * inverse_headroom * unit).to(tl.float16), mask=there)
+        tl.store(at, (shared * unit * inverse_headroom).to(tl.float16), mask=there)
     for e in range(E):
         kept = tl.where((expert == e)[:, None], own, 0.0)
         tl.store(at + (F - E + e) * R, kept.to(tl.float16), mask=there)

@@ -108,7 +108,7 @@ def quantize_token(
         columns = part * CHUNK + tl.arange(0, CHUNK)
         steps = tl.where(finite[:, None], values[part] * inverse, 0.0)
         at = codes_ptr + (place + tl.arange(0, 1)).to(tl.int64)[:, None] * Kp + columns[None, :]
-        tl.store(at, rounded(steps, codes_ptr.dtype.element_ty == tl.float8e4nv), mask=(columns < Kp)[None, :])
+        tl.store(at, rounded(steps, codes_ptr.dtype.element_ty), mask=(columns < Kp)[None, :])
     tl.store(token_scale_ptr + place + tl.arange(0, 1), scale)
 
 
@@ -205,13 +205,13 @@ def end(
                 scores += tl.load(at + piece * M * TOTAL + column + part * EP, mask=there, other=0.0)
         expert = choose(scores, bias_ptr, E, EP)
         uses = used & ((factor < F - E) | (expert == factor - (F - E))[:, None])
-    hidden = total.to(tl.float32) * inverse_headroom
+    hidden = total.to(tl.float32)
     if CODES:
         hidden = hidden * tl.load(code_scale_ptr + rank)[None, :]
     else:
         scale = tl.load(token_scale_ptr + token, mask=token < M, other=1.0)
         hidden = hidden * reciprocal(tl.where(scale == scale, scale, 1.0))[:, None]
-    hidden = tl.where(uses, hidden, 0.0)
+    hidden = tl.where(uses, hidden * inverse_headroom, 0.0)  # last: of the largest values it could be too large
     at = hidden_ptr + token.to(tl.int64)[:, None] * (F * R) + factor * R + rank[None, :]
     tl.store(at, hidden.to(tl.float16), mask=used)
     if factor == 0:

@@ -6,15 +6,17 @@ cutting takes longer than launching.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quant_experts.kernels import reference
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
+    complete_writes,
     hopper,
     options,
     overlapped,
@@ -23,15 +25,18 @@ from quant_experts.kernels.gpu.launch import (
     shared_memory,
     start,
 )
-from quant_experts.kernels.gpu_weight_activation.layout import (
+from quant_experts.kernels.gpu_tokens.layout import (
     BLOCK,
     COUNTS,
     MASK_TOKENS,
     GroupLayout,
     Kind,
     Tokens,
+    pack_group,
+    padded_channels,
     padded_experts,
 )
+from quant_experts.kernels.operands import GroupOperands
 
 FEW_TOKENS = 17 if INTERPRETED else 512
 """Up to here tokens of routed experts are never sorted."""
@@ -60,17 +65,24 @@ PLANS = 4096
 """Plans that are kept."""
 
 
-def prepare(x: Tensor, layout: GroupLayout, settled: bool = True, sorts: bool | None = None) -> Tokens:
-    """Tokens of x (M, K), contiguous; not settled, with sums instead of hidden values, for a linear that settles, and
-    projects codes. sorts: whether tokens are sorted by expert; if they are many where it is not given."""
-    m, k = x.shape
+def prepare(x: Tensor, group: GroupOperands | GroupLayout, settled: bool = True, sorts: bool | None = None) -> Tokens:
+    """Tokens of x (M, K), as `reference.prepare`; not settled, with sums instead of hidden values, for a linear that
+    settles, and projects codes. sorts: whether tokens are sorted by expert; if they are many where it is not given."""
+    layout = group if isinstance(group, GroupLayout) else pack_group(group, x.dtype, x.device)
+    if layout is not group:
+        complete_writes(x.device)
+    dtype = x.dtype
+    if layout.before is not None:
+        x = reference.transform(x, layout.before)
+    (m, k), x = x.shape, x.contiguous()
     if not m:
-        return _allocate(x, layout)
+        return _allocate(x, layout, dtype=dtype)
     if sorts is None:
         sorts = m > FEW_TOKENS
     sorts = sorts and layout.kind.experts > 0
     p = plan(layout.kind, m, k, x.dtype, x.device, settled, _copied(x, layout), sorts)
-    return _prepare_many(x, layout, p) if p.sorts else _prepare(x, layout, p)
+    tokens = _prepare_many(x, layout, p) if p.sorts else _prepare(x, layout, p)
+    return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
 
 
 def sorts_tokens(kind: Kind, m: int, n: int) -> bool:
@@ -83,7 +95,7 @@ def _copied(x: Tensor, layout: GroupLayout) -> bool:
     """Whether `hopper_project` projects."""
     if not hopper(x.device):
         return False
-    from quant_experts.kernels.gpu_weight_activation import hopper_project
+    from quant_experts.kernels.gpu_tokens import hopper_project
 
     return hopper_project.takes(x, layout)
 
@@ -137,7 +149,7 @@ def plan(
     sorts: bool = False,
 ) -> Plan:  # fmt: skip
     """For m tokens of k channels; copied: whether `hopper_project` projects them; sorts: see `prepare`."""
-    padded = max(1, -(-k // BLOCK)) * BLOCK
+    padded = padded_channels(k, kind.block)
     sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
     adds = sums_type == torch.int32 and (m <= ADD_TOKENS or not settled)
     if copied:
@@ -190,7 +202,7 @@ def _cut(kind: Kind, m: int, steps: int, adds: bool, dtype: torch.dtype, device:
 def _cut_copied(kind: Kind, m: int, blocks: int, sorts: bool, device: torch.device) -> Cut:
     """The same, for `hopper_project`. Programs that quantize long tokens, one each, fill a multiprocessor's registers:
     a few tokens leave them theirs, so that both run side by side."""
-    from quant_experts.kernels.gpu_weight_activation import hopper_project
+    from quant_experts.kernels.gpu_tokens import hopper_project
 
     count, factor_rows = programs(device), kind.factors * kind.rank
     if blocks * BLOCK > LONG and 2 * m <= count:
@@ -201,7 +213,7 @@ def _cut_copied(kind: Kind, m: int, blocks: int, sorts: bool, device: torch.devi
 
 
 def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
-    from quant_experts.kernels.gpu_weight_activation.prepare import begin, end
+    from quant_experts.kernels.gpu_tokens.prepare import begin, end
 
     m, cut = p.sizes[0], p.cut
     summed = p.projects or p.adds
@@ -248,10 +260,10 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
 def _project(x: Tensor, layout: GroupLayout, sums: Tensor, p: Plan) -> None:
     """Of values x, or codes."""
     if p.cut.tile is not None:
-        from quant_experts.kernels.gpu_weight_activation import hopper_project
+        from quant_experts.kernels.gpu_tokens import hopper_project
 
         return hopper_project.project(x, layout, sums, p.cut.tile, **options(x.device))
-    from quant_experts.kernels.gpu_weight_activation.prepare import project
+    from quant_experts.kernels.gpu_tokens.prepare import project
 
     m, _, padded = p.sizes
     start(
@@ -269,14 +281,14 @@ def _quantize(
     codes, scale = tokens.codes, tokens.token_scale
     assert codes is not None and scale is not None
     if hopper(x.device):
-        from quant_experts.kernels.gpu.hopper_tokens import write_tokens
+        from quant_experts.kernels.gpu_tokens.hopper_tokens import write_tokens
 
         write_tokens(
-            x, layout.inverse_smooth, layout.rotation, layout.kind.largest_code, codes, scale, codes.shape[1], order,
+            x, layout.inverse_smooth, layout.rotation, layout.kind.largest_code, codes, scale, order,
             sums, tokens.counts, early,
         )  # fmt: skip
     else:
-        from quant_experts.kernels.gpu_weight_activation.prepare import quantize
+        from quant_experts.kernels.gpu_tokens.prepare import quantize
 
         start(
             quantize, (len(x),),
@@ -288,17 +300,15 @@ def _quantize(
 
 def _allocate(x: Tensor, layout: GroupLayout, **more: Any) -> Tokens:
     """Tokens with what all of them have allocated and not written, and more."""
-    (m, k), device = x.shape, x.device
-    padded = max(1, -(-k // BLOCK)) * BLOCK
+    (m, k), device, kind = x.shape, x.device, layout.kind
     return Tokens(
         values=None,
-        codes=torch.empty(m, padded, dtype=layout.kind.code_type, device=device),
+        codes=torch.empty(m, padded_channels(k, kind.block), dtype=kind.code_type, device=device),
         token_scale=torch.empty(m, 1, device=device),
         shared_hidden=None,
         routed_hidden=None,
         headroom=layout.headroom,
-        dtype=x.dtype,
-        **{"expert": None} | more,
+        **{"expert": None, "dtype": x.dtype} | more,
     )
 
 
@@ -319,7 +329,7 @@ def _hidden(m: int, layout: GroupLayout, device: torch.device) -> dict[str, Any]
 
 
 def _prepare_many(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
-    from quant_experts.kernels.gpu_weight_activation.prepare_many import place, route, settle
+    from quant_experts.kernels.gpu_tokens.prepare_many import place, route, settle
 
     m, device, kind, cut = p.sizes[0], x.device, p.kind, p.cut
     width, blocks = padded_experts(kind.experts), -(-m // BLOCK_TOKENS)

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, wait_for_previous_kernel
 from quant_experts.kernels.gpu.hopper_work import ring_barriers
 from quant_experts.kernels.gpu.launch import Boxes, start
-from quant_experts.kernels.gpu_weight_activation.layout import GroupLayout
+from quant_experts.kernels.gpu_tokens.layout import GroupLayout
 
 TOKENS = gl.constexpr(128)
 """In a program's tile."""

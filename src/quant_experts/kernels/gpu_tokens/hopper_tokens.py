@@ -2,9 +2,8 @@
 smooths and rotates it there, and writes its codes, or its values in units of a power of two.
 
 A thread holds eight consecutive channels of each part of a token, so a rotation is sums within a thread and with its
-neighbours, without shared memory. `gpu_weight_activation.prepare.quantize` and `gpu_weight_only.prepare.scale_tokens`
-are the same for other GPUs and the interpreter, where a rotation is a product of matrix units on parts of each value:
-here that took up to four times as long (EXPERIMENTS.md).
+neighbours, without shared memory. `prepare.quantize` is the same for other GPUs and the interpreter, where a rotation
+is a product of matrix units on parts of each value: here that took up to four times as long (EXPERIMENTS.md).
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def rotated(z, ROT: gl.constexpr):
 @gluon.jit
 def unit_and_inverse(largest, finite, LARGEST: gl.constexpr):
     """Of codes up to LARGEST (`tokens.token_scale`), or, where that is 0, the power of two at or below the largest
-    magnitude, within float32's normal range (`power_below` of weight-only schemes)."""
+    magnitude, within float32's normal range."""
     if LARGEST > 0:
         unit = gl.where(finite & (largest >= SMALLEST), gl.div_rn(largest, 1.0 * LARGEST), 1.0)
         inverse = gl.div_rn(1.0, unit)
@@ -105,11 +104,11 @@ def smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH: gl.constexpr, ROT: g
 
 @gluon.jit
 def kernel(
-    x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, counts_ptr, M, K, Kp, width, LARGEST: gl.constexpr,
+    x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, counts_ptr, M, K, Kp, LARGEST: gl.constexpr,
     PARTS: gl.constexpr, WARPS: gl.constexpr, SMOOTH: gl.constexpr, ROT: gl.constexpr, SORTED: gl.constexpr,
     SUMS: gl.constexpr, COUNTS: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
-    """The first Kp of `width` values of each token in its place of a sorted order, its unit, and SUMS zeros; and COUNTS
+    """Values (M, Kp) of each token in its place of a sorted order, its unit, and SUMS zeros; and COUNTS
     zeros for all. A program takes every n-th place, n the number of programs. HELD: 1 / m and a second token fit its
     registers, and it asks for that before it works on the first; otherwise there are as many programs as tokens.
 
@@ -143,17 +142,15 @@ def kernel(
             if SORTED:
                 token = gl.load(order_ptr + token, mask=there, other=0, cache_modifier=".cg")
             next_raw = ask_for_token(x_ptr + token.to(gl.int64) * K, there, column, K, PARTS, PART)
-        values, largest = smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH, ROT if LARGEST > 0 else 0)
+        values, largest = smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH, ROT)
         finite = largest < float("inf")
         unit, inverse = unit_and_inverse(largest, finite, LARGEST)
         for part in gl.static_range(PARTS):
             steps = gl.where(finite, values[part] * inverse, 0.0)
-            if ROT > 0 and LARGEST == 0:
-                steps = rotated(steps, ROT)
             if values_ptr.dtype.element_ty == gl.int8:
                 steps = (steps + ROUNDING).to(gl.int32, bitcast=True)
             at = part * PART + column
-            gl.store(values_ptr + place * width + at, steps.to(values_ptr.dtype.element_ty), mask=at < Kp)
+            gl.store(values_ptr + place * Kp + at, steps.to(values_ptr.dtype.element_ty), mask=at < Kp)
         gl.store(unit_ptr + place, gl.where(finite, unit, float("nan")))
         if SUMS > 0:
             rank = gl.arange(0, SUMS, gl.BlockedLayout([1], [32], [WARPS], [0]))
@@ -165,21 +162,21 @@ def kernel(
 
 
 def write_tokens(
-    x: Tensor, inverse_smooth: Tensor | None, rotation: int, largest: int, values: Tensor, unit: Tensor, padded: int,
+    x: Tensor, inverse_smooth: Tensor | None, rotation: int, largest: int, values: Tensor, unit: Tensor,
     order: Tensor | None = None, sums: Tensor | None = None, counts: Tensor | None = None, early: bool = False,
 ) -> None:  # fmt: skip
-    """x (M, K) / m, rotated, in units of each token -> the first `padded` columns of values (M, width), and unit (M).
+    """x (M, K) / m, rotated, in units of each token -> values (M, Kp), and unit (M).
 
     largest: the code of a token's largest magnitude, or 0 for units that are powers of two. order: the token of each
     row. sums (M, a power of two) and counts (a power of two): written zero. early: see `kernel`.
     """
-    (m, k), warps = x.shape, next(warps for most, warps in WARPS if padded <= most)
+    (m, k), padded = x.shape, values.shape[1]
+    warps = next(warps for most, warps in WARPS if padded <= most)
     parts = -(-padded // (256 * warps))
     held = warps <= 16 and parts * x.element_size() <= 10
     start(
         kernel, (min(m, programs(x.device) * 16 // warps) if held else m,),
         x, ptr(inverse_smooth, unit), values, unit, ptr(order, unit), ptr(sums, unit), ptr(counts, unit), m, k, padded,
-        values.shape[1],
         LARGEST=largest, PARTS=parts, WARPS=warps, SMOOTH=inverse_smooth is not None, ROT=rotation,
         SORTED=order is not None, SUMS=0 if sums is None else sums.shape[-1],
         COUNTS=0 if counts is None else len(counts), EARLY=early, HELD=held, num_warps=warps,
