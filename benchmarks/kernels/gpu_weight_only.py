@@ -91,9 +91,8 @@ def layer(n: int, k: int, kind: Kind, seed: int, device: torch.device) -> weight
     groups = -(-k // GROUP_SIZE)
     scale = (normal(n, groups).abs() * 0.01 + 0.001).bfloat16().float()
     ups = factor(rank, n, rank), factor(experts, experts, n, RANK)
-    return weight_only_backend.pack(
-        group, [LinearOperands(codes(n, k), scale, codes(n, groups), GROUP_SIZE, *ups, None)]
-    )
+    linear = LinearOperands(codes(n, k), scale, codes(n, groups), GROUP_SIZE, *ups, None)
+    return weight_only_backend.pack(group, [linear], torch.bfloat16)
 
 
 def block(shapes: tuple[tuple[int, int], ...], kind: str, device: torch.device) -> tuple[int, list[Group]]:

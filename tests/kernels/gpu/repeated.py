@@ -104,8 +104,9 @@ class Cuda:
     def encode(
         self, to: Any, kind: int, rank: int, address: Any, shape: Any, strides: Any, box: Any, steps: Any, *rest: int
     ) -> int:
-        assert rank == 2 and to.value % 64 == 0 and list(steps) == [1, 1] and rest[0] == 0 and rest[2:] == (2, 0)
-        made = (address.value, kind, tuple(shape)[::-1], tuple(strides)[::-1], tuple(box)[::-1], rest[1])
+        assert rank in (1, 2) and list(steps) == [1] * rank and to.value % 64 == 0
+        assert rest[0] == 0 and rest[2:] == (2, 0)
+        made = (address.value, kind, tuple(shape)[::-1], tuple(strides)[: rank - 1][::-1], tuple(box)[::-1], rest[1])
         number = len(self.maps).to_bytes(cuda_driver.MAP_BYTES, "little")
         self.maps[number] = made
         ctypes.memmove(to.value, number, cuda_driver.MAP_BYTES)
@@ -191,12 +192,7 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
         x, other = (torch.ones(m, k, dtype=torch.bfloat16) for _ in range(2))
         for _ in range(2):  # the first one makes workspaces
             backend.apply(x, first)
-        made = program(x, first)
-        in_memory = backend is weight_only_backend and m >= 512  # PyTorch multiplies there
-        if in_memory:
-            assert isinstance(made, int), name
-            continue
-        assert isinstance(made, recorded.Program), name
+        assert isinstance(program(x, first), recorded.Program), name
         copies = deepcopy(first), pickle.loads(pickle.dumps(first))
         assert not any("operands" in vars(copied) for copied in copies), "their number is of one process"
         for given, packed in ((x, first), (other, second), *((x, copied) for copied in copies), (other, first)):

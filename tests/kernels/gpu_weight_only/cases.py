@@ -28,6 +28,9 @@ from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TOLERANCE = 2e-3
+EXPERTS_TOLERANCE = TOLERANCE if INTERPRETED else 1.2e-2
+"""Of inputs of 16 bits, with experts: on a GPU their down factors are rounded to bfloat16, so that each term of theirs
+is off by up to 2^-9 of itself; in these layers experts are most of the output."""
 ALL = ("smooth", "shared", "routed", "bias", "asymmetric")
 
 
@@ -110,7 +113,7 @@ def expected(x: Tensor, group: GroupOperands, linear: LinearOperands) -> tuple[T
 
 def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Tensor:
     """Outputs of stacked linears against the formula's."""
-    packed = weight_only_backend.pack(group, linears)
+    packed = weight_only_backend.pack(group, linears, x.dtype)
     y = weight_only_backend.apply(x, packed)
     assert y.dtype == x.dtype
     pairs = [expected(x, group, linear) for linear in linears]
@@ -118,7 +121,9 @@ def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Ten
     assert y.shape == value.shape
     error = (y.double() - value).abs()
     rounding = torch.finfo(x.dtype).eps * value.abs() if x.dtype != torch.float32 else 0
-    assert (error <= TOLERANCE * size + rounding + 1e-36).all(), (error / size).max()
+    experts = group.shared_down is not None or group.routed_down is not None
+    tolerance = EXPERTS_TOLERANCE if experts and x.dtype != torch.float32 else TOLERANCE
+    assert (error <= tolerance * size + rounding + 1e-36).all(), (error / size).max()
     return y
 
 
@@ -157,10 +162,11 @@ def without_rounding_of_weights() -> None:
     """Activations that float16 holds: what is left is that of scales times codes."""
     for bits in (3, 4):
         group, linears = operands(300, (40,), bits, ("asymmetric",), None)
-        x = tokens(4, 300).mul(8).round()
-        y = weight_only_backend.apply(x, weight_only_backend.pack(group, linears))
-        value, size = expected(x, group, linears[0])
-        assert ((y.double() - value).abs() <= 2e-6 * size).all()
+        packed = weight_only_backend.pack(group, linears)
+        for x in (tokens(4, 300), tokens(20, 300)):
+            x = x.mul(8).round()
+            value, size = expected(x, group, linears[0])
+            assert ((weight_only_backend.apply(x, packed).double() - value).abs() <= 2e-6 * size).all()
 
 
 def stacked_linears() -> None:
@@ -291,7 +297,7 @@ def many_tokens() -> None:
     group, linears = operands(300, (33, 7), parts=("routed", "bias"))
     x = tokens(m, 300, torch.float16)
     x[1, 17], x[2, 0], x[5] = torch.nan, torch.inf, 0
-    y = weight_only_backend.apply(x, weight_only_backend.pack(group, linears))
+    y = weight_only_backend.apply(x, weight_only_backend.pack(group, linears, x.dtype))
     assert y[1:3].isnan().all() and y[[0, *range(3, m)]].isfinite().all()
     alone = weight_only_backend.linear(weight_only_backend.prepare(x, group), linears[1])
     torch.testing.assert_close(alone[3:], y[3:, 33:], rtol=2e-3, atol=2e-3)
@@ -320,7 +326,7 @@ def inputs_follow_one_another() -> None:
         sizes = [(3, 700, 90, torch.float32), (40, 700, 90, torch.float32), (MANY_TOKENS, 700, 90, torch.bfloat16)]
         sizes += [(m, 3584, 4096, torch.bfloat16) for m in (1, 4, 8, 9)] + [(2, 512, 17920, torch.bfloat16)]
     for m, k, n, dtype in sizes:
-        packed = weight_only_backend.pack(*operands(k, (n,)))
+        packed = weight_only_backend.pack(*operands(k, (n,)), dtype)
         inputs = [tokens(m, k, dtype) * factor for factor in ((1, -3) if INTERPRETED else (1, -3, 0.01, 1))]
         check_inputs_that_follow_one_another(lambda x, packed=packed: weight_only_backend.apply(x, packed), inputs)
 

@@ -105,8 +105,8 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 
 def _apply(x: Tensor, packed: Packed) -> Tensor:
     """As `apply` of x (M, K), by launches that are decided on now."""
-    kind, n = packed.group.kind, packed.linear.out_features
-    sorts = hopper(x.device) and prepare_launch.sorts_tokens(kind, x.shape[0], n)
+    m, n = x.shape[0], packed.linear.out_features
+    sorts = _streams(m, packed.linear) and prepare_launch.sorts_tokens(packed.group.kind, m, n)
     return linear(prepare_launch.prepare(x, packed.group, sorts=sorts), packed.linear)
 
 
@@ -118,8 +118,8 @@ def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
 
 def prepare(x: Tensor, group: GroupOperands | GroupLayout) -> Tokens:
     """As `reference.prepare`, laid out for `linear`: values and hidden values are rounded to float16 in units of each
-    token's largest value. On Hopper rows may be sorted by expert."""
-    return prepare_launch.prepare(x, group, sorts=None if hopper(x.device) else False)
+    token's largest value."""
+    return prepare_launch.prepare(x, group, sorts=False)
 
 
 def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
@@ -132,12 +132,19 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
     if y.numel():
         multiply = _linear_in_memory if dequantizes(m, y.dtype) else _linear_in_registers
-        if hopper(device) and m > DECODE_TOKENS:
+        if _streams(m, layout):
             from quant_experts.kernels.gpu_weight_only.hopper_launch import linear as multiply
         elif m <= DECODE_TOKENS and _decodes(layout):
             multiply = _linear_few
         multiply(prepared, layout, y)
     return y
+
+
+def _streams(m: int, layout: LinearLayout) -> bool:
+    """Whether Hopper's persistent kernel multiplies. Many tokens by 3 bits, which take it longer to dequantize, are
+    faster by the library."""
+    many = layout.bits == 3 and dequantizes(m, torch.float16)
+    return hopper(layout.scale.device) and m > DECODE_TOKENS and not many
 
 
 def _decodes(layout: LinearLayout) -> bool:

@@ -22,8 +22,8 @@ WORDS, BYTES, PAIRS, VALUES = (
 """Of words of codes, third bits, scales, and values."""
 
 
-SHARED_BYTES = 216_000
-"""Of shared memory, for the rings: less than a program has, as outputs in float32 are reordered there."""
+RING_BYTES = {2: 227_000, 4: 198_000}
+"""Of shared memory, for the rings, by the bytes of an output: outputs are reordered in what is left."""
 MOST_STAGES = 8
 """Slots of the ring of weights, at most."""
 TIMES = TileTimes(
@@ -37,18 +37,19 @@ TIMES = TileTimes(
 
 
 @cache
-def config(m: int, n: int, steps: int, count: int = 132, **flags: Any) -> Config:
-    """The tile that is estimated to be fastest for m tokens, n rows and so many blocks of 128 channels."""
-    return tile(TIMES.best(m, n, steps, count), **flags)
+def config(m: int, n: int, steps: int, count: int = 132, output_bytes: int = 2, **flags: Any) -> Config:
+    """The tile that is estimated to be fastest for m tokens, n rows and so many blocks of 128 channels; flags are those
+    of `Config`."""
+    return tile(TIMES.best(m, n, steps, count), output_bytes, **flags)
 
 
-def tile(best: Tile, **flags: Any) -> Config:
-    """A tile's `Config`: rings as long as fit, of which that of values has twice the slots a step or more."""
+def tile(best: Tile, output_bytes: int = 2, **flags: Any) -> Config:
+    """A tile's `Config`: rings as long as fit, that of values for as many steps as that of weights, or more."""
     rows, tokens, shared = best
     weights = rows * (64 + (32 if flags["BITS"] == 3 else 0) + 4 * flags["GROUPS"])
     values, slots = tokens * 128, flags["PIECES"] // 2
-    stages = min(MOST_STAGES, SHARED_BYTES // (weights + slots * values))
-    value_stages = min(slots * MOST_STAGES, (SHARED_BYTES - stages * weights) // values)
+    stages = min(MOST_STAGES, RING_BYTES[output_bytes] // (weights + slots * values))
+    value_stages = min(slots * MOST_STAGES, (RING_BYTES[output_bytes] - stages * weights) // values)
     return Config(BN=rows, BM=tokens, STAGES=stages, VALUE_STAGES=value_stages, SHARES=shared, **flags)
 
 
@@ -71,7 +72,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         FACTORS=factors, RANK=rank, SORTED=tokens.order is not None,
         LATER=factors > 0 and tokens.hidden_comes_later, **weight_flags(layout),
     )  # fmt: skip
-    c = chosen or config(m, n, padded // BLOCK, count, **flags)
+    c = chosen or config(m, n, padded // BLOCK, count, y.element_size(), **flags)
     bn, bm, pieces = c.BN.value, c.BM.value, c.PIECES.value
     low = boxes(layout.low.view(-1, PIECE), bn, PIECE, layout=WORDS)
     high = low if layout.high is None else boxes(layout.high.view(-1, PIECE), bn, PIECE, layout=BYTES)
