@@ -12,12 +12,12 @@ as in other tiles; and, on a GPU, of the kernels' sums themselves.
 from __future__ import annotations
 
 import torch
-from quant_experts.kernels.gpu_weight_activation.hopper_work import FP8_STEPS
 from torch import Tensor
 
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu_tokens.layout import BLOCK
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
+from quant_experts.kernels.gpu_weight_activation.hopper_codes import FP8_STEPS
 from quant_experts.kernels.gpu_weight_activation.hopper_launch import FP8_CHANNELS
 from quant_experts.kernels.operands import GroupOperands, LinearOperands
 

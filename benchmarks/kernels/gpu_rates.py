@@ -25,7 +25,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from quant_experts.kernels.gpu_weight_activation.hopper_work import barrier, unpack_fp8, unpack_int8
+from quant_experts.kernels.gpu.hopper_work import barrier
+from quant_experts.kernels.gpu_weight_activation.hopper_codes import unpack_fp8, unpack_int8
 
 TILES = ((128, 64), (128, 128), (256, 128))
 WAYS = ("shared", "registers", "unpacked")

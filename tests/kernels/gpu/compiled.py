@@ -187,8 +187,9 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "fp8", torch.bfloat16, 2304, 10368, 0, (4096,), KINDS),  # keeps sums in memory
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (2048,), KINDS[1:2]),
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (12, 2048), KINDS[2:]),
-    (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, 0, (1, 40, 600), KINDS),  # codes of 3 bits
-    (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, -8, (8, 40), KINDS[1:]),
+    (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, 0, (1, 40, 600), KINDS[:2]),  # codes of 3 bits
+    (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, -8, (8, 600), KINDS[1:]),
+    (weight_only_backend, 16, "int", torch.bfloat16, 8192, 512, -8, (3000,), KINDS[1:2]),
     (weight_only_backend, 16, "int", torch.bfloat16, 17920, 512, -8, (1,), KINDS[:1]),
 ]
 """Backend, bits and format of activations, type of inputs, output and input channels, codes, tokens, kinds."""

@@ -27,6 +27,7 @@ HOPPER_KERNELS = {
     "gpu_tokens.prepare_many": {"place", "route", "settle"},
     "gpu_weight_only.hopper_few": {"kernel"},
     "gpu_weight_only.hopper_linear": {"kernel"},
+    "gpu_weight_only.many": {"dequantize_rows", "rescale"},
     "gpu_weight_only.linear": {"linear"},
 }
 LOOP = """

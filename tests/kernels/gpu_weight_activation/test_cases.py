@@ -33,63 +33,6 @@ def test_tiles_fit_the_chip(tokens: int, shape: tuple[int, int]) -> None:
     assert c.BM.value >= 16 and c.BN.value % 128 == 0
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shared_memory", "steps"),
-    [(torch.bfloat16, 232_448, 8), (torch.bfloat16, 101_376, 3), (torch.float32, 101_376, 1)],
-)
-def test_steps_fit_the_chip(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shared_memory: int, steps: int
-) -> None:
-    """As many steps of a block of 64 tokens as a multiprocessor's shared memory holds."""
-    from quant_experts.kernels.gpu_tokens import prepare_launch
-    from quant_experts.kernels.gpu_tokens.layout import Kind
-
-    monkeypatch.setattr(prepare_launch, "shared_memory", lambda device: shared_memory)
-    kind = Kind(127, torch.int8, False, 0, 9, 8, 32, 320, dtype.itemsize, False)
-    assert prepare_launch.stages(kind, dtype, torch.device("cpu"), 32, 100, 64) == steps
-
-
-@pytest.mark.parametrize(
-    ("factor_rows", "router_rows"),
-    [
-        (288, 32),
-        (256, 32),
-        (576, 32),
-        (544, 64),
-        (1152, 32),
-        (992, 128),
-        (32, 0),
-        (64, 0),
-        (9 * 256, 32),
-        (31 * 256, 128),
-    ],
-)
-def test_tiles_of_a_projection(factor_rows: int, router_rows: int) -> None:
-    """Programs side by side own each row once, and no row of the other kind; rings and registers fit the chip."""
-    from quant_experts.kernels.gpu_tokens import hopper_project
-
-    tiles = hopper_project.tiles(factor_rows, router_rows)
-    assert tiles and len({tile.CHUNKS.value for tile in tiles}) == len(tiles)
-    for tile in tiles:
-        owned = []
-        for chunk in range(tile.CHUNKS.value):
-            pieces = zip(tile.PIECES.value, tile.FIRST.value, tile.STRIDE.value, tile.END.value, strict=True)
-            for p, (rows, first, stride, end) in enumerate(pieces):
-                row = chunk * stride + first
-                owned += range(row, min(row + rows, end))
-                of_router = router_rows > 0 and p == tile.COUNT.value - 1
-                assert end == (factor_rows + router_rows if of_router else factor_rows)
-                assert rows & (rows - 1) == 0 and 16 <= rows <= 256 and (row >= factor_rows or not of_router)
-        assert sorted(owned) == list(range(factor_rows + router_rows))
-        assert tile.COUNT.value <= 3 and tile.STAGES.value >= 3
-        assert tile.STAGES.value * (128 + tile.ROWS.value) * 128 <= hopper_project.RING_BYTES
-        assert 12 * 32 * tile.LAUNCH_REGISTERS.value <= 65536
-    for m in (17, 500, 9000, 100_000):
-        chosen, slices = hopper_project.cut(factor_rows, router_rows, m, 56, 132, m > 512)
-        assert chosen in tiles and 1 <= slices <= 20
-    assert hopper_project.cut(factor_rows, router_rows, 40, 2, 132, False)[1] <= 2
-
-
 def rows_on_no_device(n: int, k: int) -> Any:
     from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout
 
@@ -155,36 +98,6 @@ def test_which_linears_settle(
     assert not triton_backend._settles(tokens, packed, True)  # sorted
     packed.linear = replace(linear, up=None)  # linears of the group differ in having experts
     assert not triton_backend._settles(tokens, packed, False)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "channels", "reads_codes", "code_type", "settled", "expected"),
-    [  # projected in `prepare`, counted in the linear, added where they are, beside quantization
-        (4, 3584, True, torch.int8, False, (False, True, True, False)),
-        (4, 3584, True, torch.int8, True, (True, False, True, False)),
-        (17, 3584, True, torch.int8, True, (True, False, False, False)),
-        (17, 3584, True, torch.int8, False, (False, True, True, False)),
-        (17, 3584, False, torch.int8, False, (True, True, False, True)),
-        (17, 3584, True, torch.float8_e4m3fn, False, (False, True, False, False)),
-        (4, 3584, True, torch.float8_e4m3fn, True, (True, False, False, False)),
-        (4, 3584, False, torch.int8, False, (True, True, False, True)),
-        (4, 18944, False, torch.int8, False, (True, True, False, False)),
-        (4, 3584, False, torch.int8, True, (True, False, False, True)),
-    ],
-)
-def test_what_prepare_leaves_to_the_linear(
-    tokens: int, channels: int, reads_codes: bool, code_type: torch.dtype, settled: bool, expected: tuple[bool, ...]
-) -> None:
-    from quant_experts.kernels.gpu_tokens.layout import Kind
-    from quant_experts.kernels.gpu_tokens.prepare_launch import plan
-
-    experts = 0 if reads_codes else 8
-    rows = 64 if reads_codes else 9 * 32 + 32
-    kind = Kind(127, code_type, True, 0, experts + 1, experts, 32, rows, 1 if reads_codes else 2, reads_codes)
-    p = plan(kind, tokens, channels, torch.bfloat16, torch.device("cpu"), settled)
-    assert (p.projects, p.counts, p.adds, p.beside) == expected
-    assert p.settled == settled and not p.sorts
-    assert p.cut.sums == (1 if p.adds else p.cut.slices)
 
 
 def test_tokens_that_nobody_would_settle_are_refused() -> None:
@@ -390,24 +303,6 @@ def test_how_work_for_experts_is_cut(
     assert abs(cut.cost * step - microseconds) <= step / 2 + 1e-9
 
 
-@pytest.mark.parametrize(
-    ("tokens", "channels", "sorts", "expected"),
-    [  # rows of a program and slices of the channels
-        (128, 3584, False, (80, 14)),
-        (256, 18944, False, (112, 18)),
-        (512, 18944, False, (112, 9)),
-        (1024, 18944, True, (160, 8)),
-        (2048, 3584, True, (160, 4)),
-    ],
-)
-def test_how_a_projection_is_cut(tokens: int, channels: int, sorts: bool, expected: tuple[int, int]) -> None:
-    """Of nine factors of rank 32 and the router of eight experts, as times on an H200 had it."""
-    from quant_experts.kernels.gpu_tokens import hopper_project
-
-    tile, slices = hopper_project.cut(288, 32, tokens, channels // 64, 132, sorts)
-    assert (tile.ROWS.value, slices) == expected
-
-
 @pytest.mark.parametrize("fp8", [False, True])
 def test_workspaces_hold_all_tiles(monkeypatch: pytest.MonkeyPatch, fp8: bool) -> None:
     """Shares of each program, and of fp8 tokens the sums that it keeps, have room before a graph may be captured."""
@@ -424,22 +319,6 @@ def test_workspaces_hold_all_tiles(monkeypatch: pytest.MonkeyPatch, fp8: bool) -
     backend.pack(group, [layer])
     assert sizes["hopper sums"] == (1 + fp8) * launch.MAX_PROGRAMS * 256 * 128
     assert launch.MAX_PROGRAMS >= 132 and sizes["hopper shares"] == launch.MAX_PROGRAMS * 4
-
-
-def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant_experts.kernels.gpu_tokens import prepare_launch
-    from quant_experts.kernels.gpu_tokens.layout import Kind
-
-    monkeypatch.setattr(prepare_launch, "FEW_TOKENS", 512)
-    monkeypatch.setattr(prepare_launch, "MOST_IDLE", 1 << 32)  # the interpreter's is another
-    kind = Kind(127, torch.int8, True, 0, 9, 8, 32, 320, 2, False)
-
-    def sorts(m: int, n: int, kind: Kind = kind) -> bool:
-        return prepare_launch.sorts_tokens(kind, m, n)
-
-    assert not sorts(512, 1 << 20) and sorts(513, 37888) and not sorts(4096, 4608) and sorts(8192, 3584)
-    assert sorts(2048, 4608, kind._replace(factors=17, rank=64)), "more factors are idle, and larger ones"
-    assert not sorts(100_000, 37888, kind._replace(factors=2, experts=1)), "none is idle"
 
 
 def test_the_table_names_the_backend_for_gpus() -> None:

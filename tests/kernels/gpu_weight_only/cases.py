@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from quant_experts.kernels import reference
+from quant_experts.kernels.gpu import launch
 from quant_experts.kernels.gpu.launch import programs
+from quant_experts.kernels.gpu_tokens import prepare_launch
 from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 from quant_experts.kernels.gpu_weight_only.backend import MANY_TOKENS, SLAB_ROWS
 from quant_experts.kernels.gpu_weight_only.layout import pack_codes, unpack_codes
@@ -136,7 +139,8 @@ def group_sizes() -> None:
     for size in (None, 32, 64, 256):
         for bits in (3, 4):
             assert weight_only_backend.fits((bits, size, False))
-            check(tokens(3, 530), *operands(530, (9,), bits, ("asymmetric",) if size != 64 else (), size))
+            for m in (3,) if INTERPRETED else (3, 20):  # Hopper has two kernels
+                check(tokens(m, 530), *operands(530, (9,), bits, ("asymmetric",) if size != 64 else (), size))
     check(tokens(3, 768), *operands(768, (9,), 4, ("asymmetric",), 512))  # the last group is a rest
     for size in (16, 48, 96, 160, 384):
         assert not weight_only_backend.fits((4, size, True))
@@ -186,10 +190,11 @@ def stacked_linears() -> None:
 
 
 def input_types() -> None:
-    for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16, torch.bfloat16):
         check(tokens(9, 45, dtype), *operands(45, (11,)))
 
 
+@numpy.errstate(invalid="ignore", over="ignore")  # the interpreter's arithmetic is NumPy's
 def rotation_and_integer_factors() -> None:
     check(tokens(4, 192), *operands(192, (33,), integer_factors=True))
     check(tokens(18, 192), *operands(192, (33,), 3, rotation=64, integer_factors=True, rank=40))
@@ -232,6 +237,7 @@ def one_expert_for_all_and_ties() -> None:
     assert ours.expert is not None and ours.expert.tolist() == [1] * 6
 
 
+@numpy.errstate(over="ignore")
 def zero_and_extreme_tokens() -> None:
     x = tokens(7, 45)
     x[1] = 0
@@ -281,6 +287,7 @@ def packing() -> None:
             assert int(low[0, 0, 0]) & 3 == (-half + (4 if half < 8 else 8)) & 3
 
 
+@numpy.errstate(invalid="ignore", over="ignore")
 def many_tokens() -> None:
     """Weights dequantized in memory, slab by slab."""
     m, two_slabs = MANY_TOKENS + 3, SLAB_ROWS * programs(torch.device(DEVICE)) + 40
@@ -345,6 +352,46 @@ def large_sizes() -> None:
     )
 
 
+def every_tile() -> None:
+    """Hopper's persistent kernel with each of its tiles, shared and whole, tokens sorted by expert and not. Outputs are
+    not numbers before."""
+    if INTERPRETED or not launch.hopper(torch.device(DEVICE)):
+        return
+    from quant_experts.kernels.gpu.hopper_tiles import Tile
+    from quant_experts.kernels.gpu_weight_only import hopper_launch
+
+    for m, k, n, bits, size, chosen in [
+        (40, 1000, 700, 4, 128, ALL), (300, 640, 2001, 4, None, ("shared", "bias")), (600, 1536, 640, 4, 64, ALL),
+        (77, 1000, 700, 3, 128, ALL), (130, 768, 301, 3, 32, ()),
+    ]:  # fmt: skip
+        group, linears = operands(k, (n,), bits, chosen, size, experts=8, rank=40)
+        x, packed = tokens(m, k), weight_only_backend.pack(group, linears)
+        value, terms = expected(x, group, linears[0])
+        for sorts in (False, True) if "routed" in chosen else (False,):
+            prepared = prepare_launch.prepare(x, packed.group, sorts=sorts)
+            up, factors = weight_only_backend._factors(prepared, packed.linear)
+            fixed = dict(
+                FACTORS=factors["F"], RANK=factors["R"], SORTED=prepared.order is not None,
+                LATER=up is not None, **hopper_launch.weight_flags(packed.linear),
+            )  # fmt: skip
+            for (rows, columns), shared in product(hopper_launch.TIMES.steps, (False, True)):
+                y = torch.full((m, n), torch.nan, device=DEVICE)
+                config = hopper_launch.tile(Tile(rows, columns, shared), y.element_size(), **fixed)
+                hopper_launch.linear(prepared, packed.linear, y, config)
+                assert ((y.double() - value).abs() <= TOLERANCE * terms).all(), (m, rows, columns, shared, sorts)
+
+
+def sorted_tokens() -> None:
+    """As many outputs and tokens as are sorted for."""
+    if INTERPRETED:
+        return
+    m, n = 2100, 11000
+    group, linears = operands(640, (n,), experts=8, rank=32)
+    packed = weight_only_backend.pack(group, linears)
+    assert prepare_launch.sorts_tokens(packed.group.kind, m, n)
+    check(tokens(m, 640), group, linears)
+
+
 def a_model_runs_stacked() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from kernels.case_runs import check_a_stacked_model
@@ -357,7 +404,7 @@ CASES: list[Callable[[], None]] = [
     sizes, group_sizes, few_tokens, parts, without_rounding_of_weights, stacked_linears, input_types,
     rotation_and_integer_factors, experts_are_the_oracles, one_expert_for_all_and_ties, zero_and_extreme_tokens,
     non_finite_tokens, no_tokens, packing, many_tokens, the_largest_outputs_of_many_tokens, inputs_follow_one_another,
-    large_sizes, a_model_runs_stacked,
+    large_sizes, every_tile, sorted_tokens, a_model_runs_stacked,
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The weight-only kernels against float64, in Triton's interpreter on the CPU, and on a GPU where there is one."""
 
+from itertools import product
+
 import pytest
 import torch
 from kernels.case_runs import run_in_the_interpreter, run_on_the_gpu
@@ -26,6 +28,35 @@ def test_tiles_fit_the_chip(tokens: int, bits: int, rows: int) -> None:
     scales = 4 * tile.rows * STEP[bits] // 128
     assert tile.stages * values + (tile.stages - 1) * (codes + scales) <= 227 * 1024
     assert tile.rows % 64 == 0 and tile.tokens % 16 == 0
+
+
+@pytest.mark.parametrize("output_bytes", [2, 4])
+@pytest.mark.parametrize(("bits", "pieces"), [(4, 4), (3, 8)])
+def test_rings_fit_the_chip(bits: int, pieces: int, output_bytes: int) -> None:
+    """Of Hopper's persistent kernel, beside what reorders outputs; a step's values fit their ring, or nobody would ever
+    free a slot of it."""
+    from quant_experts.kernels.gpu.hopper_tiles import Tile
+    from quant_experts.kernels.gpu_weight_only.hopper_launch import TIMES, tile
+
+    for (rows, tokens), groups in product(TIMES.steps, (1, 2, pieces)):
+        flags = dict(BITS=bits, PIECES=pieces, PER=pieces // groups, GROUPS=groups)
+        c = tile(Tile(rows, tokens, True), output_bytes, FACTORS=0, RANK=32, BIAS=False, **flags)
+        weights = rows * (64 + 32 * (bits == 3) + 4 * groups)
+        rings = c.STAGES.value * weights + c.VALUE_STAGES.value * tokens * 128
+        assert c.STAGES.value >= 1 and c.VALUE_STAGES.value >= pieces // 2
+        assert rings + {2: 5_000, 4: 33_200}[output_bytes] <= 232_448, "what the compiler was seen to add"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "steps", "expected"),
+    [(16, 37888, 28, (256, 16)), (64, 4608, 28, (128, 64)), (512, 3584, 28, (128, 128)), (2048, 37888, 28, (256, 128))],
+)
+def test_tiles_are_chosen_by_shape(m: int, n: int, steps: int, expected: tuple[int, int]) -> None:
+    """As they were fastest on an H200 (gpu_tiles_weight_only.json)."""
+    from quant_experts.kernels.gpu_weight_only.hopper_launch import config
+
+    c = config(m, n, steps, BITS=4, PIECES=4, PER=4, GROUPS=1, FACTORS=0, RANK=32, BIAS=False)
+    assert (c.BN.value, c.BM.value) == expected
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,9 @@ def _linear_in_memory(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     assert tokens.codes is not None
     (m, n), padded, device = y.shape, tokens.codes.shape[1], y.device
     up, factors = _factors(tokens, layout)
-    values = tokens.codes if up is None else torch.cat([tokens.codes, tokens.hidden], dim=1)
+    values = tokens.codes
+    if up is not None and tokens.hidden is not None:
+        values = torch.cat([values, tokens.hidden], dim=1)
     width, sums = values.shape[1], y.view(torch.float16)
     rows, tile = slab_rows(n, width, programs(device)), 64
     weights = torch.empty(rows, width, dtype=torch.float16, device=device)

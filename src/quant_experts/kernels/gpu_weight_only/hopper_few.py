@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quant_experts.kernels.gpu.assembly import FLOAT16_CODES
+from quant_experts.kernels.gpu.assembly import TINY_CODES
 from quant_experts.kernels.gpu.hopper import (
     RUN,
     across,
@@ -22,12 +22,29 @@ from quant_experts.kernels.gpu.hopper import (
     wait_for_previous_kernel,
 )
 
+UNIT = gl.constexpr(512.0)
+"""Of codes less their zero."""
+ZERO = gl.constexpr(
+    """{
+            .reg .b32 constant;
+            prmt.b32 $0, $1, $1, 0x3232;
+            mov.b32 constant, 0xE400E400; add.rn.f16x2 $0, $0, constant;
+            mov.b32 constant, 0x98009800; mul.rn.f16x2 $0, $0, constant;
+            }"""
+)
+"""1024 plus a zero, float16 in the upper half of $1 -> -zero / UNIT, twice."""
+FROM_LOW, FROM_HIGH = (
+    gl.constexpr("{ .reg .b32 slope; mov.b32 slope, " + slope + "; fma.rn.f16x2 $0, $1, slope, $2; } // $3")
+    for slope in ("0x78007800", "0x68006800")
+)
+"""$1 times 2^15 or 2^11, plus $2."""
+
 
 @gluon.jit
 def unpack(words):
-    """int16 words of four codes -> each code plus 1024 in float16, as `codes.unpack4`: four pieces of 32 channels."""
+    """int16 words of four codes -> four pieces of 32 channels, in 2^-24 and 2^-20 by turns, in float16."""
     return gl.inline_asm_elementwise(
-        FLOAT16_CODES,
+        TINY_CODES,
         "=&r,=&r,=&r,=&r,r",
         [words],
         dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
@@ -37,15 +54,11 @@ def unpack(words):
 
 
 @gluon.jit
-def less(codes, offset):
-    """codes - offset, exact; offset: int32, the same float16 number in both halves."""
+def less_zero(codes, zero, HIGH: gl.constexpr):
+    """(code - zero) / UNIT, exact, of codes in 2^-20 if HIGH, else in 2^-24; zero: int32, -zero / UNIT in float16 in
+    both halves."""
     return gl.inline_asm_elementwise(
-        "sub.f16x2 $0, $1, $2; // $3",
-        "=r,r,r,r",
-        [codes, offset],
-        dtype=gl.float16,
-        is_pure=True,
-        pack=2,
+        FROM_HIGH if HIGH else FROM_LOW, "=&r,r,r,r", [codes, zero], dtype=gl.float16, is_pure=True, pack=2
     )
 
 
@@ -84,14 +97,14 @@ def add_products(total, asked, values):
     LAYOUT: gl.constexpr = asked[0][0].type.layout
     for i in gl.static_range(len(asked)):
         words, pairs = asked[i]
-        offset = ((pairs >> 16) & 0xFFFF) | (pairs & -65536)
-        offset = offset + gl.zeros(words.shape, gl.int32, LAYOUT)
+        zero = gl.inline_asm_elementwise(ZERO, "=&r,r", [pairs], dtype=gl.int32, is_pure=True, pack=1)
+        zero = zero + gl.zeros(words.shape, gl.int32, LAYOUT)
         a, b, c, d = unpack(words)
         sums = gl.zeros(total.shape, gl.float32, MMA)
-        sums = multiply(less(a, offset), values[i][0], sums, 2)
-        sums = multiply(less(b, offset), values[i][1], sums, 2)
-        sums = multiply(less(c, offset), values[i][2], sums, 2)
-        sums = multiply(less(d, offset), values[i][3], sums, 2)
+        sums = multiply(less_zero(a, zero, False), values[i][0], sums, 2)
+        sums = multiply(less_zero(b, zero, True), values[i][1], sums, 2)
+        sums = multiply(less_zero(c, zero, False), values[i][2], sums, 2)
+        sums = multiply(less_zero(d, zero, True), values[i][3], sums, 2)
         scale = (pairs & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
         scale = gl.convert_layout(scale.reshape([scale.shape[0], scale.shape[1]]), gl.SliceLayout(2, MMA))
         total += sums * gl.expand_dims(scale, 2)
@@ -149,7 +162,7 @@ def kernel(
         asked = ask_for_words(words_at, pairs_at, start + block, steps, N, pairs_row, blocks_per_group, AHEAD, WAYS)
         values = ask_for_values(values_at, there, start + block, steps, AHEAD, WAYS)
         total = add_products(total, asked, values)
-    y = gl.sum(total, axis=0) * row_scale[:, None]
+    y = gl.sum(total, axis=0) * (row_scale * UNIT)[:, None]
     if F > 0:
         experts = expert_sums(up_ptr, hidden_ptr, present_ptr, first, M, N, BN, BM, WAYS, F, R, USED, MMA)
         y = (y * inverse_headroom + gl.sum(experts, axis=0)) * headroom
