@@ -352,8 +352,8 @@ def large_sizes() -> None:
 
 
 def every_tile() -> None:
-    """Hopper's persistent kernel with each of its tiles, shared or whole, of tokens sorted by expert and of groups of 32
-    channels. Outputs are not numbers before."""
+    """Hopper's persistent kernel with each of its tiles, shared or whole, of tokens sorted by expert, and of groups of
+    32 channels. Outputs are not numbers before."""
     if INTERPRETED or not launch.hopper(torch.device(DEVICE)):
         return
     from quant_experts.kernels.gpu.hopper_tiles import Tile
