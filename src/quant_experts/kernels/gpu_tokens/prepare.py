@@ -1,5 +1,5 @@
 """`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each, on Hopper by
-`gpu.hopper_tokens` instead of `quantize`; experts are projected by `begin`, beside quantization, or by `project`, on
+`hopper_tokens` instead of `quantize`; experts are projected by `begin`, beside quantization, or by `project`, on
 Hopper more than 16 tokens by `hopper_project`; `end` settles experts and hidden values. (On Hopper the linear
 projects codes, and settles experts, of values up to a number of tokens: `hopper_few`, `hopper_experts`.)
 
@@ -71,7 +71,7 @@ def quantize(
     CHUNK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ROT: tl.constexpr, SORTED: tl.constexpr,
     SUMS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As `gpu.hopper_tokens.kernel`. Programs: tokens. SUMS: zeros for `project` of each."""
+    """As `hopper_tokens.kernel`. Programs: tokens. SUMS: zeros for `project` of each."""
     place = tl.program_id(0)
     if not EARLY:
         wait_for_previous_kernel(PDL)
