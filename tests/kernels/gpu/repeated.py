@@ -171,6 +171,8 @@ CASES: tuple[tuple[Any, int, Any, int, int, tuple[int, ...], tuple[str, ...]], .
     (triton_backend, 8, "int", 3584, 0, (1, 4, 100, 600), ("none", "experts", "codes")),
     (triton_backend, 8, "fp8", 256, 0, (100,), ("experts",)),
     (weight_only_backend, 16, "int", 512, -8, (1, 100, 600), ("codes",)),
+    (weight_only_backend, 16, "int", 512, -8, (100,), ("experts",)),
+    (weight_only_backend, 16, "int", 512, 0, (100, 600), ("none",)),  # codes of 3 bits
 )
 """Backend, bits and format of activations, input channels, a code, tokens, kinds."""
 OUTPUTS = 512
@@ -192,7 +194,11 @@ def check(driver: WritesDown, cuda: Cuda) -> None:
         x, other = (torch.ones(m, k, dtype=torch.bfloat16) for _ in range(2))
         for _ in range(2):  # the first one makes workspaces
             backend.apply(x, first)
-        assert isinstance(program(x, first), recorded.Program), name
+        made = program(x, first)
+        if backend is weight_only_backend and first.linear.bits == 3 and m >= 512:  # PyTorch multiplies there
+            assert isinstance(made, int), name
+            continue
+        assert isinstance(made, recorded.Program), name
         copies = deepcopy(first), pickle.loads(pickle.dumps(first))
         assert not any("operands" in vars(copied) for copied in copies), "their number is of one process"
         for given, packed in ((x, first), (other, second), *((x, copied) for copied in copies), (other, first)):

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy
@@ -291,7 +292,8 @@ def many_tokens() -> None:
     """Weights dequantized in memory, slab by slab."""
     m, two_slabs = MANY_TOKENS + 3, SLAB_ROWS * programs(torch.device(DEVICE)) + 40
     for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
-        check(tokens(m, 300, dtype), *operands(300, (two_slabs - 33, 33)))
+        for bits in (4,) if INTERPRETED else (3, 4):  # on Hopper those of 3 bits only
+            check(tokens(m, 300, dtype), *operands(300, (two_slabs - 33, 33), bits))
         check(tokens(m, 300, dtype), *operands(300, (33, 7), 3, experts=5, rotation=4))
         for bits, size, rotation in [(4, None, 64), (3, 32, 128), (3, 256, 0), (4, 512, 0)]:
             parts = ("shared", "asymmetric") if rotation else ("smooth",)
@@ -312,12 +314,12 @@ def many_tokens() -> None:
 def the_largest_outputs_of_many_tokens() -> None:
     """Codes and zero points at opposite ends, tokens just below the next power of two, alone and with experts."""
     x = torch.full((MANY_TOKENS, 512), 1.999, device=DEVICE, dtype=torch.float16)
-    for part in ((), ("shared",)):
-        group, linears = operands(512, (9,), parts=("asymmetric", *part))
+    for bits, part in product((3, 4), ((), ("shared",))):
+        group, linears = operands(512, (9,), bits, parts=("asymmetric", *part))
         (linear,) = linears
         assert linear.zero_point is not None
-        linear.codes.fill_(7)
-        linear.zero_point.fill_(-8)
+        linear.codes.fill_(2 ** (bits - 1) - 1)
+        linear.zero_point.fill_(-(2 ** (bits - 1)))
         linear.scale.fill_(0.5 - 2**-10)
         check(x, group, linears)
 
@@ -352,8 +354,8 @@ def large_sizes() -> None:
 
 
 def every_tile() -> None:
-    """Hopper's persistent kernel with each of its tiles, shared or whole, of tokens sorted by expert, and of groups of
-    32 channels. Outputs are not numbers before."""
+    """Hopper's persistent kernel with each of its tiles, shared with one of two kinds of weights and whole with the
+    other, of tokens sorted by expert, and of groups of 32 channels. Outputs are not numbers before."""
     if INTERPRETED or not launch.hopper(torch.device(DEVICE)):
         return
     from quant_experts.kernels.gpu.hopper_tiles import Tile
@@ -372,7 +374,8 @@ def every_tile() -> None:
             FACTORS=factors["F"], RANK=factors["R"], SORTED=prepared.order is not None,
             LATER=prepared.hidden_comes_later, **hopper_launch.weight_flags(packed.linear),
         )  # fmt: skip
-        for j, (rows, columns) in enumerate(hopper_launch.TIMES.steps):
+        times = hopper_launch.TIMES if bits == 4 else hopper_launch.TIMES_OF_3_BITS
+        for j, (rows, columns) in enumerate(times.steps):
             y = torch.full((m, n), torch.nan, device=DEVICE)
             config = hopper_launch.tile(Tile(rows, columns, (i + j) % 2 == 0), y.element_size(), **fixed)
             hopper_launch.linear(prepared, packed.linear, y, config)

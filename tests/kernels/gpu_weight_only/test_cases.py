@@ -36,9 +36,10 @@ def test_rings_fit_the_chip(bits: int, pieces: int, output_bytes: int) -> None:
     """Of Hopper's persistent kernel, beside what reorders outputs; a step's values fit their ring, or nobody would ever
     free a slot of it."""
     from quant_experts.kernels.gpu.hopper_tiles import Tile
-    from quant_experts.kernels.gpu_weight_only.hopper_launch import TIMES, tile
+    from quant_experts.kernels.gpu_weight_only.hopper_launch import TIMES, TIMES_OF_3_BITS, tile
 
-    for (rows, tokens), groups in product(TIMES.steps, (1, 2, pieces)):
+    times = TIMES if bits == 4 else TIMES_OF_3_BITS
+    for (rows, tokens), groups in product(times.steps, (1, 2, pieces)):
         flags = dict(BITS=bits, PIECES=pieces, PER=pieces // groups, GROUPS=groups)
         c = tile(Tile(rows, tokens, True), output_bytes, FACTORS=0, RANK=32, BIAS=False, **flags)
         weights = rows * (64 + 32 * (bits == 3) + 4 * groups)
@@ -57,6 +58,39 @@ def test_tiles_are_chosen_by_shape(m: int, n: int, steps: int, expected: tuple[i
 
     c = config(m, n, steps, BITS=4, PIECES=4, PER=4, GROUPS=1, FACTORS=0, RANK=32, BIAS=False)
     assert (c.BN.value, c.BM.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("hopper", "bits", "m", "dtype", "expected"),
+    [
+        (True, 4, 8, torch.bfloat16, "few"), (True, 4, 9, torch.bfloat16, "streams"),
+        (True, 4, 5000, torch.bfloat16, "streams"), (True, 4, 5000, torch.float32, "streams"),
+        (True, 3, 8, torch.bfloat16, "registers"), (True, 3, 511, torch.bfloat16, "streams"),
+        (True, 3, 512, torch.bfloat16, "memory"), (True, 3, 512, torch.float32, "streams"),
+        (False, 4, 8, torch.bfloat16, "registers"), (False, 4, 512, torch.bfloat16, "memory"),
+        (False, 3, 512, torch.float32, "registers"),
+    ],
+)  # fmt: skip
+def test_who_multiplies(
+    monkeypatch: pytest.MonkeyPatch, hopper: bool, bits: int, m: int, dtype: torch.dtype, expected: str
+) -> None:
+    from quant_experts.kernels.gpu_tokens.layout import Tokens
+    from quant_experts.kernels.gpu_weight_only import backend, hopper_launch
+    from quant_experts.kernels.gpu_weight_only.layout import pack_linear
+    from quant_experts.kernels.operands import LinearOperands
+
+    called: list[str] = []
+    monkeypatch.setattr(backend, "hopper", lambda device: hopper)
+    monkeypatch.setattr(backend, "MANY_TOKENS", 512)
+    monkeypatch.setattr(hopper_launch, "linear", lambda *_: called.append("streams"))
+    for name in ("few", "memory", "registers"):
+        function = "_linear_few" if name == "few" else f"_linear_in_{name}"
+        monkeypatch.setattr(backend, function, lambda *_, name=name: called.append(name))
+    codes = torch.full((40, 256), -8 if bits == 4 else 0, dtype=torch.int8)
+    layout = pack_linear([LinearOperands(codes, torch.ones(40, 2), None, 128, None, None, None)], 1.0)
+    values = torch.zeros(m, 256, dtype=torch.float16)
+    tokens = Tokens(None, values, torch.ones(m, 1), None, None, None, dtype=dtype)
+    assert backend.linear(tokens, layout).shape == (m, 40) and called == [expected]
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def bitwise_or(a, b):
 
 @triton.jit
 def token_scale(absmax, LARGEST: tl.constexpr):
-    """absmax / LARGEST, 1 for a zero token; where LARGEST is 0, the power of two at or below absmax, within float32's
-    normal range; NaN for a token that is not finite."""
+    """absmax / LARGEST, 1 for a zero token; where LARGEST is 0, the power of two at or below absmax, at least 2^-100
+    and at most 2^126; NaN for a token that is not finite."""
     if LARGEST > 0:
         scale = tl.div_rn(absmax, tl.full(absmax.shape, LARGEST, tl.float32))
         scale = tl.where(absmax >= SMALLEST, scale, 1.0)

@@ -48,12 +48,12 @@ def rotated(z, ROT: gl.constexpr):
 @gluon.jit
 def unit_and_inverse(largest, finite, LARGEST: gl.constexpr):
     """Of codes up to LARGEST (`tokens.token_scale`), or, where that is 0, the power of two at or below the largest
-    magnitude, within float32's normal range."""
+    magnitude, at least 2^-100 and at most 2^126."""
     if LARGEST > 0:
         unit = gl.where(finite & (largest >= SMALLEST), gl.div_rn(largest, 1.0 * LARGEST), 1.0)
         inverse = gl.div_rn(1.0, unit)
     else:
-        bits = gl.minimum(gl.maximum(gl.where(finite, largest, 1.0), 2.0**-100), 2.0**126).to(gl.int32, bitcast=True)
+        bits = gl.minimum(gl.maximum(gl.where(finite, largest, 1.0), SMALLEST), 2.0**126).to(gl.int32, bitcast=True)
         bits = bits & 0x7F800000
         unit = bits.to(gl.float32, bitcast=True)
         inverse = (0x7F000000 - bits).to(gl.float32, bitcast=True)

@@ -37,7 +37,8 @@ DECODE_TOKENS = 8
 LEAST_ROWS = 32
 """Rows of its largest tile: a layout has as many."""
 MANY_TOKENS = 20 if INTERPRETED else 512
-"""From here on weights are dequantized in memory and multiplied by the GPU's library, for inputs of 16 bits."""
+"""From here on weights are dequantized in memory and multiplied by the GPU's library, for inputs of 16 bits; on Hopper
+those of 3 bits only."""
 SLAB_ROWS = 64
 """Output channels a multiprocessor that are dequantized at a time: the library's tiles of 128 x 256 then fill whole
 waves for multiples of 512 tokens."""
@@ -106,7 +107,7 @@ def apply(x: Tensor, packed: Packed) -> Tensor:
 def _apply(x: Tensor, packed: Packed) -> Tensor:
     """As `apply` of x (M, K), by launches that are decided on now."""
     m, n = x.shape[0], packed.linear.out_features
-    sorts = _streams(m, packed.linear) and prepare_launch.sorts_tokens(packed.group.kind, m, n)
+    sorts = _streams(m, x.dtype, packed.linear) and prepare_launch.sorts_tokens(packed.group.kind, m, n)
     return linear(prepare_launch.prepare(x, packed.group, sorts=sorts), packed.linear)
 
 
@@ -132,7 +133,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     y = torch.empty(m, layout.out_features, dtype=prepared.dtype, device=device)
     if y.numel():
         multiply = _linear_in_memory if dequantizes(m, y.dtype) else _linear_in_registers
-        if _streams(m, layout):
+        if _streams(m, y.dtype, layout):
             from quant_experts.kernels.gpu_weight_only.hopper_launch import linear as multiply
         elif m <= DECODE_TOKENS and _decodes(layout):
             multiply = _linear_few
@@ -140,10 +141,10 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
     return y
 
 
-def _streams(m: int, layout: LinearLayout) -> bool:
+def _streams(m: int, dtype: torch.dtype, layout: LinearLayout) -> bool:
     """Whether Hopper's persistent kernel multiplies. Many tokens by 3 bits, which take it longer to dequantize, are
     faster by the library."""
-    many = layout.bits == 3 and dequantizes(m, torch.float16)
+    many = layout.bits == 3 and dequantizes(m, dtype)
     return hopper(layout.scale.device) and m > DECODE_TOKENS and not many
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -34,13 +35,16 @@ TIMES = TileTimes(
     finishing=1.4, longer=1.11, sharing=3.2, adding=0.52, last=1.9, last_adding=1.6,
 )  # fmt: skip
 """Of tiles with weights of 4 bits."""
+TIMES_OF_3_BITS = replace(TIMES, steps={size: time for size, time in TIMES.steps.items() if size[0] * size[1] < 32768})
+"""Codes of 3 bits take more registers than the largest tiles leave. What their steps take was not measured."""
 
 
 @cache
 def config(m: int, n: int, steps: int, count: int = 132, output_bytes: int = 2, **flags: Any) -> Config:
     """The tile that is estimated to be fastest for m tokens, n rows and so many blocks of 128 channels; flags are those
     of `Config`."""
-    return tile(TIMES.best(m, n, steps, count), output_bytes, **flags)
+    times = TIMES_OF_3_BITS if flags["BITS"] == 3 else TIMES
+    return tile(times.best(m, n, steps, count), output_bytes, **flags)
 
 
 def tile(best: Tile, output_bytes: int = 2, **flags: Any) -> Config:

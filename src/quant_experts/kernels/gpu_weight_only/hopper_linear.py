@@ -18,11 +18,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from quant_experts.kernels.gpu.assembly import SLOPES, TINY_CODES, TINY_CODES_OF_3_BITS
+from quant_experts.kernels.gpu.assembly import SLOPES, TINY_CODES_OF_3_BITS
 from quant_experts.kernels.gpu.hopper import allow_next_kernel, factors_of_tile, wait_for_previous_kernel
 from quant_experts.kernels.gpu.hopper_shares import collect, hand_over
 from quant_experts.kernels.gpu.hopper_store import store
 from quant_experts.kernels.gpu.hopper_work import holder, ring_barriers, segment, share, tile_place
+from quant_experts.kernels.gpu_weight_only.hopper_few import unpack
 
 Constant = Any
 """An int or a bool, wrapped as the compiler wants it."""
@@ -157,10 +158,7 @@ def copy_values(value_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr
 def unpacked(words, high, C: gl.constexpr):
     """Words of a step -> pieces of 32 channels, codes in 2^-24, of 4 bits every other piece in 2^-20, in float16."""
     if C.BITS == 4:
-        return gl.inline_asm_elementwise(
-            TINY_CODES, "=&r,=&r,=&r,=&r,r", [words],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+        return unpack(words)
     else:
         return gl.inline_asm_elementwise(
             TINY_CODES_OF_3_BITS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [words, high],

@@ -1,7 +1,7 @@
 """Weight-only linears of many tokens: weights are written to memory in float16, slab by slab of output channels, and
-multiplied by the GPU's library, which is faster then than any unpacking on the way. `dequantize_rows` writes a slab,
+multiplied by the GPU's library, where unpacking on the way is slower. `dequantize_rows` writes a slab,
 `rescale` finishes its outputs. Experts are more channels of the same product: hidden values are put behind a token's
-values and up factors behind a row's weights. On Hopper GPUs `hopper_linear` is faster.
+values and up factors behind a row's weights. On Hopper GPUs only weights of 3 bits go this way (`hopper_linear`).
 
 Outputs of the product are float16, in units of their row and token in which they fit: see
 `gpu_weight_only.layout.output_units`.
