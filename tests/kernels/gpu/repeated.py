@@ -171,8 +171,7 @@ CASES: tuple[tuple[Any, int, Any, int, int, tuple[int, ...], tuple[str, ...]], .
     (triton_backend, 8, "int", 3584, 0, (1, 4, 100, 600), ("none", "experts", "codes")),
     (triton_backend, 8, "fp8", 256, 0, (100,), ("experts",)),
     (weight_only_backend, 16, "int", 512, -8, (1, 100, 600), ("codes",)),
-    (weight_only_backend, 16, "int", 512, -8, (100,), ("experts",)),
-    (weight_only_backend, 16, "int", 512, 0, (100, 600), ("none",)),  # codes of 3 bits
+    (weight_only_backend, 16, "int", 3584, 0, (40, 600), ("experts",)),  # codes of 3 bits, of sizes that `compiled` has
 )
 """Backend, bits and format of activations, input channels, a code, tokens, kinds."""
 OUTPUTS = 512

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
-from quant_experts.kernels.gpu_tokens.layout import in_e4m3, pack_group, padded_experts, router_rows
+from quant_experts.kernels.gpu_tokens.layout import MAX_FACTORS, in_e4m3, pack_group, padded_experts, router_rows
 from quant_experts.kernels.operands import Factor, GroupOperands
 
 CPU = torch.device("cpu")
@@ -84,6 +85,15 @@ def test_hidden_values_of_any_token_fit_float16(bits: int) -> None:
     for factor in (operands.shared_down, *operands.routed_down):
         worst = factor.float().abs().sum(dim=1).max() * largest  # in units of the token's scale
         assert 2.0**10 <= worst / layout.headroom <= 2.0**15 * 1.001
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_more_experts_than_a_mask_holds_are_refused(bits: int) -> None:
+    assert pack_group(group(16, MAX_FACTORS - 1, bits=bits), torch.float32, CPU).factors == MAX_FACTORS
+    with pytest.raises(
+        QuantExpertsError, match=f"up to {MAX_FACTORS} experts .*here are {MAX_FACTORS + 1}: .*reference"
+    ):
+        pack_group(group(16, MAX_FACTORS, bits=bits), torch.float32, CPU)
 
 
 def test_values_are_float16_in_blocks_of_256_channels() -> None:

@@ -23,6 +23,7 @@ from quant_experts.kernels import reference
 from quant_experts.kernels.gpu import launch
 from quant_experts.kernels.gpu.launch import programs
 from quant_experts.kernels.gpu_tokens import prepare_launch
+from quant_experts.kernels.gpu_tokens.layout import GroupLayout
 from quant_experts.kernels.gpu_weight_only import backend as weight_only_backend
 from quant_experts.kernels.gpu_weight_only.backend import MANY_TOKENS, SLAB_ROWS
 from quant_experts.kernels.gpu_weight_only.layout import pack_codes, unpack_codes
@@ -89,8 +90,19 @@ def tokens(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(m, k, generator=torch.Generator().manual_seed(7)).to(dtype).to(DEVICE)
 
 
-def expected(x: Tensor, group: GroupOperands, linear: LinearOperands) -> tuple[Tensor, Tensor]:
-    """The format's formula in float64 -> outputs, roots of the sums of the squares of their terms."""
+def down_factors(x: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """-> what a layout's down factors read, and those, rounded as they are there: (M, K), (F, R, K) float64."""
+    assert layout.projection is not None
+    inputs = x if layout.before is None else reference.transform(x, layout.before)
+    rows = layout.projection.transpose(0, 1).flatten(1)[: layout.factors * layout.rank, : x.shape[1]]
+    return inputs.double(), rows.double().unflatten(0, (layout.factors, layout.rank))
+
+
+def expected(
+    x: Tensor, group: GroupOperands, linear: LinearOperands, layout: GroupLayout | None = None
+) -> tuple[Tensor, Tensor]:
+    """The format's formula in float64 -> outputs, roots of the sums of the squares of their terms. layout: whose down
+    factors are taken instead of the group's."""
     z = reference.transform(x, group)
     weight = linear.codes.double()
     size = linear.group_size or weight.shape[1]
@@ -102,12 +114,21 @@ def expected(x: Tensor, group: GroupOperands, linear: LinearOperands) -> tuple[T
     y = exact @ weight.T
     if group.shared_down is not None and linear.shared_up is not None:
         down, up = group.shared_down.float().double(), linear.shared_up.float().double()
-        y, squares = y + exact @ down.T @ up.T, squares + (exact.square() @ down.T.square()) @ up.T.square()
+        squares = squares + (exact.square() @ down.T.square()) @ up.T.square()
+        read = exact
+        if layout is not None:
+            read, factors = down_factors(x, layout)
+            down = factors[0, : len(down)]
+        y = y + read @ down.T @ up.T
     if group.routed_down is not None and linear.routed_up is not None:
         assert group.router_weight is not None and group.router_bias is not None
         chosen = (exact.abs() @ group.router_weight.double().T + group.router_bias.double()).argmin(dim=1)
         down, up = group.routed_down.float().double()[chosen], linear.routed_up.float().double()[chosen]
-        y = y + torch.einsum("mk,mrk,mnr->mn", exact, down, up)
+        read, read_down = exact, down
+        if layout is not None:
+            read, factors = down_factors(x, layout)
+            read_down = factors[layout.factors - layout.experts :, : down.shape[1]][chosen]
+        y = y + torch.einsum("mk,mrk,mnr->mn", read, read_down, up)
         squares = squares + torch.einsum("mk,mrk,mnr->mn", exact.square(), down.square(), up.square())
     if linear.bias is not None:
         y, squares = y + linear.bias.double(), squares + linear.bias.double().square()
@@ -115,18 +136,20 @@ def expected(x: Tensor, group: GroupOperands, linear: LinearOperands) -> tuple[T
 
 
 def check(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> Tensor:
-    """Outputs of stacked linears against the formula's."""
+    """Outputs of stacked linears against the formula's, with down factors as given, and as the layout rounds them."""
     packed = weight_only_backend.pack(group, linears, x.dtype)
     y = weight_only_backend.apply(x, packed)
     assert y.dtype == x.dtype
-    pairs = [expected(x, group, linear) for linear in linears]
-    value, size = torch.cat([p[0] for p in pairs], dim=1), torch.cat([p[1] for p in pairs], dim=1)
-    assert y.shape == value.shape
-    error = (y.double() - value).abs()
-    rounding = torch.finfo(x.dtype).eps * value.abs() if x.dtype != torch.float32 else 0
     experts = group.shared_down is not None or group.routed_down is not None
-    tolerance = EXPERTS_TOLERANCE if experts and x.dtype != torch.float32 else TOLERANCE
-    assert (error <= tolerance * size + rounding + 1e-36).all(), (error / size).max()
+    for layout in (None, packed.group) if experts else (None,):
+        pairs = [expected(x, group, linear, layout) for linear in linears]
+        value, size = torch.cat([p[0] for p in pairs], dim=1), torch.cat([p[1] for p in pairs], dim=1)
+        assert y.shape == value.shape
+        error = (y.double() - value).abs()
+        rounding = torch.finfo(x.dtype).eps * value.abs() if x.dtype != torch.float32 else 0
+        rounded = experts and layout is None and x.dtype != torch.float32
+        tolerance = EXPERTS_TOLERANCE if rounded else TOLERANCE
+        assert (error <= tolerance * size + rounding + 1e-36).all(), (error / size).max()
     return y
 
 

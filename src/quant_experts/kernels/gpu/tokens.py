@@ -31,11 +31,11 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 def load_raw(x_ptr, rows, row_mask, columns, K):
     """x (rows, columns) as it is, zero outside."""
     at = x_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    return known(tl.load(at, mask=row_mask[:, None] & (columns < K)[None, :], other=0.0, cache_modifier=".cg"))
+    return interpretable(tl.load(at, mask=row_mask[:, None] & (columns < K)[None, :], other=0.0, cache_modifier=".cg"))
 
 
 @triton.jit
-def known(x):
+def interpretable(x):
     """x, in float32 where it is bfloat16 and the interpreter's, which would multiply its bits."""
     return x.to(tl.float32) if INTERPRETED and x.dtype == tl.bfloat16 else x
 

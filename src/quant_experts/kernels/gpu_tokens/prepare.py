@@ -30,7 +30,7 @@ from quant_experts.kernels.gpu.tokens import (
     add_product,
     choose,
     factors_used,
-    known,
+    interpretable,
     load_raw,
     nan_max,
     reciprocal,
@@ -153,7 +153,7 @@ def project_part(
             columns = block * 128 + column[None, :, None]
             there = (block < end) & (token < M)[None, None, :] & (columns < K)
             at = x_ptr + token[None, None, :].to(tl.int64) * K + columns
-            x = known(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
+            x = interpretable(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
             if FACTOR_ROWS < TOTAL:
                 x = tl.where(chunk * RC >= FACTOR_ROWS, tl.abs(x), x)  # the router's rows
             total = add_product(total, weight, x)

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from quant_experts.kernels.gpu.hopper_tiles import Tile, TileTimes
 from quant_experts.kernels.gpu.launch import LARGEST_TILE, Boxes, options, programs, ptr, start, zeros
 from quant_experts.kernels.gpu_tokens.layout import BLOCK, Tokens
-from quant_experts.kernels.gpu_weight_only.hopper_linear import CHUNK, Config, kernel
+from quant_experts.kernels.gpu_weight_only.hopper_linear import CHUNK, LAUNCH_REGISTERS, WIDTH, Config, kernel
 from quant_experts.kernels.gpu_weight_only.layout import PIECE, LinearLayout
 
 WORDS, BYTES, PAIRS, VALUES = (
@@ -81,7 +81,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
     low = boxes(layout.low.view(-1, PIECE), bn, PIECE, layout=WORDS)
     high = low if layout.high is None else boxes(layout.high.view(-1, PIECE), bn, PIECE, layout=BYTES)
     pairs = boxes(layout.pairs.view(-1), bn, layout=PAIRS)
-    value, hiddens = boxes(values, bm, c.WIDTH.value, layout=VALUES), boxes(hidden, bm, CHUNK.value, layout=WORDS)
+    value, hiddens = boxes(values, bm, WIDTH.value, layout=VALUES), boxes(hidden, bm, CHUNK.value, layout=WORDS)
     sums = zeros("hopper sums", count * LARGEST_TILE, device).view(torch.float32)
     done = zeros("hopper shares", count * 4, device).view(torch.int64)
     tiles = -(-n // bn) * -(-m // bm)
@@ -90,7 +90,7 @@ def linear(tokens: Tokens, layout: LinearLayout, y: Tensor, chosen: Config | Non
         low, high, pairs, value, boxes(up, bn, CHUNK.value, layout=WORDS), hiddens, ptr(tokens.present, done), y,
         layout.scale, tokens.token_scale, ptr(layout.bias, nothing), ptr(tokens.order, done), sums, done, m, n,
         layout.pairs.shape[1], steps, max(1, layout.pieces // pieces), tokens.headroom, c, num_warps=4,
-        maxnreg=c.LAUNCH_REGISTERS.value, **options(device),
+        maxnreg=LAUNCH_REGISTERS, **options(device),
     )  # fmt: skip
 
 

@@ -31,6 +31,12 @@ UNIT = gl.constexpr(512.0)
 """Of dequantized weights, times their row's scale."""
 CHUNK = gl.constexpr(32)
 """Expert ranks in a slot of weights, and half of those in a slot of values: 64 bytes of float16."""
+WIDTH = gl.constexpr(64)
+"""Channels in a slot of values: 128 bytes."""
+BAND = gl.constexpr(8)
+"""Token tiles that are walked together, for the L2 cache."""
+REGISTERS, LAUNCH_REGISTERS = gl.constexpr(232), 168
+"""Of each multiplying thread, and of each thread at the start, before they are shared out anew."""
 RANKS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
 """Of CHUNK ranks of rows of a tile, or of its tokens."""
 
@@ -59,24 +65,36 @@ class Config:
     RANK: Constant
     """Rank of each, a multiple of CHUNK."""
     BIAS: Constant
-    GROUP_M: Constant = 8
-    """Token tiles in a band that is walked together, for the L2 cache."""
-    REGISTERS: Constant = 232
-    """Of each multiplying thread."""
-    LAUNCH_REGISTERS: Constant = 168
-    """Of each thread at the start, before they are shared out anew."""
     SORTED: Constant = False
     """Whether tokens were sorted by expert, so that rows of y must be put back."""
     LATER: Constant = False
     """Whether values are complete when the kernel starts, and hidden values only when the previous one has ended."""
     SHARES: Constant = True
     """Whether tiles are cut into shares where programs are more."""
-    WIDTH: Constant = 64
-    """Channels in a slot of values: 128 bytes."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, gl.constexpr(value))
+
+
+@gluon.jit
+def copy_factors(
+    desc, i, present, row, rows_apart, columns_apart, ring, ROWS: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr
+):
+    """Boxes of ROWS rows and CHUNK ranks of the factors that are present into a ring, from its step i on -> the next
+    one. Factors are so many rows or columns apart."""
+    slots, ready, empty = ring
+    for j in range(C.FACTORS):
+        if (present >> j) & 1 != 0:
+            for c in gl.static_range(C.RANK // CHUNK):
+                slot = i % STAGES
+                mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
+                mbarrier.expect(ready.index(slot), ROWS * CHUNK * 2)
+                box = slots.index(slot)._reinterpret(gl.float16, [ROWS, CHUNK], RANKS)
+                at = [row + j * rows_apart, j * columns_apart + c * CHUNK]
+                tma.async_copy_global_to_shared(desc, at, ready.index(slot), box)
+                i += 1
+    return i
 
 
 @gluon.jit
@@ -90,7 +108,7 @@ def copy_weights(low_desc, high_desc, pair_desc, up_desc, mask_ptr, rings, sizes
     i = 0
     for index in range(segments + whole):
         tile, first, last = segment(index, steps, start, end, segments, first_whole)
-        row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, BAND)
         for k in range(first, last):
             slot = i % C.STAGES
             mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
@@ -107,16 +125,7 @@ def copy_weights(low_desc, high_desc, pair_desc, up_desc, mask_ptr, rings, sizes
         if C.FACTORS > 0 and first == 0:
             wait_for_previous_kernel()
             present = factors_of_tile(mask_ptr, token_tile, M, C.BM)
-            for j in range(C.FACTORS):
-                if (present >> j) & 1 != 0:
-                    for c in gl.static_range(C.RANK // CHUNK):
-                        slot = i % C.STAGES
-                        mbarrier.wait(empty.index(slot), ((i // C.STAGES) & 1) ^ 1)
-                        mbarrier.expect(ready.index(slot), C.BN * 64)
-                        up = low_ring.index(slot)._reinterpret(gl.float16, [C.BN, CHUNK], RANKS)
-                        at = [j * N + row_tile * C.BN, c * CHUNK]
-                        tma.async_copy_global_to_shared(up_desc, at, ready.index(slot), up)
-                        i += 1
+            i = copy_factors(up_desc, i, present, row_tile * C.BN, N, 0, (low_ring, ready, empty), C.BN, C.STAGES, C)
 
 
 @gluon.jit
@@ -131,27 +140,19 @@ def copy_values(value_desc, hidden_desc, mask_ptr, rings, sizes, C: gl.constexpr
     i = 0
     for index in range(segments + whole):
         tile, first, last = segment(index, steps, start, end, segments, first_whole)
-        _, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        _, token_tile = tile_place(tile, tiles_n, tiles_m, BAND)
         for k in range(first * SLOTS, last * SLOTS):
             slot = i % C.VALUE_STAGES
             mbarrier.wait(empty.index(slot), ((i // C.VALUE_STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(slot), C.BM * C.WIDTH * 2)
-            at = [token_tile * C.BM, k * C.WIDTH]
+            mbarrier.expect(ready.index(slot), C.BM * WIDTH * 2)
+            at = [token_tile * C.BM, k * WIDTH]
             tma.async_copy_global_to_shared(value_desc, at, ready.index(slot), value_ring.index(slot))
             i += 1
         if C.FACTORS > 0 and first == 0:
             wait_for_previous_kernel()
             present = factors_of_tile(mask_ptr, token_tile, M, C.BM)
-            for j in range(C.FACTORS):
-                if (present >> j) & 1 != 0:
-                    for c in gl.static_range(C.RANK // CHUNK):
-                        slot = i % C.VALUE_STAGES
-                        mbarrier.wait(empty.index(slot), ((i // C.VALUE_STAGES) & 1) ^ 1)
-                        mbarrier.expect(ready.index(slot), C.BM * 64)
-                        hidden = value_ring.index(slot)._reinterpret(gl.float16, [C.BM, CHUNK], RANKS)
-                        at = [token_tile * C.BM, j * C.RANK + c * CHUNK]
-                        tma.async_copy_global_to_shared(hidden_desc, at, ready.index(slot), hidden)
-                        i += 1
+            ring = (value_ring, ready, empty)
+            i = copy_factors(hidden_desc, i, present, token_tile * C.BM, 0, C.RANK, ring, C.BM, C.VALUE_STAGES, C)
 
 
 @gluon.jit
@@ -266,7 +267,7 @@ def multiply_tiles(mask_ptr, rings, ends, sizes, WG: gl.constexpr, C: gl.constex
     v = 0
     for index in range(segments + whole):
         tile, first, last = segment(index, steps, start, end, segments, first_whole)
-        row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, C.GROUP_M)
+        row_tile, token_tile = tile_place(tile, tiles_n, tiles_m, BAND)
         acc = gl.zeros([ROWS, C.BM], gl.float32, LAYOUT)
         for _ in range(first, last):
             acc, i, v = multiply_step(acc, i, v, rings, WG, C)
@@ -297,7 +298,7 @@ def kernel(
     if C.BITS == 3:
         high_ring = gl.allocate_shared_memory(gl.int8, [C.STAGES, C.BN, 32], high_desc.layout)
     pair_ring = gl.allocate_shared_memory(gl.int32, [C.STAGES * C.GROUPS, C.BN], pair_desc.layout)
-    value_ring = gl.allocate_shared_memory(gl.float16, [C.VALUE_STAGES, C.BM, C.WIDTH], value_desc.layout)
+    value_ring = gl.allocate_shared_memory(gl.float16, [C.VALUE_STAGES, C.BM, WIDTH], value_desc.layout)
     ready, empty = ring_barriers(C.STAGES)
     value_ready, value_empty = ring_barriers(C.VALUE_STAGES)
     allow_next_kernel()
@@ -312,5 +313,5 @@ def kernel(
             (copy_values, (value_desc, hidden_desc, mask_ptr, rings, sizes, C)),
         ],
         [4, 1, 1],
-        [C.REGISTERS, 40, 40],
+        [REGISTERS, 40, 40],
     )
