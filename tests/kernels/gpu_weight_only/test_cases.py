@@ -6,6 +6,8 @@ import pytest
 import torch
 from kernels.case_runs import run_in_the_interpreter, run_on_the_gpu
 
+from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands
+
 
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter("gpu_weight_only")
@@ -112,3 +114,43 @@ def test_the_table_names_the_backend_for_gpus() -> None:
     for bits in (3, 4):
         assert backend.fits((bits, 128, False)) and backend.fits((bits, None, True))
     assert not backend.fits((8, 128, False)) and not backend.fits((4, 16, True))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "group_size", "parts", "rank", "few", "settled"),
+    [
+        (1, 16, 128, ("shared",), 64, True, True),
+        (8, 40, 256, ("shared", "routed"), 32, True, True),  # nine factors of rank 32
+        (8, 40, 128, ("shared", "routed"), 33, False, False),  # of rank 64: too many ranks at once
+        (1, 40, 128, ("shared", "routed"), 33, True, True),
+        (1, 40, 128, ("shared",), 65, True, False),
+        (1, 40, 128, (), 0, True, False),
+        (9, 40, 128, ("shared",), 64, False, False),
+        (0, 40, 128, ("shared",), 64, False, False),
+        (1, 15, 128, ("shared",), 64, False, False),
+        (1, 40, 64, ("shared",), 64, False, False),
+    ],
+)
+def test_who_multiplies_a_few_tokens(
+    monkeypatch: pytest.MonkeyPatch, m: int, n: int, group_size: int, parts: tuple[str, ...], rank: int, few: bool,
+    settled: bool,
+) -> None:  # fmt: skip
+    """And whether it settles experts: never where another kernel multiplies, which would read hidden values."""
+    from quant_experts.kernels.gpu_weight_only import backend
+
+    experts = 8 if "routed" in parts else 0
+
+    def factor(part: str, *shape: int) -> Factor | None:
+        return Factor(torch.ones(shape).half(), None) if part in parts else None
+
+    router = (torch.ones(experts, 512), torch.ones(experts)) if experts else (None, None)
+    factors = factor("shared", rank, 512), factor("routed", experts, rank, 512)
+    group = GroupOperands(16, torch.ones(512), 0, *factors, *router)
+    ups = factor("shared", n, rank), factor("routed", experts, n, rank)
+    codes = torch.full((n, 512), -8, dtype=torch.int8)
+    linear = LinearOperands(codes, torch.ones(n, 512 // group_size), None, group_size, *ups, None)
+    packed = backend.pack(group, [linear], torch.float32)
+    assert not backend._takes_few(m, packed.linear, experts), "only Hopper has the kernel"
+    monkeypatch.setattr(backend, "hopper", lambda device: True)
+    assert backend._takes_few(m, packed.linear, experts) == few
+    assert backend._settles(m, packed) == settled

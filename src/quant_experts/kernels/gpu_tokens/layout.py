@@ -35,6 +35,11 @@ MASK_TOKENS = 16
 """Tokens per such int32."""
 
 
+SETTLED_RANK = 64
+"""Of experts that read values, at most, whose hidden values linears for a few tokens settle: they take registers from
+all programs."""
+
+
 class Kind(NamedTuple):
     """What decides how kernels that prepare tokens are cut and compiled."""
 
@@ -55,6 +60,11 @@ class Kind(NamedTuple):
     """Whether it multiplies codes, not values."""
     block: int = BLOCK
     """Input channels are padded to a multiple of it."""
+
+    @property
+    def settles_few(self) -> bool:
+        """Whether Hopper's linears for a few tokens settle its experts, and project codes for them."""
+        return self.rows > 0 and (self.reads_codes or self.rank <= SETTLED_RANK)
 
 
 @dataclass(frozen=True)

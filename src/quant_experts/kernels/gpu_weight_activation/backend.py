@@ -106,7 +106,7 @@ def _settles(m: int, packed: Packed, sorts: bool) -> bool:
 
     ranks = _ranks(kind.factors, kind.experts, kind.rank, m)
     if few_launch.takes_few(m, kind.code_type, layout, ranks):
-        return few_launch.settles_few(kind)
+        return kind.settles_few
     return hopper_launch.settles(kind, m) and (m > LINEAR_FEW or kind.code_type == torch.int8)
 
 

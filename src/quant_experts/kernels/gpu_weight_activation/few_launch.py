@@ -7,8 +7,9 @@ from torch import Tensor
 
 from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import options, programs, ptr, start
-from quant_experts.kernels.gpu_tokens.layout import Kind, Tokens, padded_experts
-from quant_experts.kernels.gpu_weight_activation import hopper_few, hopper_settle
+from quant_experts.kernels.gpu_tokens import hopper_settle
+from quant_experts.kernels.gpu_tokens.layout import Tokens, padded_experts
+from quant_experts.kernels.gpu_weight_activation import hopper_few
 from quant_experts.kernels.gpu_weight_activation.layout import LinearLayout
 
 FEW, MOST_FEW = 8, 16
@@ -17,8 +18,6 @@ MOST_RANKS = 320
 """Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers."""
 MOST_BLOCKS, MOST_BLOCKS_OF_EXPERTS = 160, 32
 """Blocks of 128 channels, at most, of groups of which it takes more than FEW tokens, without experts and with them."""
-SETTLED_RANK = 64
-"""Of experts that read values, at most, whose hidden values it settles: they take registers from all its programs."""
 FEW_BLOCKS, SHORT_BLOCKS = 32, 64
 """Blocks of short inputs, and of those that are not long, at most."""
 LEAST_ROWS = 32
@@ -33,11 +32,6 @@ def takes_few(m: int, codes: torch.dtype, layout: LinearLayout, ranks: int) -> b
     most = MOST_BLOCKS_OF_EXPERTS if ranks else MOST_BLOCKS
     wide = is_wide(layout.out_features, layout.scale.device)
     return m <= FEW or (m <= MOST_FEW and not wide and layout.weight.shape[0] <= most)
-
-
-def settles_few(kind: Kind) -> bool:
-    """Whether `linear_few` settles the experts of a kind of group, and projects codes for them."""
-    return kind.rows > 0 and (kind.reads_codes or kind.rank <= SETTLED_RANK)
 
 
 def is_wide(n: int, device: torch.device) -> bool:
@@ -62,7 +56,7 @@ def few_tile(m: int, layout: LinearLayout, factors: int, projects: bool) -> tupl
 
 
 def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    """As `linear`, for what `takes_few`; `tokens` may be unsettled, if their kind `settles_few`."""
+    """As `linear`, for what `takes_few`; `tokens` may be unsettled, if `Kind.settles_few`."""
     assert tokens.codes is not None
     m, n, steps, device = len(tokens.codes), layout.out_features, layout.weight.shape[0], y.device
     nothing, up, sums = layout.scale, layout.up, tokens.sums

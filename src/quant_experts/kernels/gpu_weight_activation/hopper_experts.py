@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from quant_experts.kernels.gpu.hopper import factors_of_experts
 from quant_experts.kernels.gpu.hopper_counts import count_done, wait_for
 from quant_experts.kernels.gpu.hopper_work import GROUPS, barrier
+from quant_experts.kernels.gpu_tokens.hopper_settle import best, in_units
 from quant_experts.kernels.gpu_tokens.layout import MASK_TOKENS
 from quant_experts.kernels.gpu_weight_activation.hopper_codes import FP8_STEPS
-from quant_experts.kernels.gpu_weight_activation.hopper_settle import best, in_units
 
 RANKS = gl.constexpr(64)
 """Rows of a projection of codes in a piece."""

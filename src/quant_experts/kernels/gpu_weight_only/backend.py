@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant_experts.kernels.gpu import recorded
+from quant_experts.kernels.gpu.factors import RANK_MULTIPLE
 from quant_experts.kernels.gpu.launch import (
     INTERPRETED,
     complete_writes,
@@ -24,7 +25,7 @@ from quant_experts.kernels.gpu.launch import (
     zeros,
 )
 from quant_experts.kernels.gpu_tokens import prepare_launch
-from quant_experts.kernels.gpu_tokens.layout import GroupLayout, Tokens, pack_group
+from quant_experts.kernels.gpu_tokens.layout import SETTLED_RANK, GroupLayout, Tokens, pack_group, padded_experts
 from quant_experts.kernels.gpu_weight_only.layout import PIECE, LinearLayout, fits_groups, pack_linear, unpack_codes
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
@@ -34,8 +35,10 @@ FEW_TOKENS = 32
 """Up to here a tile reads only the factors that its tokens use; more tokens use nearly all."""
 DECODE_TOKENS = 8
 """Up to here Hopper GPUs have a kernel of its own."""
-LEAST_ROWS = 32
-"""Rows of its largest tile: a layout has as many."""
+LEAST_ROWS = 16
+"""Rows of its tile: a layout has as many."""
+MOST_RANKS = 320
+"""Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers."""
 MANY_TOKENS = 20 if INTERPRETED else 512
 """From here on weights are dequantized in memory and multiplied by the GPU's library, for inputs of 16 bits; on Hopper
 those of 3 bits only."""
@@ -108,7 +111,13 @@ def _apply(x: Tensor, packed: Packed) -> Tensor:
     """As `apply` of x (M, K), by launches that are decided on now."""
     m, n = x.shape[0], packed.linear.out_features
     sorts = _streams(m, x.dtype, packed.linear) and prepare_launch.sorts_tokens(packed.group.kind, m, n)
-    return linear(prepare_launch.prepare(x, packed.group, sorts=sorts), packed.linear)
+    return linear(prepare_launch.prepare(x, packed.group, not _settles(m, packed), sorts), packed.linear)
+
+
+def _settles(m: int, packed: Packed) -> bool:
+    """Whether the linear itself chooses experts and finishes the hidden values of m tokens."""
+    kind, layout = packed.group.kind, packed.linear
+    return layout.up is not None and kind.settles_few and _takes_few(m, layout, kind.experts)
 
 
 def codes(packed: Packed, rows: slice, columns: int) -> Tensor:
@@ -135,7 +144,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
         multiply = _linear_in_memory if dequantizes(m, y.dtype) else _linear_in_registers
         if _streams(m, y.dtype, layout):
             from quant_experts.kernels.gpu_weight_only.hopper_launch import linear as multiply
-        elif m <= DECODE_TOKENS and _decodes(layout):
+        elif _takes_few(m, layout, prepared.experts):
             multiply = _linear_few
         multiply(prepared, layout, y)
     return y
@@ -148,35 +157,56 @@ def _streams(m: int, dtype: torch.dtype, layout: LinearLayout) -> bool:
     return hopper(layout.scale.device) and m > DECODE_TOKENS and not many
 
 
-def _decodes(layout: LinearLayout) -> bool:
-    """Whether the kernel for few tokens takes a layout: on Hopper, 4 bits, a block of 128 channels in one group."""
+def _takes_few(m: int, layout: LinearLayout, experts: int) -> bool:
+    """Whether the kernel for few tokens multiplies, `experts` of whose factors are routed: on Hopper, 4 bits, a block
+    of 128 channels in one group."""
+    if not (0 < m <= DECODE_TOKENS and hopper(layout.scale.device) and layout.bits == 4):
+        return False
+    ranks = 0 if layout.up is None else _used(layout.up, experts, m) * layout.up.shape[2]
     whole = layout.pieces * PIECE % STEP[4] == 0
-    return hopper(layout.scale.device) and layout.bits == 4 and whole and layout.out_features >= LEAST_ROWS
+    return whole and layout.out_features >= LEAST_ROWS and ranks <= MOST_RANKS
+
+
+def _used(up: Tensor, experts: int, m: int) -> int:
+    """Factors that m tokens use at most; `experts` of them are routed."""
+    return len(up) - experts + min(experts, 1 << (m - 1).bit_length())
 
 
 def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
-    from quant_experts.kernels.gpu_weight_only.hopper_few import kernel
+    from quant_experts.kernels.gpu_weight_only.hopper_few import ROWS, kernel
 
     assert tokens.codes is not None
-    (m, n), padded, device = y.shape, tokens.codes.shape[1], y.device
-    up, factors = _factors(tokens, layout)
-    experts = 0 if up is None else tokens.experts
-    used = factors["F"] - experts + min(experts, 1 << (m - 1).bit_length())
-    tile = decode_tile(n, padded // STEP[4], programs(device))
+    (m, n), steps, device = y.shape, tokens.codes.shape[1] // STEP[4], y.device
+    nothing, up, sums, hidden = layout.scale, layout.up, tokens.sums, tokens.hidden
+    if not tokens.has_experts:
+        up = None
+    factors, rank = (0, RANK_MULTIPLE) if up is None else (up.shape[0], up.shape[2])
+    experts, workers = tokens.experts if factors else 0, 0
+    slices, _, total = (0, 0, 0) if sums is None else sums.shape
+    if sums is not None and factors:
+        workers = factors
+        hidden = torch.empty(m, factors * rank, dtype=torch.float16, device=device)
+    ways, ahead, registers = few_tile(n, steps, 0 if experts else factors * rank, programs(device))
     start(
-        kernel, (-(-n // tile["BN"]),),
-        layout.low, layout.pairs, tokens.codes, ptr(up, y), ptr(tokens.hidden, y), ptr(tokens.present, y),
-        tokens.token_scale, layout.scale, ptr(layout.bias, layout.scale), y, m, n, layout.pairs.shape[1], padded,
-        layout.pieces * PIECE // STEP[4], tokens.headroom, 1.0 / tokens.headroom, BM=8, **factors, USED=used,
-        BIAS=layout.bias is not None, **tile, num_warps=tile["WAYS"], **options(device),
+        kernel, (workers + -(-n // ROWS.value),),
+        layout.low, layout.pairs, tokens.codes, ptr(up, nothing), ptr(sums, nothing), ptr(hidden, nothing),
+        ptr(tokens.present, nothing), ptr(tokens.counts, nothing), ptr(tokens.router_bias, nothing),
+        tokens.token_scale, layout.scale, ptr(layout.bias, nothing), y, m, n, steps, layout.pairs.shape[1],
+        layout.pieces * PIECE // STEP[4], workers, tokens.headroom, 1.0 / tokens.headroom, BM=DECODE_TOKENS,
+        WAYS=ways, AHEAD=ahead, EVEN=steps % (ways * ahead) == 0, ONCE=steps <= ways * ahead, F=factors, E=experts,
+        R=rank, USED=0 if up is None else _used(up, experts, m), TOTAL=total, EP=padded_experts(experts),
+        SLICES=slices, SETTLES=workers > 0, BIAS=layout.bias is not None, num_warps=ways, maxnreg=registers,
+        **options(device),
     )  # fmt: skip
 
 
-def decode_tile(n: int, steps: int, multiprocessors: int) -> dict[str, int]:
-    """Rows and warps of a program, and blocks of 128 channels that a warp asks for at a time: measured on an H200."""
+def few_tile(n: int, steps: int, static_rank: int, multiprocessors: int) -> tuple[int, int, int | None]:
+    """Warps of a program, blocks of 128 channels that a warp asks for at a time, and registers of a thread if they are
+    limited, as measured on an H200; static_rank: of the one expert that serves all tokens, 0 for none or routed ones.
+    """
     if n >= 128 * multiprocessors:
-        return dict(BN=32, WAYS=4, AHEAD=4)
-    return dict(BN=32, WAYS=8, AHEAD=4) if steps > 64 else dict(BN=16, WAYS=4, AHEAD=4)
+        return (2, 1, 56 if static_rank <= SETTLED_RANK else None) if static_rank else (1, 2, None)
+    return (8, 5, 128) if steps > 64 else (4, 7, None)
 
 
 def dequantizes(m: int, dtype: torch.dtype) -> bool:

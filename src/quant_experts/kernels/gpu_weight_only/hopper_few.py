@@ -1,10 +1,14 @@
 """The weight-only linear for up to eight tokens and 4 bits on Hopper GPUs, in Gluon: words of codes go from memory to
 registers and are operands there as they lie (`gpu.hopper`).
 
-The design is that of `gpu_weight_activation.hopper_few`. A block of 128 input channels is 64 bytes of a row, and has
-one scale and zero point: a product of codes less their zero, which are exact in float16, is multiplied by the scale
-once, in float32. So groups have 128 input channels or more; `linear` is the same for others, 3 bits, fewer rows than a
-tile has, other GPUs and the interpreter.
+The design is that of `gpu_weight_activation.hopper_few`, its programs that settle experts too. A block of 128 input
+channels is 64 bytes of a row, and has one scale and zero point: a product of codes less their zero, which are exact in
+float16, is multiplied by the scale once, in float32. So groups have 128 input channels or more; `linear` is the same
+for others, 3 bits, fewer rows than a tile has, other GPUs and the interpreter.
+
+Rejected (EXPERIMENTS.md): products of codes with their zero, less the zero times a token's sum over the block, which
+another product finds; weights asked for while those before them are multiplied; up factors that wait in registers from
+the start; tiles of more rows, and sixteen tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +17,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.assembly import TINY_CODES
-from quant_experts.kernels.gpu.hopper import (
-    RUN,
-    across,
-    allow_next_kernel,
-    factor_of,
-    multiply,
-    wait_for_previous_kernel,
-)
+from quant_experts.kernels.gpu.hopper import across, allow_next_kernel, multiply, wait_for_previous_kernel
+from quant_experts.kernels.gpu.hopper_counts import count_done, told, wait_for
+from quant_experts.kernels.gpu.hopper_few import ask_for_hiddens, ask_for_ups, load_weights
+from quant_experts.kernels.gpu_tokens.hopper_settle import LINE, settle
 
+ROWS = gl.constexpr(16)
+"""Of a program's tile, as of a matrix product."""
 UNIT = gl.constexpr(512.0)
 """Of codes less their zero."""
 ZERO = gl.constexpr(
@@ -63,29 +65,34 @@ def less_zero(codes, zero, HIGH: gl.constexpr):
 
 
 @gluon.jit
-def ask_for_words(
-    words_at, pairs_at, block, steps, N, pairs_row, blocks_per_group, AHEAD: gl.constexpr, WAYS: gl.constexpr
-):
-    """Words of every WAYS-th block of 128 channels from `block` on, AHEAD of them, and their scales and offsets."""
+def ask_for_weights(
+    words_at, pairs_at, start, steps, N, pairs_row, blocks_per_group, WAYS: gl.constexpr, AHEAD: gl.constexpr,
+    EVEN: gl.constexpr,
+):  # fmt: skip
+    """Words of every WAYS-th block of 128 channels from `start` on, AHEAD of them, and their scales and zeros. EVEN:
+    all are there."""
+    LAYOUT: gl.constexpr = words_at.type.layout
+    PAIRS: gl.constexpr = pairs_at.type.layout
     asked = ()
     for i in gl.static_range(AHEAD):
-        at = block + i * WAYS
-        there = at < steps
-        words = gl.load(words_at + at.to(gl.int64) * N * 32, mask=there, other=0)
-        pairs = gl.load(pairs_at + at // blocks_per_group * pairs_row, mask=there, other=0)
+        block = start + i * WAYS + across(WAYS, 0, LAYOUT)
+        words = load_weights(words_at + block.to(gl.int64) * N * 32, block < steps, EVEN)
+        block = start + i * WAYS + gl.arange(0, WAYS, gl.SliceLayout(1, PAIRS))[:, None]
+        pairs = load_weights(pairs_at + block // blocks_per_group * pairs_row, block < steps, EVEN)
         asked = asked + ((words, pairs),)
     return asked
 
 
 @gluon.jit
-def ask_for_values(values_at, there, block, steps, AHEAD: gl.constexpr, WAYS: gl.constexpr):
+def ask_for_values(values_at, start, steps, WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr):
     """The four pieces of 32 values of the same blocks of the tokens."""
+    LAYOUT: gl.constexpr = values_at.type.layout
     asked = ()
     for i in gl.static_range(AHEAD):
-        at, here = values_at + (block + i * WAYS) * 128, there & (block + i * WAYS < steps)
+        block = start + i * WAYS + across(WAYS, 0, LAYOUT)
         pieces = ()
         for piece in gl.static_range(4):
-            pieces = pieces + (gl.load(at + piece * 32, mask=here, other=0.0),)
+            pieces = pieces + (load_weights(values_at + block * 128 + piece * 32, block < steps, EVEN),)
         asked = asked + (pieces,)
     return asked
 
@@ -98,76 +105,101 @@ def add_products(total, asked, values):
     for i in gl.static_range(len(asked)):
         words, pairs = asked[i]
         zero = gl.inline_asm_elementwise(ZERO, "=&r,r", [pairs], dtype=gl.int32, is_pure=True, pack=1)
+        zero = gl.convert_layout(gl.expand_dims(zero, 2), LAYOUT, assert_trivial=True)
         zero = zero + gl.zeros(words.shape, gl.int32, LAYOUT)
         a, b, c, d = unpack(words)
-        sums = gl.zeros(total.shape, gl.float32, MMA)
-        sums = multiply(less_zero(a, zero, False), values[i][0], sums, 2)
-        sums = multiply(less_zero(b, zero, True), values[i][1], sums, 2)
-        sums = multiply(less_zero(c, zero, False), values[i][2], sums, 2)
-        sums = multiply(less_zero(d, zero, True), values[i][3], sums, 2)
+        even = gl.zeros(total.shape, gl.float32, MMA)  # two sums: their products need not wait for one another
+        odd = gl.zeros(total.shape, gl.float32, MMA)
+        even = multiply(less_zero(a, zero, False), values[i][0], even, 2)
+        odd = multiply(less_zero(b, zero, True), values[i][1], odd, 2)
+        even = multiply(less_zero(c, zero, False), values[i][2], even, 2)
+        odd = multiply(less_zero(d, zero, True), values[i][3], odd, 2)
         scale = (pairs & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-        scale = gl.convert_layout(scale.reshape([scale.shape[0], scale.shape[1]]), gl.SliceLayout(2, MMA))
-        total += sums * gl.expand_dims(scale, 2)
+        total += (even + odd) * gl.expand_dims(scale, 2)
     return total
 
 
 @gluon.jit
-def expert_sums(
-    up_ptr, hidden_ptr, present_ptr, first, M, N, BN: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr,
-    F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, MMA: gl.constexpr,
+def multiply_tile(
+    tile, words_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, present_ptr, settled_ptr, unit_ptr, scale_ptr, bias_ptr,
+    y_ptr, M, N, steps, pairs_row, blocks_per_group, settlers, headroom, inverse_headroom, BM: gl.constexpr,
+    WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, ONCE: gl.constexpr, F: gl.constexpr, E: gl.constexpr,
+    R: gl.constexpr, USED: gl.constexpr, SETTLES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """(WAYS, BN, BM) up factors that are present times hidden values. USED: factors that M tokens use."""
-    HALVES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])
-    token = across(BM, 1, HALVES)
-    rank = across(RUN, 2, HALVES)
-    present = gl.load(present_ptr, cache_modifier=".cg")
-    sums = gl.zeros([WAYS, BN, BM], gl.float32, MMA)
-    for start in gl.static_range(0, USED * (R // RUN), WAYS):
-        run = start + across(WAYS, 0, HALVES)
-        factor, column = factor_of(run // (R // RUN), present, F, USED), run % (R // RUN) * RUN + rank
-        row = first.to(gl.int64) + across(BN, 1, HALVES)
-        up = gl.load(up_ptr + (row + factor * N) * R + column, mask=factor < F, other=0.0)
-        here = (factor < F) & (token < M)
-        at = hidden_ptr + token * (F * R) + factor * R + column
-        sums = multiply(up, gl.load(at, mask=here, other=0.0, cache_modifier=".cg"), sums, 2)
-    return sums
-
-
-@gluon.jit
-def kernel(
-    words_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, present_ptr, unit_ptr, scale_ptr, bias_ptr, y_ptr, M, N,
-    pairs_row, Kp, blocks_per_group, headroom, inverse_headroom, BN: gl.constexpr, BM: gl.constexpr,
-    WAYS: gl.constexpr, AHEAD: gl.constexpr, F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, BIAS: gl.constexpr,
-):  # fmt: skip
-    """y (M, N), M <= BM, N >= BN. Programs: tiles of BN rows; the last one ends with the last row."""
+    """ROWS rows of y. Arguments are those of `kernel`; `settlers` programs count themselves at `settled_ptr`."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WAYS, 1, 1], [1, 16, 8])
     TILE: gl.constexpr = gl.SliceLayout(0, MMA)
+    PAIRS: gl.constexpr = gl.SliceLayout(2, MMA)
     HALVES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WAYS, 1, 1], [2, 1, 0])
-    allow_next_kernel()
-    first = gl.minimum(gl.program_id(0) * BN, N - BN)
-    row = first + gl.arange(0, BN, gl.SliceLayout(1, TILE))
+    first = gl.minimum(tile * ROWS, N - ROWS)
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
     token = gl.arange(0, BM, gl.SliceLayout(0, TILE))
-    row_scale = gl.load(scale_ptr + row)
-    steps = Kp // 128
-    block = across(WAYS, 0, HALVES)
-    there = across(BM, 1, HALVES) < M
-    words_at = words_ptr + first * 32 + across(BN, 1, HALVES) * 32 + across(32, 2, HALVES)
-    pairs_at = pair_ptr + first + across(BN, 1, HALVES)
-    values_at = values_ptr + across(BM, 1, HALVES) * Kp + across(32, 2, HALVES)
-    asked = ask_for_words(words_at, pairs_at, block, steps, N, pairs_row, blocks_per_group, AHEAD, WAYS)
+    row_scale = gl.load(scale_ptr + row)  # used at the end: a product here would wait for it
+    way = 0 * across(WAYS, 0, HALVES)
+    words_at = words_ptr + first * 32 + across(ROWS, 1, HALVES) * 32 + across(32, 2, HALVES) + way
+    pairs_at = pair_ptr + first + gl.arange(0, ROWS, gl.SliceLayout(0, PAIRS))[None, :]
+    pairs_at = pairs_at + 0 * gl.arange(0, WAYS, gl.SliceLayout(1, PAIRS))[:, None]
+    repeated = gl.minimum(across(BM, 1, HALVES), M - 1)  # so that a load needs no mask, and its registers no zeros
+    values_at = values_ptr + repeated * (steps * 128) + across(32, 2, HALVES) + way
+    asked = ask_for_weights(words_at, pairs_at, 0, steps, N, pairs_row, blocks_per_group, WAYS, AHEAD, EVEN)
     wait_for_previous_kernel()
-    values = ask_for_values(values_at, there, block, steps, AHEAD, WAYS)
-    total = add_products(gl.zeros([WAYS, BN, BM], gl.float32, MMA), asked, values)
-    for start in range(WAYS * AHEAD, steps, WAYS * AHEAD):
-        asked = ask_for_words(words_at, pairs_at, start + block, steps, N, pairs_row, blocks_per_group, AHEAD, WAYS)
-        values = ask_for_values(values_at, there, start + block, steps, AHEAD, WAYS)
-        total = add_products(total, asked, values)
+    values = ask_for_values(values_at, 0, steps, WAYS, AHEAD, EVEN)
+    total = add_products(gl.zeros([WAYS, ROWS, BM], gl.float32, MMA), asked, values)
+    if not ONCE:
+        for start in range(WAYS * AHEAD, steps, WAYS * AHEAD):
+            asked = ask_for_weights(words_at, pairs_at, start, steps, N, pairs_row, blocks_per_group, WAYS, AHEAD, EVEN)
+            values = ask_for_values(values_at, start, steps, WAYS, AHEAD, EVEN)
+            total = add_products(total, asked, values)
+    unit = gl.load(unit_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg")
+    if F > 0:
+        present = 1
+        if SETTLES and E > 0:
+            present = told(wait_for(settled_ptr, settlers))
+        elif SETTLES:
+            wait_for(settled_ptr, settlers)
+        elif E > 0:
+            present = gl.load(present_ptr, cache_modifier=".cg")
+        ups = ask_for_ups(up_ptr, present, first, N, ROWS, WAYS, F, R, USED, HALVES)
+        hiddens = ask_for_hiddens(hidden_ptr, present, M, BM, WAYS, F, R, USED, HALVES)
     y = gl.sum(total, axis=0) * (row_scale * UNIT)[:, None]
     if F > 0:
-        experts = expert_sums(up_ptr, hidden_ptr, present_ptr, first, M, N, BN, BM, WAYS, F, R, USED, MMA)
+        experts = gl.zeros([WAYS, ROWS, BM], gl.float32, MMA)
+        for i in gl.static_range(len(ups)):
+            experts = multiply(ups[i], hiddens[i], experts, 2)
         y = (y * inverse_headroom + gl.sum(experts, axis=0)) * headroom
-    y = y * gl.load(unit_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg")[None, :]
+    y = y * unit[None, :]
     if BIAS:
         y = y + gl.load(bias_ptr + row)[:, None]
     at = y_ptr + token[None, :].to(gl.int64) * N + row[:, None]
     gl.store(at, y.to(y_ptr.dtype.element_ty), mask=(token < M)[None, :] & (row >= 0)[:, None])
+
+
+@gluon.jit
+def kernel(
+    words_ptr, pair_ptr, values_ptr, up_ptr, sums_ptr, hidden_ptr, present_ptr, counts_ptr, router_bias_ptr, unit_ptr,
+    scale_ptr, bias_ptr, y_ptr, M, N, steps, pairs_row, blocks_per_group, workers, headroom, inverse_headroom,
+    BM: gl.constexpr, WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, ONCE: gl.constexpr,
+    F: gl.constexpr, E: gl.constexpr, R: gl.constexpr, USED: gl.constexpr, TOTAL: gl.constexpr, EP: gl.constexpr,
+    SLICES: gl.constexpr, SETTLES: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """y (M, N), M <= BM, N >= ROWS, from values (M, 128 steps). Programs: `workers`, then tiles of ROWS rows; the last
+    one ends with the last row. EVEN: every warp has as many blocks as it asks for each time; ONCE: it asks only once.
+    USED: factors that M tokens use at most.
+
+    SETTLES: workers settle sums (SLICES, M, TOTAL), to hidden values (M, F R). Without, hidden values are there, and at
+    `present_ptr` the factors present."""
+    allow_next_kernel()
+    tile = gl.program_id(0) - workers
+    if tile >= 0:
+        multiply_tile(
+            tile, words_ptr, pair_ptr, values_ptr, up_ptr, hidden_ptr, present_ptr, counts_ptr + LINE, unit_ptr,
+            scale_ptr, bias_ptr, y_ptr, M, N, steps, pairs_row, blocks_per_group, workers, headroom, inverse_headroom,
+            BM, WAYS, AHEAD, EVEN, ONCE, F, E, R, USED, SETTLES, BIAS,
+        )  # fmt: skip
+    elif SETTLES:
+        wait_for_previous_kernel()
+        present = settle(
+            tile + workers, sums_ptr, router_bias_ptr, scale_ptr, unit_ptr, hidden_ptr, M, inverse_headroom, WAYS, BM,
+            F, E, EP, R, TOTAL, SLICES, False,
+        )  # fmt: skip
+        count_done(counts_ptr + LINE, present)

@@ -133,11 +133,11 @@ def settle(
 @gluon.jit
 def in_units(total, token, rank, M, code_scale_ptr, token_scale_ptr, inverse_headroom, CODES: gl.constexpr):
     """Sums of tokens and ranks as float32 hidden values, in units of token scale * headroom."""
-    hidden = total.to(gl.float32) * inverse_headroom
+    hidden = total.to(gl.float32)
     if CODES:
         hidden = hidden * gl.load(code_scale_ptr + rank)
     else:
         scale = gl.load(token_scale_ptr + token, mask=token < M, other=1.0, cache_modifier=".cg")
         scale = gl.where(scale == scale, scale, 1.0)
         hidden = hidden * gl.div_rn(gl.full(scale.shape, 1.0, gl.float32, scale.type.layout), scale)[:, None]
-    return hidden
+    return hidden * inverse_headroom  # last: of the largest values it could be too large

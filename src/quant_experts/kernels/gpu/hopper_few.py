@@ -1,0 +1,55 @@
+"""What linears for a few tokens on Hopper GPUs ask memory for, in Gluon: packed weights of a warp's blocks of channels,
+and what its runs of expert ranks need. All of it goes to registers as it lies (`gpu.hopper`)."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from quant_experts.kernels.gpu.hopper import RUN, across, factor_of
+
+
+@gluon.jit
+def load_weights(at, there, EVEN: gl.constexpr):
+    """EVEN: all are there."""
+    if EVEN:
+        return gl.load(at)
+    else:
+        return gl.load(at, mask=there, other=0)
+
+
+@gluon.jit
+def run_of(start, present, WAYS: gl.constexpr, F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr,
+    HALVES: gl.constexpr):  # fmt: skip
+    """-> factor, or F, and first rank of the run of ranks of each warp, from the start-th run of present factors on."""
+    run = start + across(WAYS, 0, HALVES)
+    return factor_of(run // (R // RUN), present, F, USED), run % (R // RUN) * RUN + across(RUN, 2, HALVES)
+
+
+@gluon.jit
+def ask_for_ups(
+    up_ptr, present, first, N, BN: gl.constexpr, WAYS: gl.constexpr, F: gl.constexpr, R: gl.constexpr,
+    USED: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """Up factors of the runs of ranks of each warp."""
+    row = first.to(gl.int64) + across(BN, 1, HALVES)
+    ups = ()
+    for start in gl.static_range(0, USED * (R // RUN), WAYS):
+        factor, rank = run_of(start, present, WAYS, F, R, USED, HALVES)
+        ups = ups + (gl.load(up_ptr + (row + factor * N) * R + rank, mask=factor < F, other=0.0),)
+    return ups
+
+
+@gluon.jit
+def ask_for_hiddens(
+    hidden_ptr, present, M, BM: gl.constexpr, WAYS: gl.constexpr, F: gl.constexpr, R: gl.constexpr, USED: gl.constexpr,
+    HALVES: gl.constexpr,
+):  # fmt: skip
+    """Settled hidden values (M, F R) of the runs of ranks of each warp."""
+    token = across(BM, 1, HALVES)
+    hiddens = ()
+    for start in gl.static_range(0, USED * (R // RUN), WAYS):
+        factor, rank = run_of(start, present, WAYS, F, R, USED, HALVES)
+        at = hidden_ptr + token * (F * R) + factor * R + rank
+        hiddens = hiddens + (gl.load(at, mask=(factor < F) & (token < M), other=0.0, cache_modifier=".cg"),)
+    return hiddens
