@@ -1,12 +1,13 @@
-"""What linears for a few tokens on Hopper GPUs ask memory for, in Gluon: packed weights of a warp's blocks of channels,
-and what its runs of expert ranks need. All of it goes to registers as it lies (`gpu.hopper`)."""
+"""What linears for a few tokens on Hopper GPUs do alike, in Gluon: loads of packed weights of a warp's blocks of
+channels, and experts, of whose ranks a warp takes some runs. All of it goes to registers as it lies (`gpu.hopper`)."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quant_experts.kernels.gpu.hopper import RUN, across, factor_of
+from quant_experts.kernels.gpu.hopper import RUN, across, factor_of, multiply
+from quant_experts.kernels.gpu.hopper_counts import told, wait_for
 
 
 @gluon.jit
@@ -53,3 +54,29 @@ def ask_for_hiddens(
         at = hidden_ptr + token * (F * R) + factor * R + rank
         hiddens = hiddens + (gl.load(at, mask=(factor < F) & (token < M), other=0.0, cache_modifier=".cg"),)
     return hiddens
+
+
+@gluon.jit
+def wait_for_factors(settled_ptr, settlers, present_ptr, E: gl.constexpr, SETTLES: gl.constexpr):
+    """-> which factors are present, when hidden values are there: when so many programs have counted themselves at
+    `settled_ptr` where the launch SETTLES them, else at once."""
+    present = 1
+    if SETTLES and E > 0:
+        present = told(wait_for(settled_ptr, settlers))
+    elif SETTLES:
+        wait_for(settled_ptr, settlers)
+    elif E > 0:
+        present = gl.load(present_ptr, cache_modifier=".cg")
+    return present
+
+
+@gluon.jit
+def expert_sums(ups, hiddens, MMA: gl.constexpr):
+    """(rows, tokens): up factors times hidden values, of all warps together."""
+    WAYS: gl.constexpr = ups[0].shape[0]
+    ROWS: gl.constexpr = ups[0].shape[1]
+    TOKENS: gl.constexpr = hiddens[0].shape[1]
+    sums = gl.zeros([WAYS, ROWS, TOKENS], gl.float32, MMA)
+    for i in gl.static_range(len(ups)):
+        sums = multiply(ups[i], hiddens[i], sums, 2)
+    return gl.sum(sums, axis=0)

@@ -20,8 +20,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.hopper import across, allow_next_kernel, multiply, wait_for_previous_kernel
-from quant_experts.kernels.gpu.hopper_counts import count_done, told, wait_for
-from quant_experts.kernels.gpu.hopper_few import ask_for_hiddens, ask_for_ups, load_weights
+from quant_experts.kernels.gpu.hopper_counts import count_done, wait_for
+from quant_experts.kernels.gpu.hopper_few import (
+    ask_for_hiddens,
+    ask_for_ups,
+    expert_sums,
+    load_weights,
+    wait_for_factors,
+)
 from quant_experts.kernels.gpu_tokens.hopper_settle import LINE, add_projection, ask_for_piece, settle
 from quant_experts.kernels.gpu_weight_activation.hopper_codes import unpack_int8
 
@@ -99,22 +105,13 @@ def multiply_tile(
             low_sums, high_sums = add_products(low_sums, high_sums, packed, codes)
     token_scale = gl.load(token_scale_ptr + token, mask=token < M, other=0.0) * headroom
     if F > 0:
-        present = 1
-        if SETTLES and E > 0:
-            present = told(wait_for(settled_ptr, settlers))
-        elif SETTLES:
-            wait_for(settled_ptr, settlers)
-        elif E > 0:
-            present = gl.load(present_ptr, cache_modifier=".cg")
+        present = wait_for_factors(settled_ptr, settlers, present_ptr, E, SETTLES)
         if not ASK_EARLY:
             ups = ask_for_ups(up_ptr, present, first, N, BN, WAYS, F, R, USED, HALVES)
         hiddens = ask_for_hiddens(hidden_ptr, present, M, BM, WAYS, F, R, USED, HALVES)
     y = gl.sum(low_sums + high_sums, axis=0).to(gl.float32) * (row_scale * (0.0625 * inverse_headroom))[:, None]
     if F > 0:
-        experts = gl.zeros([WAYS, BN, BM], gl.float32, MMA)
-        for i in gl.static_range(len(ups)):
-            experts = multiply(ups[i], hiddens[i], experts, 2)
-        y += gl.sum(experts, axis=0)
+        y += expert_sums(ups, hiddens, MMA)
     y = y * token_scale[None, :]
     if BIAS:
         y = y + gl.load(bias_ptr + row)[:, None]

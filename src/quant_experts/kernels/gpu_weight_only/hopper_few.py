@@ -18,8 +18,14 @@ from triton.experimental.gluon import language as gl
 
 from quant_experts.kernels.gpu.assembly import TINY_CODES
 from quant_experts.kernels.gpu.hopper import across, allow_next_kernel, multiply, wait_for_previous_kernel
-from quant_experts.kernels.gpu.hopper_counts import count_done, told, wait_for
-from quant_experts.kernels.gpu.hopper_few import ask_for_hiddens, ask_for_ups, load_weights
+from quant_experts.kernels.gpu.hopper_counts import count_done
+from quant_experts.kernels.gpu.hopper_few import (
+    ask_for_hiddens,
+    ask_for_ups,
+    expert_sums,
+    load_weights,
+    wait_for_factors,
+)
 from quant_experts.kernels.gpu_tokens.hopper_settle import LINE, settle
 
 ROWS = gl.constexpr(16)
@@ -152,21 +158,12 @@ def multiply_tile(
             total = add_products(total, asked, values)
     unit = gl.load(unit_ptr + token, mask=token < M, other=0.0, cache_modifier=".cg")
     if F > 0:
-        present = 1
-        if SETTLES and E > 0:
-            present = told(wait_for(settled_ptr, settlers))
-        elif SETTLES:
-            wait_for(settled_ptr, settlers)
-        elif E > 0:
-            present = gl.load(present_ptr, cache_modifier=".cg")
+        present = wait_for_factors(settled_ptr, settlers, present_ptr, E, SETTLES)
         ups = ask_for_ups(up_ptr, present, first, N, ROWS, WAYS, F, R, USED, HALVES)
         hiddens = ask_for_hiddens(hidden_ptr, present, M, BM, WAYS, F, R, USED, HALVES)
     y = gl.sum(total, axis=0) * (row_scale * UNIT)[:, None]
     if F > 0:
-        experts = gl.zeros([WAYS, ROWS, BM], gl.float32, MMA)
-        for i in gl.static_range(len(ups)):
-            experts = multiply(ups[i], hiddens[i], experts, 2)
-        y = (y * inverse_headroom + gl.sum(experts, axis=0)) * headroom
+        y = (y * inverse_headroom + expert_sums(ups, hiddens, MMA)) * headroom
     y = y * unit[None, :]
     if BIAS:
         y = y + gl.load(bias_ptr + row)[:, None]
