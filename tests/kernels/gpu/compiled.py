@@ -194,7 +194,7 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (weight_only_backend, 16, "int", torch.float32, 8192, 512, -8, (3000,), KINDS[2:]),
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, -8, (8,), KINDS[1:]),
     (weight_only_backend, 16, "int", torch.bfloat16, 8192, 512, -8, (3000,), KINDS[1:2]),
-    (weight_only_backend, 16, "int", torch.bfloat16, 17920, 512, -8, (8,), KINDS[1:]),
+    (weight_only_backend, 16, "int", torch.bfloat16, 17920, 512, -8, (8,), KINDS),
 ]
 """Backend, bits and format of activations, type of inputs, output and input channels, codes, tokens, kinds."""
 

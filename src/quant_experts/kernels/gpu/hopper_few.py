@@ -1,4 +1,4 @@
-"""What linears for a few tokens on Hopper GPUs do alike, in Gluon: loads of packed weights of a warp's blocks of
+"""What linears for a few tokens on Hopper GPUs do alike, in Gluon: loads where not every warp has a block of
 channels, and experts, of whose ranks a warp takes some runs. All of it goes to registers as it lies (`gpu.hopper`)."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from quant_experts.kernels.gpu.hopper_counts import told, wait_for
 
 
 @gluon.jit
-def load_weights(at, there, EVEN: gl.constexpr):
-    """EVEN: all are there."""
+def load_there(at, there, EVEN: gl.constexpr):
+    """What is there, and zeros. EVEN: all of it is."""
     if EVEN:
         return gl.load(at)
     else:

@@ -25,7 +25,7 @@ from quant_experts.kernels.gpu.hopper_few import (
     ask_for_hiddens,
     ask_for_ups,
     expert_sums,
-    load_weights,
+    load_there,
     wait_for_factors,
 )
 from quant_experts.kernels.gpu_tokens.hopper_settle import LINE, add_projection, ask_for_piece, settle
@@ -41,7 +41,7 @@ def ask_for_weights(weight_at, block, steps, block_bytes, WAYS: gl.constexpr, AH
     packed = ()
     for i in gl.static_range(AHEAD):
         there = block + i * WAYS
-        packed = packed + (load_weights(weight_at + there * block_bytes, there < steps, EVEN),)
+        packed = packed + (load_there(weight_at + there * block_bytes, there < steps, EVEN),)
     return packed
 
 

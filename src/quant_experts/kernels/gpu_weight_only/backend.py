@@ -146,6 +146,7 @@ def linear(prepared: Prepared, weight: LinearOperands | LinearLayout) -> Tensor:
             from quant_experts.kernels.gpu_weight_only.hopper_launch import linear as multiply
         elif _takes_few(m, layout, prepared.experts):
             multiply = _linear_few
+        assert prepared.sums is None or multiply is _linear_few, "nobody would settle the experts"
         multiply(prepared, layout, y)
     return y
 

@@ -23,7 +23,7 @@ from quant_experts.kernels.gpu.hopper_few import (
     ask_for_hiddens,
     ask_for_ups,
     expert_sums,
-    load_weights,
+    load_there,
     wait_for_factors,
 )
 from quant_experts.kernels.gpu_tokens.hopper_settle import LINE, settle
@@ -82,9 +82,9 @@ def ask_for_weights(
     asked = ()
     for i in gl.static_range(AHEAD):
         block = start + i * WAYS + across(WAYS, 0, LAYOUT)
-        words = load_weights(words_at + block.to(gl.int64) * N * 32, block < steps, EVEN)
+        words = load_there(words_at + block.to(gl.int64) * N * 32, block < steps, EVEN)
         block = start + i * WAYS + gl.arange(0, WAYS, gl.SliceLayout(1, PAIRS))[:, None]
-        pairs = load_weights(pairs_at + block // blocks_per_group * pairs_row, block < steps, EVEN)
+        pairs = load_there(pairs_at + block // blocks_per_group * pairs_row, block < steps, EVEN)
         asked = asked + ((words, pairs),)
     return asked
 
@@ -98,7 +98,7 @@ def ask_for_values(values_at, start, steps, WAYS: gl.constexpr, AHEAD: gl.conste
         block = start + i * WAYS + across(WAYS, 0, LAYOUT)
         pieces = ()
         for piece in gl.static_range(4):
-            pieces = pieces + (load_weights(values_at + block * 128 + piece * 32, block < steps, EVEN),)
+            pieces = pieces + (load_there(values_at + block * 128 + piece * 32, block < steps, EVEN),)
         asked = asked + (pieces,)
     return asked
 
@@ -141,12 +141,10 @@ def multiply_tile(
     row = first + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
     token = gl.arange(0, BM, gl.SliceLayout(0, TILE))
     row_scale = gl.load(scale_ptr + row)  # used at the end: a product here would wait for it
-    way = 0 * across(WAYS, 0, HALVES)
-    words_at = words_ptr + first * 32 + across(ROWS, 1, HALVES) * 32 + across(32, 2, HALVES) + way
+    words_at = words_ptr + first * 32 + across(ROWS, 1, HALVES) * 32 + across(32, 2, HALVES)
     pairs_at = pair_ptr + first + gl.arange(0, ROWS, gl.SliceLayout(0, PAIRS))[None, :]
-    pairs_at = pairs_at + 0 * gl.arange(0, WAYS, gl.SliceLayout(1, PAIRS))[:, None]
     repeated = gl.minimum(across(BM, 1, HALVES), M - 1)  # so that a load needs no mask, and its registers no zeros
-    values_at = values_ptr + repeated * (steps * 128) + across(32, 2, HALVES) + way
+    values_at = values_ptr + repeated * (steps * 128) + across(32, 2, HALVES)
     asked = ask_for_weights(words_at, pairs_at, 0, steps, N, pairs_row, blocks_per_group, WAYS, AHEAD, EVEN)
     wait_for_previous_kernel()
     values = ask_for_values(values_at, 0, steps, WAYS, AHEAD, EVEN)
