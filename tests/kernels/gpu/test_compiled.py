@@ -22,6 +22,7 @@ HOPPER_KERNELS = {
     "gpu_weight_activation.hopper_alone": {"kernel"},
     "gpu_weight_activation.hopper_few": {"kernel"},
     "gpu_weight_activation.hopper_linear": {"kernel"},
+    "gpu_tokens.hopper_begin": {"kernel"},
     "gpu_tokens.hopper_project": {"kernel"},
     "gpu_weight_activation.linear_few": {"linear_few"},
     "gpu_tokens.prepare": {"begin", "project", "end"},

@@ -19,7 +19,7 @@ from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu import launch, recorded
 from quant_experts.kernels.gpu_tokens import prepare_launch
-from quant_experts.kernels.gpu_tokens.layout import Tokens
+from quant_experts.kernels.gpu_tokens.layout import GroupLayout, Tokens
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.gpu_weight_activation.layout import pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
@@ -738,6 +738,55 @@ def dense_projections() -> None:
         assert torch.equal(y[others], clean[others])
 
 
+def few_dense_projections() -> None:
+    """The same for a few tokens, which one launch projects and quantizes: codes and scales to the bit, sums against
+    float64, with channels that fill no block, tiles that ask once or in turns, and a token that is not finite."""
+    if not launch.hopper(torch.device(DEVICE)):
+        return
+    for m, k, experts, rank, parts in [
+        (1, 3584, 8, 32, ALL), (4, 300, 8, 32, ALL), (8, 18944, 8, 32, ALL), (9, 1001, 8, 64, ALL), (1, 1, 8, 32, ALL),
+        (16, 9472, 0, 100, ("smooth", "shared")), (16, 4096, 20, 32, ("routed",)), (3, 32768, 0, 32, ("shared",)),
+    ]:  # fmt: skip
+        group, linears = operands(k, (96,), 8, parts, experts=experts, rank=rank)
+        few_sums(tokens(m, k, torch.bfloat16), triton_backend.pack(group, linears, torch.bfloat16).group)
+        if group.router_weight is not None:
+            group.router_weight[:, 8:] = 0  # short sums: no near ties
+        check(tokens(m, k, torch.bfloat16), group, linears)
+    for m, k in ((16, 32769), (17, 3584)):
+        layout = triton_backend.pack(*operands(k, (1,), 8), torch.bfloat16).group
+        assert prepare_launch.projector(tokens(m, k, torch.bfloat16), layout) is not prepare_launch.Projector.FEW
+
+
+def few_sums(x: Tensor, layout: GroupLayout) -> None:
+    """What `hopper_begin` leaves of x, in tiles of several kinds, if one of its tokens is not finite, too."""
+    from quant_experts.kernels.gpu_tokens import hopper_begin, hopper_tokens
+
+    assert prepare_launch.projector(x, layout) is prepare_launch.Projector.FEW and layout.projection is not None
+    (m, k), padded, kind = x.shape, 128 * len(layout.projection), layout.kind
+    x[m // 2, k // 2] = torch.nan
+    others = [i for i in range(m) if i != m // 2]
+    rows = layout.projection.transpose(0, 1).reshape(kind.rows, -1)[:, :k].double()
+    factor_rows = kind.factors * kind.rank
+    values, magnitudes = x.double(), x.double().abs()
+    expected = torch.cat([values @ rows[:factor_rows].T, magnitudes @ rows[factor_rows:].T], dim=1)[others]
+    free = 1e-5 * (magnitudes @ rows.abs().T)[others]
+    codes, unit = torch.empty(m, padded, dtype=torch.int8, device=DEVICE), torch.empty(m, 1, device=DEVICE)
+    hopper_tokens.write_tokens(x, layout.inverse_smooth, 0, kind.largest_code, codes, unit)
+    blocks = padded // 128
+    for tile in (
+        hopper_begin.tile(m, blocks),
+        hopper_begin.sliced(8, 1, blocks, 2),
+        hopper_begin.sliced(4, 3, blocks, 9),
+    ):
+        sums = torch.full((tile.slices, m, kind.rows), 7e7, device=DEVICE)
+        found, units = torch.full_like(codes, 99), torch.full_like(unit, 99)
+        counts = torch.full((32,), 99, device=DEVICE)
+        hopper_begin.begin(x, layout, found, units, sums, counts, tile)
+        assert torch.equal(found, codes) and torch.equal(units.nan_to_num(-1), unit.nan_to_num(-1)), tile
+        assert ((sums.double().sum(dim=0)[others] - expected).abs() <= free).all(), tile
+        assert sums.sum(dim=0)[m // 2].isnan().all() and not counts.any()
+
+
 def sums_of_every_tile(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> None:
     """With one slice of the input channels and with several."""
     from quant_experts.kernels.gpu_tokens import hopper_project
@@ -807,7 +856,7 @@ CASES: list[Callable[[], None]] = [
     fp8_non_finite_tokens, fp8_inputs_follow_one_another,
     fp8_inputs_of_codes_follow_one_another, large_layers, products_that_settle,
     fp8_products_that_settle, shares_of_every_tile, fp8_shares_of_every_tile,
-    dense_projections, threads_that_have_not_used_the_gpu,
+    dense_projections, few_dense_projections, threads_that_have_not_used_the_gpu,
     a_model_runs_stacked, fp8_model_runs_stacked,
 ]  # fmt: skip
 

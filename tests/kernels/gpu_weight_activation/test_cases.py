@@ -136,23 +136,23 @@ def test_what_few_tokens_ask_for_fits_registers(
     monkeypatch.setattr(few_launch, "programs", lambda device: 132)
     n, _ = shape
     layout = rows_on_no_device(*shape)
-    rows, ways, ahead, most = few_launch.few_tile(tokens, layout, int(kind != "none"), kind == "projects")
+    rows, ways, ahead, most = few_launch.few_tile(tokens, layout, 64 * (kind != "none"), kind == "projects")
     assert ahead * rows * 64 // (32 * 4) <= (most or 256) // 2
     assert 32 * ways * (most or 255) <= 65536
     assert 16 <= rows <= LEAST_ROWS <= n
 
 
 @pytest.mark.parametrize(
-    ("tokens", "factors", "projects", "warps"),
-    [(1, 0, False, 8), (1, 9, False, 8), (2, 9, False, 4), (1, 1, True, 4)],  # registers decide what is best
+    ("tokens", "ranks", "projects", "warps"),
+    [(1, 0, False, 8), (1, 288, False, 8), (2, 288, False, 4), (1, 64, True, 4)],  # registers decide what is best
 )
 def test_warps_of_long_tokens(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, factors: int, projects: bool, warps: int
+    monkeypatch: pytest.MonkeyPatch, tokens: int, ranks: int, projects: bool, warps: int
 ) -> None:
     from quant_experts.kernels.gpu_weight_activation import few_launch
 
     monkeypatch.setattr(few_launch, "programs", lambda device: 132)
-    assert few_launch.few_tile(tokens, rows_on_no_device(3584, 18944), factors, projects)[1] == warps
+    assert few_launch.few_tile(tokens, rows_on_no_device(3584, 18944), ranks, projects)[1] == warps
 
 
 @pytest.mark.parametrize(

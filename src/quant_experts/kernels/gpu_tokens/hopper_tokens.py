@@ -103,6 +103,21 @@ def smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH: gl.constexpr, ROT: g
 
 
 @gluon.jit
+def write_token(values, largest, values_at, unit_at, column, Kp, LARGEST: gl.constexpr):
+    """Codes, or values in a unit, of parts of a token, and its scale or unit; NaN, and zeros, if it is not finite."""
+    PART: gl.constexpr = column.shape[0]
+    finite = largest < float("inf")
+    unit, inverse = unit_and_inverse(largest, finite, LARGEST)
+    for part in gl.static_range(len(values)):
+        steps = gl.where(finite, values[part] * inverse, 0.0)
+        if values_at.dtype.element_ty == gl.int8:
+            steps = (steps + ROUNDING).to(gl.int32, bitcast=True)
+        at = part * PART + column
+        gl.store(values_at + at, steps.to(values_at.dtype.element_ty), mask=at < Kp)
+    gl.store(unit_at, gl.where(finite, unit, float("nan")))
+
+
+@gluon.jit
 def kernel(
     x_ptr, inverse_ptr, values_ptr, unit_ptr, order_ptr, sums_ptr, counts_ptr, M, K, Kp, LARGEST: gl.constexpr,
     PARTS: gl.constexpr, WARPS: gl.constexpr, SMOOTH: gl.constexpr, ROT: gl.constexpr, SORTED: gl.constexpr,
@@ -143,15 +158,7 @@ def kernel(
                 token = gl.load(order_ptr + token, mask=there, other=0, cache_modifier=".cg")
             next_raw = ask_for_token(x_ptr + token.to(gl.int64) * K, there, column, K, PARTS, PART)
         values, largest = smoothed(raw, inverses, inverse_ptr, column, K, SMOOTH, ROT)
-        finite = largest < float("inf")
-        unit, inverse = unit_and_inverse(largest, finite, LARGEST)
-        for part in gl.static_range(PARTS):
-            steps = gl.where(finite, values[part] * inverse, 0.0)
-            if values_ptr.dtype.element_ty == gl.int8:
-                steps = (steps + ROUNDING).to(gl.int32, bitcast=True)
-            at = part * PART + column
-            gl.store(values_ptr + place * Kp + at, steps.to(values_ptr.dtype.element_ty), mask=at < Kp)
-        gl.store(unit_ptr + place, gl.where(finite, unit, float("nan")))
+        write_token(values, largest, values_ptr + place * Kp, unit_ptr + place, column, Kp, LARGEST)
         if SUMS > 0:
             rank = gl.arange(0, SUMS, gl.BlockedLayout([1], [32], [WARPS], [0]))
             gl.store(sums_ptr + place * SUMS + rank, gl.zeros_like(rank))

@@ -7,6 +7,7 @@ cutting takes longer than launching.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout, settled: bool = True,
     if sorts is None:
         sorts = m > FEW_TOKENS
     sorts = sorts and layout.kind.experts > 0
-    p = plan(layout.kind, m, k, x.dtype, x.device, settled, _copied(x, layout), sorts)
+    p = plan(layout.kind, m, k, x.dtype, x.device, settled, projector(x, layout), sorts)
     tokens = _prepare_many(x, layout, p) if p.sorts else _prepare(x, layout, p)
     return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
 
@@ -91,26 +92,39 @@ def sorts_tokens(kind: Kind, m: int, n: int) -> bool:
     return m > FEW_TOKENS and m * n * (kind.factors - 2) * kind.rank > MOST_IDLE
 
 
-def _copied(x: Tensor, layout: GroupLayout) -> bool:
-    """Whether `hopper_project` projects."""
-    if not hopper(x.device):
-        return False
-    from quant_experts.kernels.gpu_tokens import hopper_project
+class Projector(Enum):
+    """Which kernels project tokens."""
 
-    return hopper_project.takes(x, layout)
+    PREPARE = "prepare"
+    FEW = "hopper_begin"
+    """Which quantizes too."""
+    MANY = "hopper_project"
+
+
+def projector(x: Tensor, layout: GroupLayout) -> Projector:
+    """Of tokens x (M, K) of a group: kernels for Hopper where they take them."""
+    if hopper(x.device):
+        from quant_experts.kernels.gpu_tokens import hopper_begin, hopper_project
+
+        if hopper_begin.takes(x, layout):
+            return Projector.FEW
+        if hopper_project.takes(x, layout):
+            return Projector.MANY
+    return Projector.PREPARE
 
 
 class Cut(NamedTuple):
     """How a projection is cut over programs."""
 
     slices: int
-    """Of the input channels"""
+    """Of the input channels."""
     sums: int
     """That are to be added up: as many as slices, or one, if they were added already."""
     programs: int
     constants: dict[str, Any]
+    projector: Projector = Projector.PREPARE
     tile: Any = None
-    """Of `hopper_project`, which then projects"""
+    """Of kernels for Hopper."""
 
 
 NO_PROJECTION = Cut(0, 0, 0, {})
@@ -145,15 +159,17 @@ class Plan:
 
 @lru_cache(PLANS)
 def plan(
-    kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, settled: bool, copied: bool = False,
-    sorts: bool = False,
+    kind: Kind, m: int, k: int, dtype: torch.dtype, device: torch.device, settled: bool,
+    by: Projector = Projector.PREPARE, sorts: bool = False,
 ) -> Plan:  # fmt: skip
-    """For m tokens of k channels; copied: whether `hopper_project` projects them; sorts: see `prepare`."""
+    """For m tokens of k channels; by: what projects values; sorts: see `prepare`."""
     padded = padded_channels(k, kind.block)
     sums_type = torch.int32 if kind.reads_codes and kind.code_type == torch.int8 else torch.float32
     adds = sums_type == torch.int32 and (m <= ADD_TOKENS or not settled)
-    if copied:
-        cut = _cut_copied(kind, m, padded // BLOCK, sorts, device)
+    if by is Projector.FEW:
+        cut = _cut_few(kind, m, padded // BLOCK)
+    elif by is Projector.MANY:
+        cut = _cut_many(kind, m, padded // BLOCK, sorts, device)
     else:
         cut = _cut(kind, m, padded // BLOCK, adds, dtype, device)
     launch = dict(PDL=overlapped(device), num_warps=4, **options(device))
@@ -164,7 +180,8 @@ def plan(
     return Plan(
         kind=kind, sizes=(m, k, padded), settled=settled and cut.programs > 0,
         counts=not settled and cut.programs > 0, sorts=sorts,
-        beside=cut.programs > 0 and not (kind.reads_codes or copied or sorts) and padded <= CHUNK, cut=cut,
+        beside=cut.programs > 0 and by is Projector.PREPARE and not (kind.reads_codes or sorts) and padded <= CHUNK,
+        cut=cut,
         sums_type=sums_type, adds=adds, projects=cut.programs > 0 and (settled or not kind.reads_codes),
         launch=launch, end=constants | launch,
     )  # fmt: skip
@@ -199,7 +216,7 @@ def _cut(kind: Kind, m: int, steps: int, adds: bool, dtype: torch.dtype, device:
     return Cut(slices, 1 if adds else slices, tiles * slices, constants)
 
 
-def _cut_copied(kind: Kind, m: int, blocks: int, sorts: bool, device: torch.device) -> Cut:
+def _cut_many(kind: Kind, m: int, blocks: int, sorts: bool, device: torch.device) -> Cut:
     """The same, for `hopper_project`. Programs that quantize long tokens, one each, fill a multiprocessor's registers:
     a few tokens leave them theirs, so that both run side by side."""
     from quant_experts.kernels.gpu_tokens import hopper_project
@@ -209,7 +226,16 @@ def _cut_copied(kind: Kind, m: int, blocks: int, sorts: bool, device: torch.devi
         count -= m
     router_rows = kind.rows - factor_rows
     tile, slices = hopper_project.cut(factor_rows, router_rows, m, 2 * blocks, count, sorts)
-    return Cut(slices, slices, -(-m // hopper_project.TOKENS.value) * tile.CHUNKS.value * slices, {}, tile)
+    count = -(-m // hopper_project.TOKENS.value) * tile.CHUNKS.value * slices
+    return Cut(slices, slices, count, {}, Projector.MANY, tile)
+
+
+def _cut_few(kind: Kind, m: int, blocks: int) -> Cut:
+    """The same, for `hopper_begin`."""
+    from quant_experts.kernels.gpu_tokens import hopper_begin
+
+    tile = hopper_begin.tile(m, blocks)
+    return Cut(tile.slices, tile.slices, tile.slices * kind.rows // hopper_begin.ROWS.value, {}, Projector.FEW, tile)
 
 
 def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
@@ -230,9 +256,13 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
         )  # fmt: skip
     else:
         tokens = _allocate(x, layout)
-    codes = tokens.codes
-    assert codes is not None
-    if p.beside:
+    codes, scale = tokens.codes, tokens.token_scale
+    assert codes is not None and scale is not None
+    if cut.projector is Projector.FEW:
+        from quant_experts.kernels.gpu_tokens import hopper_begin
+
+        hopper_begin.begin(x, layout, codes, scale, sums, tokens.counts, cut.tile)
+    elif p.beside:
         start(
             begin, (m + cut.programs,),
             x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, tokens.token_scale,
@@ -259,7 +289,7 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
 
 def _project(x: Tensor, layout: GroupLayout, sums: Tensor, p: Plan) -> None:
     """Of values x, or codes."""
-    if p.cut.tile is not None:
+    if p.cut.projector is Projector.MANY:
         from quant_experts.kernels.gpu_tokens import hopper_project
 
         return hopper_project.project(x, layout, sums, p.cut.tile, **options(x.device))

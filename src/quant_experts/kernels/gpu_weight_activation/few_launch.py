@@ -16,6 +16,8 @@ FEW, MOST_FEW = 8, 16
 """Tokens that `linear_few` takes at most of any group, and of groups that are neither wide nor too long."""
 MOST_RANKS = 320
 """Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers."""
+FEW_RANKS = 64
+"""Of experts whose programs do with few registers, at most."""
 MOST_BLOCKS, MOST_BLOCKS_OF_EXPERTS = 160, 32
 """Blocks of 128 channels, at most, of groups of which it takes more than FEW tokens, without experts and with them."""
 FEW_BLOCKS, SHORT_BLOCKS = 32, 64
@@ -39,15 +41,20 @@ def is_wide(n: int, device: torch.device) -> bool:
     return n >= 128 * programs(device)
 
 
-def few_tile(m: int, layout: LinearLayout, factors: int, projects: bool) -> tuple[int, int, int, int | None]:
+def few_tile(m: int, layout: LinearLayout, ranks: int, projects: bool) -> tuple[int, int, int, int | None]:
     """Rows and warps of a program, blocks of 128 channels that a warp asks for at a time, and registers of a thread if
-    they are limited, as measured on an H200; projects: whether programs project codes."""
+    they are limited, as measured on an H200; ranks: of all experts; projects: whether programs project codes."""
     blocks, registers = layout.weight.shape[0], None
     if is_wide(layout.out_features, layout.scale.device):
-        tall = blocks <= FEW_BLOCKS if not factors else m <= 4 and not projects
-        rows, ways, most = (32, 2, 2) if tall else (16, 2, 4 if factors else 8)
+        if ranks and not projects:
+            uneven = blocks % 2 or blocks // 2 % -(-blocks // 8)  # four blocks a warp, or a little fewer
+            rows, ways, most = (32, 2, 2) if m <= 4 and uneven else (16, 2, 4)
+        elif blocks <= FEW_BLOCKS:
+            rows, ways, most, registers = 16, 2, 1, 56 if ranks <= FEW_RANKS else None
+        else:
+            rows, ways, most = (32, 1, 2) if projects else (16, 2, 8)
     elif blocks > SHORT_BLOCKS:
-        eight = not factors or (m == 1 and not projects)
+        eight = not ranks or (m == 1 and not projects)
         rows, ways, most, registers = (16, 8, 5, 128) if eight else (16, 4, 10, None)
     else:
         rows, ways, most = 16, 2, 8 if projects or blocks > FEW_BLOCKS else 16
@@ -67,7 +74,7 @@ def linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     projects = settles and tokens.projection is not None
     slices, _, total = (0, 0, 0) if sums is None else sums.shape
     experts = tokens.experts if factors else 0
-    rows, ways, ahead, registers = few_tile(m, layout, factors, projects)
+    rows, ways, ahead, registers = few_tile(m, layout, factors * rank, projects)
     workers, hidden = 0, tokens.hidden
     if settles:
         parts = -(-steps // ways) * (total // hopper_settle.ROWS.value) if projects else factors
