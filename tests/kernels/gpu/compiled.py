@@ -190,6 +190,8 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (2048,), KINDS[1:2]),
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (12, 2048), KINDS[2:]),
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, 0, (1, 40, 600), KINDS[1:2]),  # codes of 3 bits
+    (weight_only_backend, 16, "int", torch.bfloat16, 17920, 512, 0, (8,), KINDS[1:]),
+    (weight_only_backend, 16, "int", torch.bfloat16, 64, 9216, 0, (8,), KINDS[2:]),
     (weight_only_backend, 16, "int", torch.float32, 37888, 512, 0, (300,), KINDS[:1]),  # their largest tile
     (weight_only_backend, 16, "int", torch.float32, 8192, 512, -8, (3000,), KINDS[2:]),
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, -8, (8,), KINDS[1:]),

@@ -177,8 +177,9 @@ def few_tokens() -> None:
         (4, 300, 17001, 128, ("shared",), 64), (8, 512, 17000, 128, ALL, 40),
     ]  # fmt: skip
     for i, (m, k, n, size, chosen, rank) in enumerate(large if not INTERPRETED else [(2, 300, 40, 128, ALL, 40)]):
-        dtype = torch.float32 if INTERPRETED or i % 2 else torch.bfloat16
-        check(tokens(m, k, dtype), *operands(k, (n,), 4, chosen, size, experts=8, rank=rank))
+        for bits in (3, 4):
+            dtype = torch.float32 if INTERPRETED or i % 2 else torch.bfloat16
+            check(tokens(m, k, dtype), *operands(k, (n,), bits, chosen, size, experts=8, rank=rank))
 
 
 @numpy.errstate(invalid="ignore")  # the interpreter's arithmetic is NumPy's
@@ -187,8 +188,11 @@ def products_that_settle() -> None:
     also of an input in between, half of whose tokens are not finite."""
     if INTERPRETED or not launch.hopper(torch.device(DEVICE)):
         return
-    for k, n, chosen, rank in ((1000, 40, ALL, 20), (512, 17000, ALL, 20), (9000, 33, ("shared",), 64)):
-        packed = weight_only_backend.pack(*operands(k, (n,), 4, chosen, 128, experts=8, rank=rank), torch.bfloat16)
+    for k, n, bits, chosen, rank in (
+        (1000, 40, 4, ALL, 20), (512, 17000, 4, ALL, 20), (9000, 33, 4, ("shared",), 64), (512, 17000, 3, ALL, 20),
+        (9000, 33, 3, ("shared",), 64),
+    ):  # fmt: skip
+        packed = weight_only_backend.pack(*operands(k, (n,), bits, chosen, 128, experts=8, rank=rank), torch.bfloat16)
         for m in (1, 2, 8):
             x = tokens(m, k, torch.bfloat16)
             assert weight_only_backend._settles(m, packed), "there would be one way"

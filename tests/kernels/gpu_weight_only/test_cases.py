@@ -67,10 +67,10 @@ def test_tiles_are_chosen_by_shape(m: int, n: int, steps: int, expected: tuple[i
     [
         (True, 4, 8, torch.bfloat16, "few"), (True, 4, 9, torch.bfloat16, "streams"),
         (True, 4, 5000, torch.bfloat16, "streams"), (True, 4, 5000, torch.float32, "streams"),
-        (True, 3, 8, torch.bfloat16, "registers"), (True, 3, 511, torch.bfloat16, "streams"),
+        (True, 3, 8, torch.bfloat16, "few"), (True, 3, 511, torch.bfloat16, "streams"),
         (True, 3, 512, torch.bfloat16, "memory"), (True, 3, 512, torch.float32, "streams"),
-        (False, 4, 8, torch.bfloat16, "registers"), (False, 4, 512, torch.bfloat16, "memory"),
-        (False, 3, 512, torch.float32, "registers"),
+        (False, 4, 8, torch.bfloat16, "registers"), (False, 3, 8, torch.bfloat16, "registers"),
+        (False, 4, 512, torch.bfloat16, "memory"), (False, 3, 512, torch.float32, "registers"),
     ],
 )  # fmt: skip
 def test_who_multiplies(
@@ -114,6 +114,18 @@ def test_the_table_names_the_backend_for_gpus() -> None:
     for bits in (3, 4):
         assert backend.fits((bits, 128, False)) and backend.fits((bits, None, True))
     assert not backend.fits((8, 128, False)) and not backend.fits((4, 16, True))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("static_rank", [0, 64, 256])
+@pytest.mark.parametrize(("n", "k"), [(16, 256), (4608, 3584), (37888, 3584), (3584, 18944), (59136, 8192)])
+def test_what_few_tokens_ask_for_fits_registers(n: int, k: int, static_rank: int, bits: int) -> None:
+    """Of a multiprocessor, by as many warps; and words and third bits a thread asks for leave it half of its own."""
+    from quant_experts.kernels.gpu_weight_only.backend import few_tile
+
+    ways, ahead, most = few_tile(bits, n, k, static_rank, 132)
+    assert 32 * ways * (most or 255) <= 65536
+    assert ahead * (8 if bits == 4 else 12) <= (most or 255) // 2
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from quant_experts.kernels.gpu.launch import (
     zeros,
 )
 from quant_experts.kernels.gpu_tokens import prepare_launch
-from quant_experts.kernels.gpu_tokens.layout import SETTLED_RANK, GroupLayout, Tokens, pack_group, padded_experts
+from quant_experts.kernels.gpu_tokens.layout import BLOCK, SETTLED_RANK, GroupLayout, Tokens, pack_group, padded_experts
 from quant_experts.kernels.gpu_weight_only.layout import PIECE, LinearLayout, fits_groups, pack_linear, unpack_codes
 from quant_experts.kernels.operands import GroupOperands, LinearOperands, Prepared
 
@@ -37,6 +37,8 @@ DECODE_TOKENS = 8
 """Up to here Hopper GPUs have a kernel of its own."""
 LEAST_ROWS = 16
 """Rows of its tile: a layout has as many."""
+LONG = 8192
+"""Input channels, at most, of those that are not long for it."""
 MOST_RANKS = 320
 """Ranks that it takes at most, of the factors that tokens use together: up factors wait in registers."""
 MANY_TOKENS = 20 if INTERPRETED else 512
@@ -159,12 +161,12 @@ def _streams(m: int, dtype: torch.dtype, layout: LinearLayout) -> bool:
 
 
 def _takes_few(m: int, layout: LinearLayout, experts: int) -> bool:
-    """Whether the kernel for few tokens multiplies, `experts` of whose factors are routed: on Hopper, 4 bits, a block
-    of 128 channels in one group."""
-    if not (0 < m <= DECODE_TOKENS and hopper(layout.scale.device) and layout.bits == 4):
+    """Whether the kernel for few tokens multiplies, `experts` of whose factors are routed: on Hopper, blocks of 128
+    channels in one group."""
+    if not (0 < m <= DECODE_TOKENS and hopper(layout.scale.device)):
         return False
     ranks = 0 if layout.up is None else _used(layout.up, experts, m) * layout.up.shape[2]
-    whole = layout.pieces * PIECE % STEP[4] == 0
+    whole = layout.pieces * PIECE % BLOCK == 0
     return whole and layout.out_features >= LEAST_ROWS and ranks <= MOST_RANKS
 
 
@@ -177,7 +179,8 @@ def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     from quant_experts.kernels.gpu_weight_only.hopper_few import ROWS, kernel
 
     assert tokens.codes is not None
-    (m, n), steps, device = y.shape, tokens.codes.shape[1] // STEP[4], y.device
+    (m, n), step, device = y.shape, STEP[layout.bits], y.device
+    steps = tokens.codes.shape[1] // step
     nothing, up, sums, hidden = layout.scale, layout.up, tokens.sums, tokens.hidden
     if not tokens.has_experts:
         up = None
@@ -187,27 +190,31 @@ def _linear_few(tokens: Tokens, layout: LinearLayout, y: Tensor) -> None:
     if sums is not None and factors:
         workers = factors
         hidden = torch.empty(m, factors * rank, dtype=torch.float16, device=device)
-    ways, ahead, registers = few_tile(n, steps, 0 if experts else factors * rank, programs(device))
+    ways, ahead, registers = few_tile(layout.bits, n, steps * step, 0 if experts else factors * rank, programs(device))
     start(
         kernel, (workers + -(-n // ROWS.value),),
-        layout.low, layout.pairs, tokens.codes, ptr(up, nothing), ptr(sums, nothing), ptr(hidden, nothing),
-        ptr(tokens.present, nothing), ptr(tokens.counts, nothing), ptr(tokens.router_bias, nothing),
-        tokens.token_scale, layout.scale, ptr(layout.bias, nothing), y, m, n, steps, layout.pairs.shape[1],
-        layout.pieces * PIECE // STEP[4], workers, tokens.headroom, 1.0 / tokens.headroom, BM=DECODE_TOKENS,
-        WAYS=ways, AHEAD=ahead, EVEN=steps % (ways * ahead) == 0, ONCE=steps <= ways * ahead, F=factors, E=experts,
-        R=rank, USED=0 if up is None else _used(up, experts, m), TOTAL=total, EP=padded_experts(experts),
-        SLICES=slices, SETTLES=workers > 0, BIAS=layout.bias is not None, num_warps=ways, maxnreg=registers,
-        **options(device),
+        layout.low, ptr(layout.high, layout.low), layout.pairs, tokens.codes, ptr(up, nothing), ptr(sums, nothing),
+        ptr(hidden, nothing), ptr(tokens.present, nothing), ptr(tokens.counts, nothing),
+        ptr(tokens.router_bias, nothing), tokens.token_scale, layout.scale, ptr(layout.bias, nothing), y, m, n, steps,
+        layout.pairs.shape[1], layout.pieces * PIECE // BLOCK, workers, tokens.headroom, 1.0 / tokens.headroom,
+        BLOCKS=step // BLOCK, BM=DECODE_TOKENS, WAYS=ways, AHEAD=ahead, EVEN=steps % (ways * ahead) == 0,
+        ONCE=steps <= ways * ahead, F=factors, E=experts, R=rank, USED=0 if up is None else _used(up, experts, m),
+        TOTAL=total, EP=padded_experts(experts), SLICES=slices, SETTLES=workers > 0, BIAS=layout.bias is not None,
+        num_warps=ways, maxnreg=registers, **options(device),
     )  # fmt: skip
 
 
-def few_tile(n: int, steps: int, static_rank: int, multiprocessors: int) -> tuple[int, int, int | None]:
-    """Warps of a program, blocks of 128 channels that a warp asks for at a time, and registers of a thread if they are
-    limited, as measured on an H200; static_rank: of the one expert that serves all tokens, 0 for none or routed ones.
-    """
+def few_tile(bits: int, n: int, k: int, static_rank: int, multiprocessors: int) -> tuple[int, int, int | None]:
+    """Warps of a program, steps that a warp asks for at a time, and registers of a thread if they are limited, as
+    measured on an H200; static_rank: of the one expert that serves all tokens, 0 for none or routed ones."""
     if n >= 128 * multiprocessors:
-        return (2, 1, 56 if static_rank <= SETTLED_RANK else None) if static_rank else (1, 2, None)
-    return (8, 5, 128) if steps > 64 else (4, 7, None)
+        ways = 2 if static_rank else 1
+        if bits == 3:
+            return ways, 1, None
+        return ways, 3 - ways, 56 if 0 < static_rank <= SETTLED_RANK else None
+    if k > LONG:
+        return 8, 5 if bits == 4 else 2, 128
+    return 4, 7 if bits == 4 else 4, None
 
 
 def dequantizes(m: int, dtype: torch.dtype) -> bool:
