@@ -238,8 +238,9 @@ def kernel(
     TOTAL: gl.constexpr, EP: gl.constexpr, SLICES: gl.constexpr, SETTLES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """y (M, N), M <= BM, N >= ROWS, from values (M, 128 BLOCKS steps). Programs: `workers`, then tiles of ROWS rows;
-    the last one ends with the last row. BLOCKS: of 128 channels in a step, one of codes of 4 bits, two of 3. EVEN: every
-    warp has as many steps as it asks for each time; ONCE: it asks only once. USED: factors that M tokens use at most.
+    the last one ends with the last row. BLOCKS: of 128 channels in a step, one of codes of 4 bits, two of 3. EVEN:
+    every warp has as many steps as it asks for each time; ONCE: it asks only once. USED: factors that M tokens use at
+    most.
 
     SETTLES: workers settle sums (SLICES, M, TOTAL), to hidden values (M, F R). Without, hidden values are there, and at
     `present_ptr` the factors present."""
