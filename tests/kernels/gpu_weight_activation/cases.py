@@ -740,7 +740,7 @@ def dense_projections() -> None:
 
 def few_dense_projections() -> None:
     """The same for a few tokens, which one launch projects and quantizes: codes and scales to the bit, sums against
-    float64, with channels that fill no block, tiles that ask once or in turns, and a token that is not finite."""
+    float64, with channels that fill no block, and a token that is not finite."""
     if not launch.hopper(torch.device(DEVICE)):
         return
     for m, k, experts, rank, parts in [
@@ -773,11 +773,7 @@ def few_sums(x: Tensor, layout: GroupLayout) -> None:
     codes, unit = torch.empty(m, padded, dtype=torch.int8, device=DEVICE), torch.empty(m, 1, device=DEVICE)
     hopper_tokens.write_tokens(x, layout.inverse_smooth, 0, kind.largest_code, codes, unit)
     blocks = padded // 128
-    for tile in (
-        hopper_begin.tile(m, blocks),
-        hopper_begin.sliced(8, 1, blocks, 2),
-        hopper_begin.sliced(4, 3, blocks, 9),
-    ):
+    for tile in (hopper_begin.tile(m, blocks), hopper_begin.sliced(8, 1, blocks), hopper_begin.sliced(4, 3, blocks)):
         sums = torch.full((tile.slices, m, kind.rows), 7e7, device=DEVICE)
         found, units = torch.full_like(codes, 99), torch.full_like(unit, 99)
         counts = torch.full((32,), 99, device=DEVICE)

@@ -3,7 +3,7 @@
 Tokens have a program each (`hopper_tokens`). Beside them others multiply tokens by rows of the stacked down factors and
 router weights: a program owns ROWS of them and a slice of the input channels, of which each of its warps takes every
 WAYS-th block of 128, and writes its sums; who reads them adds the slices, always in the same order. Weights and tokens
-are operands as they lie in memory (`gpu.hopper`), and a program asks for its first weights before it waits for the
+are operands as they lie in memory (`gpu.hopper`), and a program asks for all its weights before it waits for the
 tokens. `prepare` is the same for other GPUs, other types and the interpreter, through shared memory.
 
 The next kernel may start at once: that it may only after tokens are there, as in `prepare`, was slower here.
@@ -41,9 +41,7 @@ class Tile(NamedTuple):
 
     warps: int
     ahead: int
-    """Blocks of 128 channels that a warp asks for at a time."""
-    turns: int
-    """How often it does."""
+    """Blocks of 128 channels of a warp, all of which it asks for at once."""
     slices: int
     """Of the input channels."""
 
@@ -55,9 +53,9 @@ def tile(m: int, blocks: int) -> Tile:
     return sliced(4, 2 if blocks >= 32 else 1, blocks)
 
 
-def sliced(warps: int, ahead: int, blocks: int, turns: int = 1) -> Tile:
+def sliced(warps: int, ahead: int, blocks: int) -> Tile:
     """A tile with as many slices as it takes."""
-    return Tile(warps, ahead, turns, -(-blocks // (turns * warps * ahead)))
+    return Tile(warps, ahead, -(-blocks // (warps * ahead)))
 
 
 def takes(x: Tensor, layout: GroupLayout) -> bool:
@@ -126,7 +124,7 @@ def add_products(even, odd, rows, values, signs):
 @gluon.jit
 def project(
     program, x_ptr, rows_ptr, sums_ptr, M, K, blocks, blocks_per_slice, FACTOR_ROWS: gl.constexpr, TOTAL: gl.constexpr,
-    BM: gl.constexpr, WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, ONCE: gl.constexpr,
+    BM: gl.constexpr, WAYS: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one slice, to sums (slices, M, TOTAL)."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WAYS, 1, 1], [1, 16, 8])
@@ -144,11 +142,6 @@ def project(
     even = gl.zeros([WAYS, ROWS, BM], gl.float32, MMA)
     odd = gl.zeros([WAYS, ROWS, BM], gl.float32, MMA)
     even, odd = add_products(even, odd, rows, values, signs)
-    if not ONCE:
-        for block in range(first + WAYS * AHEAD, gl.minimum(first + blocks_per_slice, blocks), WAYS * AHEAD):
-            rows = ask_for_rows(rows_at, block, blocks, TOTAL, WAYS, AHEAD, EVEN)
-            values = ask_for_values(values_at, block, K, WAYS, AHEAD, EVEN)
-            even, odd = add_products(even, odd, rows, values, signs)
     sums = gl.sum(even + odd, axis=0)
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))[:, None]
     token = gl.arange(0, BM, gl.SliceLayout(0, SUMS))[None, :]
@@ -160,17 +153,17 @@ def kernel(
     x_ptr, inverse_ptr, codes_ptr, unit_ptr, rows_ptr, sums_ptr, counts_ptr, M, K, Kp, blocks_per_slice,
     LARGEST: gl.constexpr, PARTS: gl.constexpr, SMOOTH: gl.constexpr, ROT: gl.constexpr, COUNTS: gl.constexpr,
     FACTOR_ROWS: gl.constexpr, TOTAL: gl.constexpr, BM: gl.constexpr, WAYS: gl.constexpr, AHEAD: gl.constexpr,
-    EVEN: gl.constexpr, ONCE: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     """Of x (M, K): codes (M, Kp) and units (M), or values, as `hopper_tokens`, and `project`. Programs: tokens, then
-    rows of the projection and slices. COUNTS: zeros for the linear. EVEN: every warp has as many whole blocks as it
-    asks for each time; ONCE: it asks only once."""
+    rows of the projection and slices. COUNTS: zeros for the linear. A slice has WAYS AHEAD blocks, and the last one,
+    unless EVEN, fewer."""
     allow_next_kernel()
     program = gl.program_id(0)
     if program >= M:
         project(
             program - M, x_ptr, rows_ptr, sums_ptr, M, K, Kp // 128, blocks_per_slice, FACTOR_ROWS, TOTAL, BM, WAYS,
-            AHEAD, EVEN, ONCE,
+            AHEAD, EVEN,
         )  # fmt: skip
     else:
         PART: gl.constexpr = WAYS * 256
@@ -193,14 +186,15 @@ def begin(
     """x (M, K), contiguous -> codes, or values (M, Kp), unit (M, 1), and sums (slices, M, rows of the projection)
     float32; counts (a power of two): written zero."""
     (m, k), padded, kind = x.shape, codes.shape[1], layout.kind
-    (warps, ahead, turns, slices), blocks = cut, padded // BLOCK
+    warps, ahead, slices = cut
     assert layout.projection is not None
     start(
         kernel, (m + slices * (kind.rows // ROWS.value),),
         x, ptr(layout.inverse_smooth, unit), codes, unit, layout.projection, sums, ptr(counts, unit), m, k, padded,
-        turns * warps * ahead, LARGEST=kind.largest_code, PARTS=-(-padded // (256 * warps)), SMOOTH=kind.smooths,
+        warps * ahead, LARGEST=kind.largest_code, PARTS=-(-padded // (256 * warps)), SMOOTH=kind.smooths,
         ROT=kind.rotation, COUNTS=0 if counts is None else len(counts), FACTOR_ROWS=kind.factors * kind.rank,
         TOTAL=kind.rows, BM=8 if m <= 8 else 16, WAYS=warps, AHEAD=ahead,
-        EVEN=k == padded and blocks % (warps * ahead) == 0, ONCE=turns == 1, num_warps=warps, enable_fp_fusion=False,
+        EVEN=k == padded == BLOCK * slices * warps * ahead,
+        num_warps=warps, enable_fp_fusion=False,
         **options(x.device),
     )  # fmt: skip

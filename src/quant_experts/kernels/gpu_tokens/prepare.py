@@ -1,7 +1,8 @@
-"""`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each, on Hopper by
-`hopper_tokens` instead of `quantize`; experts are projected by `begin`, beside quantization, or by `project`, on
-Hopper more than 16 tokens by `hopper_project`; `end` settles experts and hidden values. (On Hopper the linear
-projects codes, and settles experts, of values up to a number of tokens: `hopper_few`, `hopper_experts`.)
+"""`prepare` in up to three launches. Tokens are quantized by `begin` or `quantize`, a program each; experts are
+projected by `begin`, beside quantization, or by `project`; `end` settles experts and hidden values. (On Hopper
+`hopper_begin` and `hopper_tokens` stand for `begin` and `quantize`, `hopper_project` for `project` of more than 16
+tokens, and the linear projects codes, and settles experts, of values up to a number of tokens: `hopper_few`,
+`hopper_experts`.)
 
 A program that projects owns rows of the stacked down factors and router weights and a slice of the input channels, and
 writes its sums; `end` adds the slices, always in the same order, chooses experts, and keeps the hidden values of each
