@@ -185,12 +185,14 @@ CASES: list[tuple[Any, int, ActivationFormat, torch.dtype, int, int, int, tuple[
     (triton_backend, 8, "int", torch.bfloat16, 64, 20480, 0, (20,), KINDS[2:]),
     (triton_backend, 8, "int", torch.bfloat16, 64, 29568, 0, (20,), KINDS[:1]),
     (triton_backend, 8, "fp8", torch.float16, 512, 3584, 0, (5, 40, 300), KINDS[1:]),
+    (triton_backend, 8, "fp8", torch.bfloat16, 64, 8192, 0, (4,), KINDS[1:2]),
     (triton_backend, 8, "fp8", torch.bfloat16, 64, 8192, 0, (600,), KINDS[:2]),
     (triton_backend, 8, "fp8", torch.bfloat16, 2304, 10368, 0, (4096,), KINDS),  # keeps sums in memory
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (2048,), KINDS[1:2]),
     (triton_backend, 8, "fp8", torch.bfloat16, 8192, 512, 0, (12, 2048), KINDS[2:]),
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 3584, 0, (1, 40, 600), KINDS[1:2]),  # codes of 3 bits
     (weight_only_backend, 16, "int", torch.bfloat16, 17920, 512, 0, (8,), KINDS[1:]),
+    (weight_only_backend, 16, "int", torch.bfloat16, 64, 9216, 0, (8,), KINDS[2:]),
     (weight_only_backend, 16, "int", torch.bfloat16, 512, 1024, 0, (8,), ("wide experts",)),  # more than registers hold
     (weight_only_backend, 16, "int", torch.float32, 37888, 512, 0, (300,), KINDS[:1]),  # their largest tile
     (weight_only_backend, 16, "int", torch.float32, 8192, 512, -8, (3000,), KINDS[2:]),

@@ -52,6 +52,18 @@ def test_what_prepare_leaves_to_the_linear(
     assert p.cut.sums == (1 if p.adds else p.cut.slices)
 
 
+def test_a_few_tokens_are_projected_by_one_launch_however_long() -> None:
+    """On Hopper; neither `begin` nor `project` runs for them then."""
+    from quant_experts.kernels.gpu_tokens.layout import Kind
+    from quant_experts.kernels.gpu_tokens.prepare_launch import Projector, plan
+
+    kind = Kind(127, torch.int8, True, 0, 9, 8, 32, 320, 2, False)
+    p = plan(kind, 4, 18944, torch.bfloat16, torch.device("cpu"), False, Projector.FEW)
+    assert p.projects and p.counts and not p.beside
+    assert p.cut.projector is Projector.FEW and p.cut.sums == p.cut.slices == p.cut.tile.slices
+    assert p.cut.programs == p.cut.slices * 20, "of 16 rows each"
+
+
 def test_few_outputs_are_not_sorted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_experts.kernels.gpu_tokens import prepare_launch
     from quant_experts.kernels.gpu_tokens.layout import Kind

@@ -7,8 +7,10 @@ process of its own, because the switch is read when kernels are defined. Cases h
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy
 import torch
@@ -19,7 +21,7 @@ from quant_experts.errors import QuantExpertsError
 from quant_experts.kernels import reference
 from quant_experts.kernels.gpu import launch, recorded
 from quant_experts.kernels.gpu_tokens import prepare_launch
-from quant_experts.kernels.gpu_tokens.layout import GroupLayout, Tokens
+from quant_experts.kernels.gpu_tokens.layout import GroupLayout, Tokens, pack_group
 from quant_experts.kernels.gpu_weight_activation import backend as triton_backend
 from quant_experts.kernels.gpu_weight_activation.layout import pack_codes, unpack_codes, unzigzag, zigzag
 from quant_experts.kernels.operands import Factor, GroupOperands, LinearOperands, Prepared
@@ -743,44 +745,64 @@ def few_dense_projections() -> None:
     float64, with channels that fill no block, and a token that is not finite."""
     if not launch.hopper(torch.device(DEVICE)):
         return
+    static = ("smooth", "shared")
     for m, k, experts, rank, parts in [
         (1, 3584, 8, 32, ALL), (4, 300, 8, 32, ALL), (8, 18944, 8, 32, ALL), (9, 1001, 8, 64, ALL), (1, 1, 8, 32, ALL),
-        (16, 9472, 0, 100, ("smooth", "shared")), (16, 4096, 20, 32, ("routed",)), (3, 32768, 0, 32, ("shared",)),
+        (16, 9472, 0, 100, static), (16, 4096, 20, 32, ("routed",)), (3, 32768, 0, 32, ("shared",)),
     ]:  # fmt: skip
         group, linears = operands(k, (96,), 8, parts, experts=experts, rank=rank)
-        few_sums(tokens(m, k, torch.bfloat16), triton_backend.pack(group, linears, torch.bfloat16).group)
+        few_sums(tokens(m, k, torch.bfloat16), group)
         if group.router_weight is not None:
             group.router_weight[:, 8:] = 0  # short sums: no near ties
         check(tokens(m, k, torch.bfloat16), group, linears)
+    for bits, activation_format in ((8, "fp8"), (16, "int")):  # codes in e4m3; values in float16
+        for m, k, parts, rotation in [(1, 3584, ALL, 0), (7, 9024, static, 64), (16, 300, static, 0)]:
+            group, _ = operands(k, (1,), 8, parts, rank=32, rotation=rotation, activation_format=activation_format)
+            few_sums(tokens(m, k, torch.bfloat16), replace(group, activation_bits=bits))
     for m, k in ((16, 32769), (17, 3584)):
-        layout = triton_backend.pack(*operands(k, (1,), 8), torch.bfloat16).group
-        assert prepare_launch.projector(tokens(m, k, torch.bfloat16), layout) is not prepare_launch.Projector.FEW
+        x = tokens(m, k, torch.bfloat16)
+        layout = pack_group(operands(k, (1,), 8)[0], x.dtype, x.device)
+        assert prepare_launch.projector(x, layout, False) is not prepare_launch.Projector.FEW
 
 
-def few_sums(x: Tensor, layout: GroupLayout) -> None:
-    """What `hopper_begin` leaves of x, in tiles of several kinds, if one of its tokens is not finite, too."""
+def few_sums(x: Tensor, group: GroupOperands) -> None:
+    """What `hopper_begin` leaves of x, in tiles of several kinds; and once more with a token that is not finite."""
+    from quant_experts.kernels.gpu_tokens import hopper_begin
+
+    layout = pack_group(group, x.dtype, x.device)
+    launch.complete_writes(x.device)
+    assert prepare_launch.projector(x, layout, False) is prepare_launch.Projector.FEW and layout.projection is not None
+    blocks, m = len(layout.projection), len(x)
+    for tile in (hopper_begin.tile(m, blocks), hopper_begin.sliced(8, 1, blocks), hopper_begin.sliced(4, 3, blocks)):
+        few_sums_of_a_tile(x, layout, tile, list(range(m)))
+        broken = x.clone()
+        broken[m // 2, x.shape[1] // 2] = torch.nan
+        sums = few_sums_of_a_tile(broken, layout, tile, [i for i in range(m) if i != m // 2])
+        assert sums[m // 2].isnan().all()
+
+
+def few_sums_of_a_tile(x: Tensor, layout: GroupLayout, tile: Any, finite: list[int]) -> Tensor:
+    """-> sums (M, rows of the projection) of all slices, of which those of finite tokens are as they should be."""
     from quant_experts.kernels.gpu_tokens import hopper_begin, hopper_tokens
 
-    assert prepare_launch.projector(x, layout) is prepare_launch.Projector.FEW and layout.projection is not None
-    (m, k), padded, kind = x.shape, 128 * len(layout.projection), layout.kind
-    x[m // 2, k // 2] = torch.nan
-    others = [i for i in range(m) if i != m // 2]
+    assert layout.projection is not None
+    (m, k), kind = x.shape, layout.kind
     rows = layout.projection.transpose(0, 1).reshape(kind.rows, -1)[:, :k].double()
     factor_rows = kind.factors * kind.rank
     values, magnitudes = x.double(), x.double().abs()
-    expected = torch.cat([values @ rows[:factor_rows].T, magnitudes @ rows[factor_rows:].T], dim=1)[others]
-    free = 1e-5 * (magnitudes @ rows.abs().T)[others]
-    codes, unit = torch.empty(m, padded, dtype=torch.int8, device=DEVICE), torch.empty(m, 1, device=DEVICE)
-    hopper_tokens.write_tokens(x, layout.inverse_smooth, 0, kind.largest_code, codes, unit)
-    blocks = padded // 128
-    for tile in (hopper_begin.tile(m, blocks), hopper_begin.sliced(8, 1, blocks), hopper_begin.sliced(4, 3, blocks)):
-        sums = torch.full((tile.slices, m, kind.rows), 7e7, device=DEVICE)
-        found, units = torch.full_like(codes, 99), torch.full_like(unit, 99)
-        counts = torch.full((32,), 99, device=DEVICE)
-        hopper_begin.begin(x, layout, found, units, sums, counts, tile)
-        assert torch.equal(found, codes) and torch.equal(units.nan_to_num(-1), unit.nan_to_num(-1)), tile
-        assert ((sums.double().sum(dim=0)[others] - expected).abs() <= free).all(), tile
-        assert sums.sum(dim=0)[m // 2].isnan().all() and not counts.any()
+    expected = torch.cat([values @ rows[:factor_rows].T, magnitudes @ rows[factor_rows:].T], dim=1)[finite]
+    free = 1e-5 * (magnitudes @ rows.abs().T)[finite]
+    padded = 128 * len(layout.projection)
+    codes, found = (torch.full((m, padded), 99, device=DEVICE).to(kind.code_type) for _ in range(2))
+    unit, units = (torch.full((m, 1), 99.0, device=DEVICE) for _ in range(2))
+    hopper_tokens.write_tokens(x, layout.inverse_smooth, layout.rotation, kind.largest_code, codes, unit)
+    sums = torch.full((tile.slices, m, kind.rows), 7e7, device=DEVICE)
+    counts = torch.full((32,), 99, device=DEVICE)
+    hopper_begin.begin(x, layout, found, units, sums, counts, tile)
+    assert torch.equal(found.view(torch.int8), codes.view(torch.int8)), tile
+    assert torch.equal(units.nan_to_num(-1), unit.nan_to_num(-1)) and not counts.any(), tile
+    assert ((sums.double().sum(dim=0)[finite] - expected).abs() <= free).all(), tile
+    return sums.sum(dim=0)
 
 
 def sums_of_every_tile(x: Tensor, group: GroupOperands, linears: list[LinearOperands]) -> None:

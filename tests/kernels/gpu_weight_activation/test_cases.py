@@ -143,6 +143,30 @@ def test_what_few_tokens_ask_for_fits_registers(
 
 
 @pytest.mark.parametrize(
+    ("tokens", "shape", "ranks", "projects", "expected"),
+    [  # rows, warps, blocks at a time and registers, where outputs are very many
+        (4, (37888, 3584), 0, False, (16, 2, 1, 56)),
+        (1, (37888, 3584), 64, True, (16, 2, 1, 56)),
+        (1, (37888, 3584), 128, True, (16, 2, 1, None)),
+        (4, (37888, 3584), 288, False, (32, 2, 2, None)),  # whose 14 turns are no multiple of four
+        (5, (37888, 3584), 288, False, (16, 2, 4, None)),
+        (1, (28672, 4096), 288, False, (16, 2, 4, None)),
+        (1, (17920, 1536), 288, False, (16, 2, 3, None)),
+        (1, (59136, 8192), 0, False, (16, 2, 8, None)),
+        (1, (59136, 8192), 64, True, (32, 1, 2, None)),
+    ],
+)
+def test_tiles_of_very_many_outputs(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, shape: tuple[int, int], ranks: int, projects: bool,
+    expected: tuple[int, int, int, int | None],
+) -> None:  # fmt: skip
+    from quant_experts.kernels.gpu_weight_activation import few_launch
+
+    monkeypatch.setattr(few_launch, "programs", lambda device: 132)
+    assert few_launch.few_tile(tokens, rows_on_no_device(*shape), ranks, projects) == expected
+
+
+@pytest.mark.parametrize(
     ("tokens", "ranks", "projects", "warps"),
     [(1, 0, False, 8), (1, 288, False, 8), (2, 288, False, 4), (1, 64, True, 4)],  # registers decide what is best
 )

@@ -33,7 +33,7 @@ ROWS = gl.constexpr(16)
 EARLY_PARTS = gl.constexpr(4)
 """Of a token, at most, whose 1 / m wait in registers from the start."""
 MASKED = gl.constexpr("and.b32 $0, $1, $2; // $3")
-"""Two bfloat16 numbers."""
+"""$1 and $2, bit by bit: two bfloat16 numbers."""
 
 
 class Tile(NamedTuple):

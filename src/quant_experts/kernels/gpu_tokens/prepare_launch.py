@@ -81,7 +81,7 @@ def prepare(x: Tensor, group: GroupOperands | GroupLayout, settled: bool = True,
     if sorts is None:
         sorts = m > FEW_TOKENS
     sorts = sorts and layout.kind.experts > 0
-    p = plan(layout.kind, m, k, x.dtype, x.device, settled, projector(x, layout), sorts)
+    p = plan(layout.kind, m, k, x.dtype, x.device, settled, projector(x, layout, sorts), sorts)
     tokens = _prepare_many(x, layout, p) if p.sorts else _prepare(x, layout, p)
     return tokens if dtype == x.dtype else replace(tokens, dtype=dtype)
 
@@ -101,12 +101,12 @@ class Projector(Enum):
     MANY = "hopper_project"
 
 
-def projector(x: Tensor, layout: GroupLayout) -> Projector:
+def projector(x: Tensor, layout: GroupLayout, sorts: bool) -> Projector:
     """Of tokens x (M, K) of a group: kernels for Hopper where they take them."""
     if hopper(x.device):
         from quant_experts.kernels.gpu_tokens import hopper_begin, hopper_project
 
-        if hopper_begin.takes(x, layout):
+        if not sorts and hopper_begin.takes(x, layout):
             return Projector.FEW
         if hopper_project.takes(x, layout):
             return Projector.MANY
@@ -265,7 +265,7 @@ def _prepare(x: Tensor, layout: GroupLayout, p: Plan) -> Tokens:
     elif p.beside:
         start(
             begin, (m + cut.programs,),
-            x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, tokens.token_scale,
+            x, ptr(layout.inverse_smooth, x), ptr(layout.signs, x), codes, scale,
             layout.projection, sums, ptr(tokens.counts, sums), *p.sizes, cut.slices, COUNTS=COUNTS if p.counts else 0,
             **cut.constants,
             **_constants_of_quantize(p.kind, p.sizes[2], x.device),

@@ -41,20 +41,20 @@ def is_wide(n: int, device: torch.device) -> bool:
     return n >= 128 * programs(device)
 
 
-def few_tile(m: int, layout: LinearLayout, ranks: int, projects: bool) -> tuple[int, int, int, int | None]:
+def few_tile(m: int, layout: LinearLayout, all_ranks: int, projects: bool) -> tuple[int, int, int, int | None]:
     """Rows and warps of a program, blocks of 128 channels that a warp asks for at a time, and registers of a thread if
-    they are limited, as measured on an H200; ranks: of all experts; projects: whether programs project codes."""
+    they are limited, as measured on an H200; all_ranks: of all experts; projects: whether programs project codes."""
     blocks, registers = layout.weight.shape[0], None
     if is_wide(layout.out_features, layout.scale.device):
-        if ranks and not projects:
+        if all_ranks and not projects:
             uneven = blocks % 2 or blocks // 2 % -(-blocks // 8)  # four blocks a warp, or a little fewer
             rows, ways, most = (32, 2, 2) if m <= 4 and uneven else (16, 2, 4)
         elif blocks <= FEW_BLOCKS:
-            rows, ways, most, registers = 16, 2, 1, 56 if ranks <= FEW_RANKS else None
+            rows, ways, most, registers = 16, 2, 1, 56 if all_ranks <= FEW_RANKS else None
         else:
             rows, ways, most = (32, 1, 2) if projects else (16, 2, 8)
     elif blocks > SHORT_BLOCKS:
-        eight = not ranks or (m == 1 and not projects)
+        eight = not all_ranks or (m == 1 and not projects)
         rows, ways, most, registers = (16, 8, 5, 128) if eight else (16, 4, 10, None)
     else:
         rows, ways, most = 16, 2, 8 if projects or blocks > FEW_BLOCKS else 16

@@ -208,10 +208,9 @@ def few_tile(bits: int, n: int, k: int, static_rank: int, multiprocessors: int) 
     """Warps of a program, steps that a warp asks for at a time, and registers of a thread if they are limited, as
     measured on an H200; static_rank: of the one expert that serves all tokens, 0 for none or routed ones."""
     if n >= 128 * multiprocessors:
-        ways = 2 if static_rank else 1
-        if bits == 3:
-            return ways, 1, None
-        return ways, 3 - ways, 56 if 0 < static_rank <= SETTLED_RANK else None
+        if not static_rank:
+            return 1, 2 if bits == 4 else 1, None
+        return 2, 1, 56 if bits == 4 and static_rank <= SETTLED_RANK else None
     if k > LONG:
         return 8, 5 if bits == 4 else 2, 128
     return 4, 7 if bits == 4 else 4, None
